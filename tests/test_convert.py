@@ -62,6 +62,21 @@ class HandMade(nn.Module):
         return x - self.running_mean[:, None, None]
 
 
+class Steered(nn.Module):
+    """No subclass of torch's, but it reaches F.batch_norm through the same flags."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.track_running_stats = True
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        use_slice = self.training or not self.track_running_stats
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, var, training=use_slice, eps=EPS)
+
+
 class TinyResNet(nn.Module):
     """Takes ``norm_layer`` as torchvision's nets do."""
 
@@ -285,6 +300,13 @@ def test_eval_freezes_a_hand_made_owner_of_the_statistics_and_the_others_leave_i
     assert torch.equal(frozen[1].running_mean, before)
     for mode in ("no_running_stats", "group_norm"):
         assert type(convert(model, mode)[1]) is HandMade
+        assert convert(model, mode).state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_running_stats"])
+def test_a_layer_of_no_torch_class_is_steered_by_its_flags(mode):
+    model = net(Steered(CHANNELS))
+    assert_computes(convert(model, mode).train(), model, mode, slices())
 
 
 # Layers frozen by their owner.
@@ -433,6 +455,11 @@ def test_a_compiled_model_is_converted_and_its_original_is_not(mode):
     assert_untouched(before, model)
 
 
+def test_a_compiled_layer_is_not_taken_for_the_layer_inside():
+    compiled = torch.compile(nn.BatchNorm2d(4), backend="eager")
+    assert type(next(convert(compiled, "group_norm").children())) is nn.GroupNorm
+
+
 @pytest.mark.parametrize("mode", ["eval", "no_running_stats"])
 def test_a_parametrized_layer_stays_parametrized(mode):
     model = net(nn.BatchNorm2d(CHANNELS))
@@ -447,6 +474,19 @@ def test_a_lazy_layer_is_converted_after_its_first_batch():
     model = nn.Sequential(nn.LazyBatchNorm2d(), nn.LazyConv2d(2, 1))
     model(torch.rand(2, 4, 3, 3))
     assert repr(convert(model, "group_norm")[0]).startswith("GroupNorm(4, 4")
+
+
+def test_lazy_layers_that_are_no_norm_layers_may_wait():
+    converted = convert(nn.Sequential(nn.LazyLinear(4), nn.BatchNorm1d(4)), "eval")
+    assert converted(torch.rand(2, 3)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_converting_twice_changes_nothing_more(mode):
+    once = convert(net(TanhNorm(4) if mode == "eval" else nn.BatchNorm2d(4)), mode)
+    twice = convert(once, mode)
+    assert [type(m) for m in twice.modules()] == [type(m) for m in once.modules()]
+    assert twice.state_dict().keys() == once.state_dict().keys()
 
 
 # Builders.
@@ -601,6 +641,11 @@ REFUSED = [
         lambda: convert(TanhNorm(4), "group_norm"),
         TypeError,
         "convert(model, mode='group_norm') found the model itself, a TanhNorm" + LOSES,
+    ),
+    (
+        lambda: convert(in_a_net(Steered(4)), "group_norm"),
+        TypeError,
+        f"{IN_NET}Steered{LOSES}",
     ),
     (
         lambda: convert(in_a_net(own_forward_on_the_instance()), "group_norm"),

@@ -239,7 +239,8 @@ def _blank_always_eval(layer_class: type[nn.Module]) -> _AlwaysEval:
 
 def _has_flag(layer: nn.Module) -> bool:
     """Whether it is a norm layer of torch's, or steers F.batch_norm as these do."""
-    return hasattr(layer, "track_running_stats")
+    # vars: wrappers such as torch.compile's answer hasattr for the layer inside.
+    return "track_running_stats" in vars(layer)
 
 
 def _owns_statistics(layer: nn.Module) -> bool:
