@@ -3,20 +3,24 @@
 The map of the package, bottom up; each file imports only from those above it:
 
 ``_errors``      how a failure is worded
+``_groups``      how many groups a group norm makes of C channels
 ``_call``        one torch call, bound by name
 ``_rule``        what a torch call means when it sees a slice   <- start reading here
-``_groups``      how many groups a group norm makes of C channels
 ``_state``       the flags of a model's layers: found, switched, put back
 ``rules/``       the rules, a file a family
+``_checkpoint``  a forward that backward runs again
 ``_scope``       a block in force: which rules, which models, which thread
 ``_advice``      notes for errors of torch's vmap
 ``_wrap``        ``vmap_safe``
 ``_batched``     ``batched``
 ``_per_sample``  per-sample gradients
+``_convert``     permanent conversions, ``norm_layer``
 """
 
 from vmapsafe import rules as _rules
 from vmapsafe._batched import batched as batched
+from vmapsafe._convert import convert as convert
+from vmapsafe._convert import norm_layer as norm_layer
 from vmapsafe._errors import BlockError as BlockError
 from vmapsafe._errors import NeverUpdatedWarning as NeverUpdatedWarning
 from vmapsafe._per_sample import per_sample_grads as per_sample_grads
@@ -27,6 +31,8 @@ __all__ = [
     "BlockError",
     "NeverUpdatedWarning",
     "batched",
+    "convert",
+    "norm_layer",
     "per_sample_grads",
     "vmap_safe",
 ]

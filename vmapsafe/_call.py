@@ -9,12 +9,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 # The trees torch.func itself uses, and how it spreads in_dims over them (torch 2.13).
 from torch.utils._pytree import _broadcast_to_and_flatten
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_unflatten as tree_unflatten
+
+from vmapsafe._groups import NumGroups
 
 Function = Callable[..., Any]
 
@@ -27,7 +30,7 @@ class Site(Protocol):
         """The covered layer that is running, unless its owner has frozen it."""
 
     @property
-    def num_groups(self) -> int | Callable[[int], int]:
+    def num_groups(self) -> NumGroups:
         """The block's ``num_groups``."""
 
     def path(self) -> str:
@@ -95,6 +98,16 @@ class Parameters:
         for name in kwargs:
             bound[name] = kwargs[name]
         return bound
+
+
+def beyond_reverse_mode() -> bool:
+    """Whether the call sees a derivative other than one reverse mode, plain autograd
+    around it apart: a jvp, or a grad inside a grad. True while compiling."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return True
+    # Read in torch 2.13: None outside all transforms.
+    levels = [i.key().name for i in torch._C._functorch.get_interpreter_stack() or ()]
+    return "Jvp" in levels or levels.count("Grad") > 1
 
 
 def same_storage(a: Tensor, b: Tensor) -> bool:

@@ -11,8 +11,9 @@ from torch.func import functional_call, grad, vmap
 from vmapsafe._batched import without_batch_dim
 from vmapsafe._call import tree_flatten, tree_map
 from vmapsafe._errors import worded
+from vmapsafe._groups import NumGroups
 from vmapsafe._state import unwrapped
-from vmapsafe._wrap import NumGroups, vmap_safe
+from vmapsafe._wrap import vmap_safe
 
 Loss = Callable[..., Any]
 

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from vmapsafe._call import Call, same_storage
 from vmapsafe._checkpoint import in_checkpoint, refuse_recomputation, watch
 from vmapsafe._errors import BlockError, worded
+from vmapsafe._groups import NumGroups
 from vmapsafe._rule import Table, bind, table
 from vmapsafe._state import Model, find, put_back, switch
 
@@ -31,7 +32,7 @@ class Options:
     """What a block was asked to do."""
 
     mode: str = "eval"
-    num_groups: int | Callable[[int], int] = 32
+    num_groups: NumGroups = 32
 
     def __str__(self) -> str:
         return f'mode="{self.mode}", num_groups={self.num_groups}'
@@ -59,7 +60,7 @@ class Running:
         return None if layer is None or layer.frozen else self.module
 
     @property
-    def num_groups(self) -> int | Callable[[int], int]:
+    def num_groups(self) -> NumGroups:
         assert self.scope is not None
         return self.scope.options.num_groups
 
@@ -215,9 +216,9 @@ def _remove(scope: Scope) -> str:
     return found
 
 
-# The hooks. They stand in torch's own tables for hooks on all modules, under a key
-# no handle of torch's has: registering through the public function makes a handle that torch.compile
-# cannot trace (read in torch 2.13).
+# The hooks. They stand in torch's own tables for hooks on all modules, under a key no
+# handle of torch's has: registering through the public function makes a handle that
+# torch.compile cannot trace (read in torch 2.13).
 _KEY = -1
 _open: list[Scope] = []
 _listeners = 0

@@ -15,13 +15,12 @@ from torch import nn
 
 from vmapsafe._advice import advise
 from vmapsafe._errors import BlockError, NeverUpdatedWarning, worded
-from vmapsafe._groups import check_num_groups
+from vmapsafe._groups import NumGroups, check_num_groups
 from vmapsafe._rule import check_mode
 from vmapsafe._scope import Options, Scope, innermost, opened
 
 P = ParamSpec("P")
 R = TypeVar("R")
-NumGroups = int | Callable[[int], int]
 
 
 # A module is callable too, hence the overlap.

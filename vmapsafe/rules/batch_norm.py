@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import Call
+from vmapsafe._call import Call, beyond_reverse_mode
 from vmapsafe._errors import worded
 from vmapsafe._groups import groups_for
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
@@ -18,6 +18,12 @@ from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 
 def _of_a_layer(call: Call) -> bool:
     return call.site is not None and call.site.layer is not None
+
+
+def _uses_own_statistics(call: Call) -> bool:
+    """Whether a layer asks for the statistics of its input, as one that has no running
+    ones does in every mode, or torch would update those."""
+    return bool(call["training"]) and _of_a_layer(call) or _writes_statistics(call)
 
 
 def _writes_statistics(call: Call) -> bool:
@@ -35,12 +41,18 @@ def _writes_statistics(call: Call) -> bool:
 # -- "no_running_stats": the statistics of the slice ---------------------------------
 
 
-def _batch_norm_of_slice(call: Call) -> Tensor:
+def _by_own_statistics(call: Call) -> Tensor:
     x = call["input"]
     if x.numel() == x.size(1):
         raise ValueError(
-            _one_value(call, "each channel", 'Use mode="eval", or larger slices')
+            _one_value(
+                call,
+                "each channel",
+                'Use larger slices, or mode="eval" where there are running statistics',
+            )
         )
+    if beyond_reverse_mode():
+        return _in_plain_operations(call, [d for d in range(x.dim()) if d != 1])
     return F.batch_norm(
         x, None, None, call["weight"], call["bias"], True, 0.0, call["eps"]
     )
@@ -57,7 +69,7 @@ register(
         functions=(F.batch_norm,),
         modes=("no_running_stats",),
         accepts=_of_a_layer,
-        batched=_batch_norm_of_slice,
+        batched=_by_own_statistics,
         reference=slice_by_slice(_plain_batch_norm),
     )
 )
@@ -80,6 +92,7 @@ def _group_norm(call: Call) -> Tensor:
                 'it does not divide them, each channel is a group), or use mode="eval"',
             )
         )
+    x = x.contiguous()  # group_norm asks vmap for a layout it cannot tell
     return F.group_norm(x, groups, call["weight"], call["bias"], call["eps"])
 
 
@@ -106,19 +119,13 @@ register(
 # -- Every mode: a forward does not write to the running statistics ------------------
 
 
-def _batch_norm_unwritten(call: Call) -> Tensor:
-    return F.batch_norm(
-        call["input"], None, None, call["weight"], call["bias"], True, 0.0, call["eps"]
-    )
-
-
 register(
     Rule(
         name="batch_norm, statistics not written",
         functions=(F.batch_norm,),
         modes=MODES,
-        accepts=_writes_statistics,
-        batched=_batch_norm_unwritten,
+        accepts=_uses_own_statistics,
+        batched=_by_own_statistics,
         reference=slice_by_slice(_plain_batch_norm),
     )
 )
@@ -128,8 +135,10 @@ def _instance_norm_unwritten(call: Call) -> Tensor:
     x = call["input"]
     if x.numel() == x.size(0) * x.size(1):
         raise ValueError(
-            _one_value(call, "each channel", 'Use mode="eval", or larger samples')
+            _one_value(call, "each channel", 'Use larger samples, or mode="eval"')
         )
+    if beyond_reverse_mode():
+        return _in_plain_operations(call, list(range(2, x.dim())))
     return F.instance_norm(
         x, None, None, call["weight"], call["bias"], True, 0.0, call["eps"]
     )
@@ -153,6 +162,27 @@ register(
 
 
 # -- What they share -------------------------------------------------------------------
+
+
+def _in_plain_operations(call: Call, dims: list[int]) -> Tensor:
+    """Normalisation over ``dims`` that can be differentiated any number of times.
+
+    torch's own batch norm is silently wrong in the second derivative with forward mode
+    and in the third by reverse mode, as it holds the saved statistics constant
+    (pytorch/pytorch#196699, #186256; measured again in 2.13).
+    """
+    x = call["input"]
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    centred = wide - wide.mean(dims, keepdim=True)
+    y: Tensor = centred * torch.rsqrt(
+        centred.square().mean(dims, keepdim=True) + call["eps"]
+    )
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    if call["weight"] is not None:
+        y = y * call["weight"].view(shape)
+    if call["bias"] is not None:
+        y = y + call["bias"].view(shape)
+    return y.to(x.dtype)
 
 
 def _one_value(call: Call, per: str, do: str) -> str:

@@ -1,0 +1,121 @@
+"""Networks as data: small, smooth, in training mode, with statistics of their own.
+
+Adding a layer to the library adds a row here. ``slices`` has the shape (B, N, ...): B
+slices of N samples, N and the rest large enough for every mode.
+"""
+
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple
+
+    def model(self, device="cpu", dtype=torch.float64):
+        torch.manual_seed(1)
+        model = self.make().to(device, dtype)
+        for _ in range(2):
+            model(1.5 + 2 * torch.randn(7, *self.shape, device=device, dtype=dtype))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        return model.train()
+
+    def slices(self, b=3, n=2, device="cpu", dtype=torch.float64):
+        torch.manual_seed(2)
+        return torch.randn(b, n, *self.shape, device=device, dtype=dtype)
+
+    def __str__(self):
+        return self.name
+
+
+def _net(*layers):
+    return nn.Sequential(*layers)
+
+
+class Twice(nn.Module):
+    """One batch norm layer, used twice in a forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(torch.tanh(self.norm(self.conv(x)))))
+
+
+class Tied(nn.Module):
+    """Two batch norm layers that share one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+        self.linear = nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.linear(self.a(x))))
+
+
+class PartlyFrozen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = _net(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh())
+        self.head = _net(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.stem.eval()
+        return self
+
+    def forward(self, x):
+        return self.head(self.stem(x))
+
+
+CASES = [
+    Case(
+        "conv2d",
+        lambda: _net(
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 3, 2)
+        ),
+        (2, 5, 5),
+    ),
+    Case(
+        "conv1d",
+        lambda: _net(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Tanh()),
+        (2, 7),
+    ),
+    Case(
+        "conv3d",
+        lambda: _net(nn.Conv3d(1, 4, 2), nn.BatchNorm3d(4), nn.Tanh()),
+        (1, 3, 3, 3),
+    ),
+    Case("mlp", lambda: _net(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh()), (3,)),
+    Case("no affine", lambda: nn.BatchNorm2d(4, affine=False), (4, 3, 3)),
+    Case("no bias", lambda: nn.BatchNorm2d(4, bias=False), (4, 3, 3)),
+    Case(
+        "no statistics",
+        lambda: _net(nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4, track_running_stats=False)),
+        (2, 4, 4),
+    ),
+    Case("cumulative average", lambda: nn.BatchNorm2d(4, momentum=None), (4, 3, 3)),
+    Case("sync batch norm", lambda: nn.SyncBatchNorm(4), (4, 3, 3)),
+    Case(
+        "instance norm with statistics",
+        lambda: _net(
+            nn.Conv2d(2, 4, 2),
+            nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        ),
+        (2, 5, 5),
+    ),
+    Case("used twice", Twice, (4, 3, 3)),
+    Case("tied weights", Tied, (4,)),
+    Case("partly frozen", PartlyFrozen, (2, 6, 6)),
+]

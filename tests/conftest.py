@@ -1,0 +1,24 @@
+"""Seeds, one thread, and after every test: nothing of a block is left."""
+
+import pytest
+import torch
+from torch.nn.modules import module as torch_module
+
+from vmapsafe import _scope, _state
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    hooks = dict(torch_module._global_forward_pre_hooks)
+    yield
+    assert torch._C._len_torch_function_stack() == 0
+    assert dict(torch_module._global_forward_pre_hooks) == hooks
+    assert not _state._held
+    assert not _scope._open

@@ -1,0 +1,116 @@
+"""The slow meanings, in plain torch: no vmap, nothing of vmapsafe."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class ByFormula(nn.Module):
+    """Normalises by the statistics of the call itself, written out."""
+
+    def __init__(self, layer, groups=None):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.eps, self.groups = layer.eps, groups
+
+    def forward(self, x):
+        shape = x.shape
+        if self.groups is None:
+            dims = [d for d in range(x.dim()) if d != 1]
+        else:
+            x = x.reshape(x.size(0), self.groups, -1)
+            dims = [2]
+        mean = x.mean(dims, keepdim=True)
+        var = (x - mean).square().mean(dims, keepdim=True)
+        y = ((x - mean) / (var + self.eps).sqrt()).reshape(shape)
+        per_channel = [1, -1] + [1] * (y.dim() - 2)
+        if self.weight is not None:
+            y = y * self.weight.view(per_channel)
+        if self.bias is not None:
+            y = y + self.bias.view(per_channel)
+        return y
+
+
+class BySample(nn.Module):
+    """Instance norm by the statistics of each sample, written out."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.norm = ByFormula(layer)
+
+    def forward(self, x):
+        return torch.cat([self.norm(x[i : i + 1]) for i in range(len(x))])
+
+
+def switched(model, mode, num_groups=2):
+    """A copy of ``model`` that does by hand what a block of ``mode`` promises."""
+    model = copy.deepcopy(model)
+    was_training = model.training
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        batch_norm = isinstance(layer, _BatchNorm)
+        if not batch_norm and getattr(layer, "running_mean", None) is None:
+            continue
+        if was_training and not layer.training:
+            continue  # frozen by its owner
+        if mode == "eval":
+            layer.eval()
+        elif batch_norm and mode == "no_running_stats":
+            _replace(model, name, ByFormula(layer))
+        elif batch_norm:
+            channels = layer.num_features
+            groups = num_groups if channels % num_groups == 0 else channels
+            _replace(model, name, ByFormula(layer, groups))
+        elif mode == "no_running_stats" or layer.training:
+            _replace(model, name, BySample(layer))
+    return model
+
+
+def _replace(model, name, new):
+    if not name:  # the model is the layer itself
+        model.forward = new.forward
+        return
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def per_sample_grads(model, loss_fn, x, y, names):
+    """A loop of plain backward passes, one sample at a time."""
+    rows = []
+    for i in range(len(x)):
+        params = dict(model.named_parameters())
+        loss = loss_fn(model(x[i : i + 1]), y[i : i + 1])
+        grads = torch.autograd.grad(loss, [params[name] for name in names])
+        rows.append([g.detach() for g in grads])
+    return {name: torch.stack(rows_) for name, rows_ in zip(names, zip(*rows))}
+
+
+def everything(model):
+    """All that a block must leave as it was, by value and by identity."""
+    flags = {
+        name: (m.training, getattr(m, "track_running_stats", None), sorted(vars(m)))
+        for name, m in model.named_modules()
+    }
+    hooks = {
+        name: [len(v) for k, v in vars(m).items() if k.endswith("_hooks")]
+        for name, m in model.named_modules()
+    }
+    tensors = {
+        name: (id(t), t._version, t.detach().clone(), t.requires_grad, t.grad)
+        for name, t in [*model.named_parameters(), *model.named_buffers()]
+    }
+    return flags, hooks, tensors
+
+
+def assert_same_state(model, before):
+    flags, hooks, tensors = everything(model)
+    assert flags == before[0]
+    assert hooks == before[1]
+    assert tensors.keys() == before[2].keys()
+    for name, (identity, version, value, requires_grad, grad) in before[2].items():
+        now = tensors[name]
+        assert now[0] == identity, f"{name} is another tensor"
+        assert now[1] == version, f"{name} was written"
+        assert torch.equal(now[2], value), name
+        assert now[3] == requires_grad and now[4] is grad, name

@@ -1,0 +1,263 @@
+"""Permanent conversions: a copy of a net whose norm layers need no open block.
+
+For nets that will be trained, saved or shipped without BatchNorm's batch statistics.
+Each conversion changes the layers of a deep copy in place, class included, because
+that keeps for free what a replaced layer would lose: hooks, tied parameters, a layer
+used twice, a model that is itself the layer, other references to it.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, Self, SupportsIndex
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from vmapsafe._groups import NumGroups, check_num_groups, groups_for
+
+# What a mode does to one layer of the copy, in place: (layer, path, num_groups).
+_Conversion = Callable[[nn.Module, str, NumGroups], None]
+
+
+def convert(model: nn.Module, mode: str, *, num_groups: NumGroups = 32) -> nn.Module:
+    """Return a copy of a model whose norm layers are safe under ``vmap`` for good.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64))
+        >>> convert(net, mode="group_norm")[1]
+        GroupNorm(32, 64, eps=1e-05, affine=True, bias=True)
+        >>> vmap = torch.func.vmap
+        >>> vmap(convert(net, mode="eval"))(torch.rand(8, 2, 3, 6, 6)).shape
+        torch.Size([8, 2, 64, 4, 4])
+
+    Args:
+        model: any module, also a norm layer itself. It is not changed. Its copy keeps
+            hooks, tied parameters, layers used twice, dtypes, devices,
+            ``requires_grad`` and the ``training`` flags of all layers but those frozen
+            below.
+        mode: what the norm layers of the copy do:
+
+            ``"eval"``: a layer that owns ``running_mean`` and ``running_var`` always
+            normalises with them, after ``train()`` too. The keys of ``state_dict``
+            stay. A layer without them is left as it is.
+
+            ``"no_running_stats"``: BatchNorm and InstanceNorm lose their running
+            statistics and normalise each slice with its own, after ``eval()`` too. A
+            subclass keeps its class and forward.
+
+            ``"group_norm"``: each BatchNorm becomes an ``nn.GroupNorm`` with its
+            weight, bias and eps: for channel c of group g, with the biased variance,
+            ``(x_c - mean_g) / sqrt(var_g + eps) * weight_c + bias_c``. The parameters
+            keep their names, the running statistics go. InstanceNorm is left as it is.
+
+            A layer that is in eval mode while the model is in training mode is frozen
+            by its owner: it is converted as in ``"eval"`` whatever the mode.
+        num_groups: for ``"group_norm"``: an int, or a callable from the number of
+            channels C to one. Where it does not divide C, C is taken.
+
+    Returns:
+        The converted copy.
+
+    Raises:
+        TypeError: ``model`` is no module; a norm layer is TorchScript; for
+            ``"group_norm"``, a BatchNorm does more than torch's own, so that a
+            GroupNorm would compute something else.
+        ValueError: an unknown mode, ``"sync"`` (it needs the vmapped axis, so an open
+            block), ``num_groups`` below 1, a lazy norm layer before its first batch.
+
+    It does not make the new net agree with the old one: ``"group_norm"`` and
+    ``"no_running_stats"`` want training or fine-tuning. It does not rewrite hand-made
+    layers that write on their buffers (only ``"eval"`` reaches those, by the names
+    above), nor, in ``"group_norm"``, an InstanceNorm with running statistics: under
+    ``vmap`` in training mode these still need ``vmap_safe``. It does not look for
+    slices with one value per channel or group, which no statistics can normalise.
+    Sources: https://docs.pytorch.org/docs/stable/func.batch_norm.html and, for
+    GroupNorm, https://arxiv.org/abs/1803.08494.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"convert(model, ...) was called with {model!r:.80} of type "
+            f"{type(model).__name__}, which is no torch.nn.Module; pass the model "
+            "itself"
+        )
+    conversion = _conversion("convert", mode)
+    check_num_groups(num_groups)
+    for path, layer in model.named_modules():
+        _check_convertible(path, layer)
+    converted = copy.deepcopy(model)
+    for path, layer in converted.named_modules():
+        # The flags are read from the original: freezing changes those of the copy.
+        frozen_by_owner = model.training and not layer.training
+        (_freeze if frozen_by_owner else conversion)(layer, path, num_groups)
+    return converted
+
+
+def norm_layer(mode: str, *, num_groups: NumGroups = 32) -> Callable[..., nn.Module]:
+    """Return what builds norm layers, for nets that take one as ``norm_layer=``.
+
+    Example:
+        >>> norm_layer("group_norm", num_groups=32)(64, eps=1e-3)
+        GroupNorm(32, 64, eps=0.001, affine=True, bias=True)
+        >>> norm_layer("eval")(64).train()(torch.rand(2, 64, 4, 4)).shape
+        torch.Size([2, 64, 4, 4])
+
+    Args:
+        mode: the modes of :func:`convert`, for layers not yet built.
+        num_groups: as in :func:`convert`.
+
+    Returns:
+        A picklable callable that takes what ``nn.BatchNorm2d`` takes (the number of
+        channels C, then ``eps=``, ``momentum=``, ``affine=``, ``device=``, ...) and
+        returns what :func:`convert` makes of that layer. Input of the layer: (N, C, H,
+        W). What the result has no use for, as GroupNorm for ``momentum``, is dropped.
+
+    Raises:
+        TypeError: ``num_groups`` is neither an int nor a callable.
+        ValueError: an unknown mode, ``"sync"``, or ``num_groups`` below 1.
+
+    It does not load statistics: an ``"eval"`` layer normalises with mean 0 and variance
+    1 until a checkpoint is loaded. It builds no BatchNorm1d or 3d: build the net with
+    these and :func:`convert` it.
+    """
+    check_num_groups(num_groups)
+    _conversion("norm_layer", mode)
+    return functools.partial(_new_layer, mode, num_groups)
+
+
+def _conversion(caller: str, mode: str) -> _Conversion:
+    if mode == "sync":
+        raise ValueError(
+            f"{caller}(mode='sync') is no conversion: statistics across the vmapped "
+            "axis exist only while a block is open; use vmap_safe(model, mode='sync')"
+        )
+    # A tuple: a mode that is no string may not be hashable.
+    if mode not in tuple(_CONVERSIONS):
+        modes = ", ".join(map(repr, _CONVERSIONS))
+        raise ValueError(f"{caller}(mode={mode!r}) is no mode; choose from {modes}")
+    return _CONVERSIONS[mode]
+
+
+def _check_convertible(path: str, layer: nn.Module) -> None:
+    lazy = isinstance(layer, LazyModuleMixin) and (
+        # Also one whose weights were loaded: its class changes at its first forward.
+        layer.cls_to_become is not None
+        or layer.has_uninitialized_params()
+    )
+    if lazy and _has_flag(layer):
+        raise ValueError(
+            f"convert(model, ...) found {_place(path)}, a {type(layer).__name__} that "
+            "has seen no input yet; a lazy layer needs one batch first: call "
+            "model(batch) once, then convert"
+        )
+    normalises = _has_flag(layer) or _owns_statistics(layer)
+    if normalises and isinstance(layer, torch.jit.ScriptModule):
+        raise TypeError(
+            f"convert(model, ...) found {_place(path)} compiled by TorchScript, which "
+            "cannot be changed; convert the model first, then script it"
+        )
+
+
+def _new_layer(
+    mode: str, num_groups: NumGroups, /, *args: Any, **kwargs: Any
+) -> nn.Module:
+    layer = nn.BatchNorm2d(*args, **kwargs)
+    _CONVERSIONS[mode](layer, "", num_groups)
+    return layer
+
+
+def _freeze(layer: Any, path: str, num_groups: NumGroups) -> None:
+    if _owns_statistics(layer) and not isinstance(layer, _AlwaysEval):
+        layer.__class__ = _always_eval(type(layer))
+        layer.training = False
+
+
+def _drop_statistics(layer: Any, path: str, num_groups: NumGroups) -> None:
+    # As torch.func.replace_all_batch_norm_modules_ leaves a layer.
+    if _owns_statistics(layer) and _has_flag(layer):
+        for name in _STATISTICS & dict(layer.named_buffers(recurse=False)).keys():
+            setattr(layer, name, None)
+        layer.track_running_stats = False
+
+
+def _become_group_norm(layer: Any, path: str, num_groups: NumGroups) -> None:
+    if not _has_flag(layer) or isinstance(layer, _INSTANCE_NORMS):
+        return
+    if (
+        type(layer).forward not in _BATCH_NORM_FORWARDS
+        or "forward" in vars(layer)
+        or parametrize.is_parametrized(layer)
+    ):
+        raise TypeError(
+            f"convert(model, mode='group_norm') found {_place(path)}, a "
+            f"{type(layer).__name__}, which does more than nn.BatchNorm (a forward of "
+            "its own, or a parametrization) and would lose it as an nn.GroupNorm; use "
+            "vmap_safe(model, mode='group_norm') or replace this layer by hand"
+        )
+    layer.__class__ = nn.GroupNorm
+    layer.num_channels = layer.num_features
+    layer.num_groups = groups_for(layer.num_features, num_groups)
+    for name in ("num_features", "momentum", "track_running_stats", *_STATISTICS):
+        delattr(layer, name)
+
+
+class _AlwaysEval(nn.Module):
+    """The half of a frozen layer's class that is ours; the other half is its own."""
+
+    thawed_class: type[nn.Module]
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        # The layer only: a dropout that lives inside it follows the model.
+        self.training = False
+        return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        # The class is made at run time, so pickle cannot find it by its name.
+        state: object = self.__getstate__()  # type: ignore[no-untyped-call]
+        return _blank_always_eval, (self.thawed_class,), state
+
+
+def _always_eval(layer_class: type[nn.Module]) -> type[_AlwaysEval]:
+    # One class for each: looked up, not cached, so that neither is kept alive.
+    for known in _AlwaysEval.__subclasses__():
+        if known.thawed_class is layer_class:
+            return known
+    return type(
+        f"Eval{layer_class.__name__}",
+        (_AlwaysEval, layer_class),
+        {"__module__": __name__, "thawed_class": layer_class},
+    )
+
+
+def _blank_always_eval(layer_class: type[nn.Module]) -> _AlwaysEval:
+    frozen_class = _always_eval(layer_class)
+    return frozen_class.__new__(frozen_class)
+
+
+def _has_flag(layer: nn.Module) -> bool:
+    """Whether it is a norm layer of torch's, or steers F.batch_norm as these do."""
+    # vars: wrappers such as torch.compile's answer hasattr for the layer inside.
+    return "track_running_stats" in vars(layer)
+
+
+def _owns_statistics(layer: nn.Module) -> bool:
+    buffers = dict(layer.named_buffers(recurse=False))
+    return "running_mean" in buffers and "running_var" in buffers
+
+
+def _place(path: str) -> str:
+    return f"layer {path!r}" if path else "the model itself"
+
+
+_STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_BATCH_NORM_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+
+_CONVERSIONS: dict[str, _Conversion] = {
+    "eval": _freeze,
+    "no_running_stats": _drop_statistics,
+    "group_norm": _become_group_norm,
+}
