@@ -194,7 +194,7 @@ def _look_at(root: nn.Module, mode: str, known: Mapping[nn.Module, Layer]) -> Mo
     while waiting:
         module = waiting.pop()
         modules.append(module)
-        for child in module._modules.values():
+        for child in reversed(list(module._modules.values())):
             if child is not None and child not in seen:
                 seen.add(child)
                 waiting.append(child)

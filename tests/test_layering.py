@@ -1,0 +1,76 @@
+"""One direction of imports: each file imports only from those named above it."""
+
+import ast
+from pathlib import Path
+
+import vmapsafe
+
+ROOT = Path(vmapsafe.__file__).parent
+# Bottom up; what stands to the right is all a file may import from the package.
+LAYERS = {
+    "_errors": set(),
+    "_groups": set(),
+    "_call": {"_groups"},
+    "_rule": {"_call"},
+    "_state": {"_errors"},
+    "rules.batch_norm": {"_call", "_errors", "_groups", "_rule"},
+    "rules.buffers": {"_call", "_rule"},
+    "rules.__init__": {"rules"},
+    "_checkpoint": {"_call", "_errors"},
+    "_scope": {"_call", "_checkpoint", "_errors", "_groups", "_rule", "_state"},
+    "_advice": {"_state"},
+    "_wrap": {"_advice", "_errors", "_groups", "_rule", "_scope"},
+    "_batched": {"_call", "_errors"},
+    "_per_sample": {"_batched", "_call", "_errors", "_groups", "_state", "_wrap"},
+    "_convert": {"_groups"},
+    "testing": {"_call", "_rule"},
+    "__init__": {
+        *("_batched", "_convert", "_errors", "_per_sample", "_wrap", "rules"),
+    },
+}
+
+
+def imports(path):
+    """(names imported from the package, whether one stands inside a function)"""
+    tree = ast.parse(path.read_text())
+    top = set(tree.body)
+    found, inside = set(), False
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            "vmapsafe"
+        ):
+            rest = node.module.removeprefix("vmapsafe").removeprefix(".")
+            names = [rest] if rest else [alias.name for alias in node.names]
+            found.update(names)
+            inside |= node not in top
+        assert not (isinstance(node, ast.ImportFrom) and node.level), path
+    return found, inside
+
+
+def test_imports_follow_the_table():
+    """Every file is in the table, imports what it says, and nothing in a function."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in ROOT.rglob("*.py")
+    }
+    assert files.keys() == LAYERS.keys()
+    for name, path in files.items():
+        found, inside = imports(path)
+        assert found <= LAYERS[name], name
+        assert not inside, name
+
+
+def test_private_names_of_torch():
+    """torch._C, torch.overrides._x and the like stand in two files and the flags'."""
+    allowed = {"_scope.py", "_call.py", "_checkpoint.py"}
+    for path in ROOT.rglob("*.py"):
+        if path.name not in allowed:
+            text = path.read_text()
+            assert "torch._C" not in text and "torch.overrides" not in text, path
+
+
+def test_map_of_the_package():
+    """The package's docstring names every file."""
+    for name in LAYERS:
+        if name not in ("__init__", "testing") and not name.startswith("rules."):
+            assert f"``{name}``" in vmapsafe.__doc__, name

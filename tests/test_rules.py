@@ -1,0 +1,97 @@
+"""The law: every rule in the table is its slow form, in values and gradients."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vmapsafe._rule import registered
+from vmapsafe.testing import check_rule
+
+
+class OnALayer:
+    """A site as the rules see it: a covered layer runs, and holds these buffers."""
+
+    layer = nn.BatchNorm2d(4)
+    num_groups = 2
+    buffers = []
+
+    def path(self):
+        return "'norm' (BatchNorm2d)"
+
+    def holds(self, tensor):
+        return True
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def batch_norm(*shape, affine=True, **other):
+    return {
+        "input": randn(*shape),
+        "running_mean": None,
+        "running_var": None,
+        "weight": randn(shape[1]) if affine else None,
+        "bias": randn(shape[1]) if affine else None,
+        "training": True,
+        "momentum": 0.1,
+        "eps": 1e-5,
+        **other,
+    }
+
+
+def instance_norm(*shape, affine=True):
+    case = batch_norm(*shape, affine=affine)
+    case["use_input_stats"] = case.pop("training")
+    case["running_mean"], case["running_var"] = randn(shape[1]), randn(shape[1])
+    return case
+
+
+CASES = {
+    F.batch_norm: [
+        batch_norm(3, 4),
+        batch_norm(2, 4, 3, affine=False),
+        batch_norm(2, 4, 3, 2),
+        batch_norm(1, 4, 2, 2, 2, affine=False),
+    ],
+    F.instance_norm: [instance_norm(2, 4, 3), instance_norm(1, 4, 3, 2, affine=False)],
+    torch.Tensor.add_: [{"0": randn(3), "1": 1.0}],
+}
+
+
+@pytest.mark.parametrize("rule", registered(), ids=lambda rule: rule.name)
+def test_law(rule):
+    """batched ≈ reference for every rule there is; one without cases fails here."""
+    function = next(f for f in CASES if f in rule.functions)
+    cases = CASES[function]
+    if rule.name == "batch_norm, groups of channels":  # (N, C) has one value a group
+        cases = cases[1:]
+    assert check_rule(rule, cases, site=OnALayer()) >= 2 * len(cases)
+
+
+RULE = registered()[0]
+WRONG = {
+    "a value off by 0.1 %": lambda call: RULE.batched(call) * 1.001,
+    "a gradient off": lambda call: RULE.batched(call)
+    + 1e-3 * (call["input"] - call["input"].detach()),
+    "a dtype off": lambda call: RULE.batched(call).float(),
+    "a forgotten batch dimension": lambda call: RULE.batched(call).flatten(),
+    "the first slice for all": lambda call: RULE.batched(call) * 0 + 1,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_rule_is_caught(wrong):
+    """check_rule can fail, for each kind of mistake it is there for."""
+    rule = dataclasses.replace(RULE, batched=WRONG[wrong])
+    with pytest.raises(AssertionError):
+        check_rule(rule, CASES[F.batch_norm], site=OnALayer())
+
+
+def test_a_rule_that_does_not_take_the_case_is_caught():
+    rule = dataclasses.replace(RULE, accepts=lambda call: False)
+    with pytest.raises(AssertionError, match="does not accept"):
+        check_rule(rule, CASES[F.batch_norm], site=OnALayer())

@@ -1,0 +1,219 @@
+"""What tests of rules and of vmapped code need: the law, the loop, the comparison."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from vmapsafe._call import (
+    Call,
+    Site,
+    broadcast_to_leaves,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+)
+from vmapsafe._rule import Rule
+
+__all__ = ["assert_same", "check_rule", "loop"]
+
+_BATCH = 3
+
+
+def loop(function: Callable[..., Any], in_dims: Any = 0, out_dims: int = 0) -> Any:
+    """``torch.func.vmap`` as a Python loop: slow, and obviously right.
+
+    >>> import torch
+    >>> from vmapsafe.testing import loop
+    >>> x = torch.arange(6.0).reshape(2, 3)
+    >>> loop(torch.sum)(x)
+    tensor([ 3., 12.])
+
+    Args:
+        function: what to run on each slice.
+        in_dims: as in vmap.
+        out_dims: an int, where the slices are stacked in every output.
+
+    Returns:
+        A function of the batched arguments; outputs are trees of tensors.
+
+    It does not map over an empty batch, and draws random numbers slice after slice.
+    """
+
+    def looped(*args: Any) -> Any:
+        leaves, tree = tree_flatten(args)
+        spec = tuple(in_dims) if isinstance(in_dims, (tuple, list)) else in_dims
+        dims = broadcast_to_leaves(spec, tree)
+        if dims is None:
+            raise ValueError(f"loop: in_dims {in_dims!r} do not fit the arguments.")
+        (size,) = {x.size(d) for x, d in zip(leaves, dims) if d is not None}
+        outputs = []
+        for i in range(size):
+            picked = [x if d is None else x.select(d, i) for x, d in zip(leaves, dims)]
+            outputs.append(function(*tree_unflatten(picked, tree)))
+        return tree_map(lambda *parts: torch.stack(parts, out_dims), *outputs)
+
+    return looped
+
+
+def assert_same(
+    actual: Any, expected: Any, *, rtol: float = 1e-8, atol: float = 1e-8
+) -> None:
+    """Raise unless two trees of tensors agree in structure, shape, dtype and value.
+
+    >>> import torch
+    >>> from vmapsafe.testing import assert_same
+    >>> assert_same({"w": torch.ones(2)}, {"w": torch.ones(2)})
+
+    Args:
+        actual: a tree of tensors.
+        expected: the tree it should be.
+        rtol: relative tolerance, for values.
+        atol: absolute tolerance, for values.
+
+    Raises:
+        AssertionError: they differ; the text says where and by how much.
+    """
+    a, a_tree = tree_flatten(actual)
+    e, e_tree = tree_flatten(expected)
+    assert a_tree == e_tree, f"structure {a_tree} instead of {e_tree}"
+    for x, y in zip(a, e):
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
+
+
+def check_rule(
+    rule: Rule, cases: Iterable[Mapping[str, Any]], *, site: Site | None = None
+) -> int:
+    """Hold a rule to the law: ``batched ≈ reference``, in values and in gradients.
+
+    For every case and every choice of which of its tensors are batched, along the
+    first dimension or the last, the rule under ``vmap`` and under two nested ones is
+    compared with its reference: values, dtype, and the gradients of every floating
+    tensor for a random cotangent.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from vmapsafe._rule import MODES, Rule, slice_by_slice
+    >>> from vmapsafe.testing import check_rule
+    >>> square = Rule(
+    ...     name="square",
+    ...     functions=(torch.square,),
+    ...     modes=MODES,
+    ...     accepts=lambda call: True,
+    ...     batched=lambda call: torch.square(call["input"]),
+    ...     reference=slice_by_slice(lambda call: call["input"] * call["input"]),
+    ... )
+    >>> check_rule(square, [{"input": torch.randn(4, dtype=torch.float64)}])
+    4
+
+    Args:
+        rule: the rule; it need not be registered.
+        cases: the arguments of one slice, by name, tensors in float64 where there is a
+            choice.
+        site: where the calls claim to be made, for rules that ask.
+
+    Returns:
+        The number of comparisons made.
+
+    Raises:
+        AssertionError: the rule does not take a case, or the law does not hold.
+    """
+    compared = 0
+    for case in cases:
+        tensors = [name for name, value in case.items() if isinstance(value, Tensor)]
+        assert rule.accepts(
+            Call(rule.functions[0], case, site)
+        ), f"{rule.name}: does not accept {_shapes(case)}"
+        choices = itertools.product((None, 0, -1), repeat=len(tensors))
+        for choice in choices:
+            in_dims = dict(zip(tensors, choice))
+            if all(dim is None for dim in choice):
+                continue
+            _compare(rule, case, in_dims, site, nested=False)
+            _compare(rule, case, in_dims, site, nested=True)
+            compared += 2
+    assert compared, f"{rule.name}: no case with a tensor to batch"
+    return compared
+
+
+def _compare(
+    rule: Rule,
+    case: Mapping[str, Any],
+    in_dims: Mapping[str, int | None],
+    site: Site | None,
+    nested: bool,
+) -> None:
+    """One comparison; nested, an outer vmap runs over the innermost batch of two."""
+    generator = torch.Generator().manual_seed(0)
+    size = 2 * _BATCH if nested else _BATCH
+    batched = {}
+    for name, dim in in_dims.items():
+        value = case[name]
+        if dim is not None:
+            value = torch.stack([_varied(value, generator) for _ in range(size)])
+        floating = value.is_floating_point()
+        batched[name] = value.detach().clone().requires_grad_(floating)
+    at_front = {n: None if d is None else 0 for n, d in in_dims.items()}
+
+    def fast(values: Mapping[str, Tensor]) -> Any:
+        return rule.batched(Call(rule.functions[0], {**case, **values}, site))
+
+    if nested:
+        spec = {n: d for n, d in at_front.items()}
+        split = {
+            n: v if at_front[n] is None else v.unflatten(0, (2, _BATCH))
+            for n, v in batched.items()
+        }
+        actual = vmap(vmap(fast, (spec,)), (spec,))(split).flatten(0, 1)
+    else:
+        moved = {
+            n: v if in_dims[n] is None else v.movedim(0, in_dims[n] or 0)
+            for n, v in batched.items()
+        }
+        actual = vmap(fast, (dict(in_dims),))(moved)
+    expected = rule.reference(
+        Call(rule.functions[0], {**case, **batched}, site, at_front)
+    )
+    where = f"{rule.name}, in_dims {dict(in_dims)}, {_shapes(case)}"
+    _same(actual, expected, f"values of {where}")
+    leaves = [v for v in batched.values() if v.requires_grad]
+    if not (leaves and expected.requires_grad):
+        return
+    cotangent = torch.randn(
+        expected.shape, generator=generator, dtype=torch.float64
+    ).to(expected)
+    grads = [
+        torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
+        for output in (actual, expected)
+    ]
+    for a, e, leaf in zip(*grads, leaves):
+        zero = torch.zeros_like(leaf)
+        _same(
+            zero if a is None else a, zero if e is None else e, f"gradients of {where}"
+        )
+
+
+def _same(actual: Tensor, expected: Tensor, what: str) -> None:
+    try:
+        assert_same(actual, expected)
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from None
+
+
+def _varied(value: Tensor, generator: torch.Generator) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    noise = torch.rand(value.shape, generator=generator, dtype=torch.float64)
+    return value * (0.5 + noise).to(value)
+
+
+def _shapes(case: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: tuple(value.shape) if isinstance(value, Tensor) else value
+        for name, value in case.items()
+    }
