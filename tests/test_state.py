@@ -443,13 +443,13 @@ def test_default_device_inside():
         torch.set_default_device(None)
 
 
-# -- Activation checkpointing ----------------------------------------------------------
+# -- Activation checkpointing ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_backward(mode, reentrant):
-    """Inside the block it gives the plain numbers; after it, an error, no wrong ones."""
+    """Inside the block the plain numbers; after it an error, not wrong ones."""
     from torch.utils.checkpoint import checkpoint
 
     class Net(nn.Module):

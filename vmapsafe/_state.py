@@ -201,7 +201,8 @@ def _look_at(root: nn.Module, mode: str, known: Mapping[nn.Module, Layer]) -> Mo
         _refuse(module, mode, root)
         if not module._buffers:
             continue
-        buffered.append(module)
+        if isinstance(module._buffers, dict):  # TorchScript keeps its own
+            buffered.append(module)
         if is_normalisation(module):
             original = _original(module, known)
             frozen = can_freeze and not original.training

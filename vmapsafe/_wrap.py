@@ -221,9 +221,10 @@ def _warn_if_never_updated(scope: Scope) -> None:
 
 
 def _never_updated(layer: nn.Module) -> bool:
-    buffers = layer._buffers
-    count = buffers.get("num_batches_tracked")
-    mean, var = buffers.get("running_mean"), buffers.get("running_var")
+    count, mean, var = (
+        getattr(layer, name, None)
+        for name in ("num_batches_tracked", "running_mean", "running_var")
+    )
     if count is None or mean is None or var is None or mean.is_meta:
         return False
     return bool((count == 0).all() and (mean == 0).all() and (var == 1).all())
