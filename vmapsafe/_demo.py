@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def load(first: int | None = None) -> tuple[Tensor, Tensor]:
-    """The digits of scikit-learn: (N, 1, 8, 8) float32 in 0..1, and (N,) int64 classes."""
+    """The digits of scikit-learn: (N, 1, 8, 8) float32 in 0..1, (N,) int64 classes."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
