@@ -1,3 +1,32 @@
-"""BatchNorm networks under torch.func, and the model comes back as it was."""
+"""BatchNorm networks under torch.func, and the model comes back as it was.
+
+The map of the package, bottom up; each file imports only from those above it:
+
+``_errors``      how a failure is worded
+``_call``        one torch call, bound by name
+``_rule``        what a torch call means when it sees a slice   <- start reading here
+``_groups``      how many groups a group norm makes of C channels
+``_state``       the flags of a model's layers: found, switched, put back
+``rules/``       the rules, a file a family
+``_scope``       a block in force: which rules, which models, which thread
+``_advice``      notes for errors of torch's vmap
+``_wrap``        ``vmap_safe``
+``_batched``     ``batched``
+``_per_sample``  per-sample gradients
+"""
+
+from vmapsafe import rules as _rules
+from vmapsafe._batched import batched as batched
+from vmapsafe._errors import BlockError as BlockError
+from vmapsafe._errors import NeverUpdatedWarning as NeverUpdatedWarning
+from vmapsafe._per_sample import per_sample_grads as per_sample_grads
+from vmapsafe._wrap import vmap_safe as vmap_safe
 
 __version__ = "0.1.0"
+__all__ = [
+    "BlockError",
+    "NeverUpdatedWarning",
+    "batched",
+    "per_sample_grads",
+    "vmap_safe",
+]

@@ -1,0 +1,263 @@
+"""``batched``: a function written for a batch, run on batches of one under vmap."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.func import vmap
+
+from vmapsafe._call import (
+    broadcast_to_leaves,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+)
+from vmapsafe._errors import worded
+
+Dims = int | None | tuple[Any, ...] | list[Any] | dict[str, Any]
+
+
+def batched(
+    function: Callable[..., Any] | None = None,
+    in_dims: Dims = 0,
+    out_dims: Any = 0,
+    randomness: str = "error",
+    *,
+    chunk_size: int | None = None,
+    keep_batch_dim: bool = True,
+) -> Any:
+    """Run a function that is written for a batch on batches of one, vectorised.
+
+    ``batched(f)(x)[i]`` equals ``f(x[i:i+1])`` without its leading 1, so that a model
+    that wants (N, C, H, W) needs no ``unsqueeze``:
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from vmapsafe import batched, vmap_safe
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten())
+    >>> _ = model(torch.randn(4, 3, 8, 8))
+    >>> @batched
+    ... def forward(x):
+    ...     return model(x)  # x: (1, 3, 8, 8)
+    >>> with vmap_safe(model):
+    ...     forward(torch.randn(5, 3, 8, 8)).shape
+    torch.Size([5, 288])
+
+    Arguments are chosen by position or by name, as are those shared by all slices:
+
+    >>> @batched(in_dims={"weight": None})
+    ... def scores(weight, x):
+    ...     return x @ weight  # weight: (3, 2), x: (1, 3)
+    >>> scores(torch.randn(3, 2), torch.randn(5, 3)).shape
+    torch.Size([5, 2])
+
+    Args:
+        function: what to run; left out, ``batched`` returns a decorator.
+        in_dims: as in ``torch.func.vmap``: the dimension of each positional argument
+            that is the batch, None for one shared by all; an int for every argument; a
+            tree of such. Or a dict from argument names, where the names not given mean
+            0. Modules, numbers, strings, None and 0-dimensional tensors pass through.
+            Keyword arguments not named are mapped over 0, as in vmap.
+        out_dims: where the batch goes in the outputs, as in vmap.
+        randomness: "error", "different" or "same", as in vmap.
+        chunk_size: how many slices at a time, as in vmap; None for all.
+        keep_batch_dim: whether a slice keeps its batch dimension, of size 1, and each
+            output that has a dimension loses its first, which must be 1. False: slices
+            come without it and outputs are taken as they are, as in vmap; functions
+            that return gradients of parameters need that.
+
+    Returns:
+        The vectorised function, or a decorator.
+
+    Raises:
+        ValueError: on a call: nothing to map over, batch sizes that disagree, or an
+            output whose first dimension is not 1.
+
+    It does not enter ``vmap_safe``: put the call in a block, or decorate with both.
+    """
+    if function is None:
+        return functools.partial(
+            batched,
+            in_dims=in_dims,
+            out_dims=out_dims,
+            randomness=randomness,
+            chunk_size=chunk_size,
+            keep_batch_dim=keep_batch_dim,
+        )
+    if not callable(function):
+        raise TypeError(
+            worded("batched(...)", f"{function!r} is not callable", "Pass a function")
+        )
+    name = getattr(function, "__name__", type(function).__name__)
+    names = _parameter_names(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        specs = _specs(name, names, in_dims, args, kwargs)
+        leaves, tree = tree_flatten((args, kwargs))
+        dims = _dims_of_leaves(name, names, specs, args, kwargs)
+        mapped = [(i, dim) for i, dim in enumerate(dims) if dim is not None]
+
+        def one(*slices: Tensor) -> Any:
+            filled = list(leaves)
+            for (i, dim), piece in zip(mapped, slices):
+                filled[i] = piece.unsqueeze(dim) if keep_batch_dim else piece
+            inner_args, inner_kwargs = tree_unflatten(filled, tree)
+            output = function(*inner_args, **inner_kwargs)
+            if not keep_batch_dim:
+                return output
+            return tree_map(
+                lambda leaf: without_batch_dim(f"batched({name})(...)", leaf), output
+            )
+
+        return vmap(
+            one,
+            in_dims=tuple([dim for _, dim in mapped]),
+            out_dims=out_dims,
+            randomness=randomness,
+            chunk_size=chunk_size,
+        )(*[leaves[i] for i, _ in mapped])
+
+    return wrapper
+
+
+def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the positional parameters, read once; none where there are none."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(
+        p.name
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    )
+
+
+def _specs(
+    name: str,
+    names: Sequence[str],
+    in_dims: Dims,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One spec of batch dimensions an argument, in the structure of (args, kwargs)."""
+    if isinstance(in_dims, dict):
+        known = {*names, *kwargs}
+        unknown = [key for key in in_dims if key not in known]
+        if unknown:
+            raise ValueError(
+                worded(
+                    f"batched({name}, in_dims={in_dims})",
+                    f"{name} has no argument {unknown[0]!r}, it has {list(names)}",
+                    "Name arguments as the function does",
+                )
+            )
+        by_position = tuple(
+            [
+                in_dims.get(names[i], 0) if i < len(names) else 0
+                for i in range(len(args))
+            ]
+        )
+        return by_position, {key: in_dims.get(key, 0) for key in kwargs}
+    if isinstance(in_dims, (tuple, list)):
+        if len(in_dims) != len(args):
+            raise ValueError(
+                worded(
+                    f"batched({name}, in_dims={in_dims})",
+                    f"{len(in_dims)} in_dims for {len(args)} positional arguments",
+                    "Give one for each, or a dict by name",
+                )
+            )
+        return tuple(in_dims), {key: 0 for key in kwargs}
+    return tuple([in_dims for _ in args]), {key: 0 for key in kwargs}
+
+
+def _dims_of_leaves(
+    name: str,
+    names: Sequence[str],
+    specs: tuple[tuple[Any, ...], dict[str, Any]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> list[int | None]:
+    """The batch dimension of every leaf of (args, kwargs), None where it has none."""
+    labels = [names[i] if i < len(names) else f"argument {i}" for i in range(len(args))]
+    dims: list[int | None] = []
+    sizes: list[tuple[str, Tensor, int]] = []
+    for label, value, spec in (
+        *zip(labels, args, specs[0]),
+        *((key, value, specs[1][key]) for key, value in kwargs.items()),
+    ):
+        leaves, tree = tree_flatten(value)
+        spread = broadcast_to_leaves(spec, tree)
+        if spread is None:
+            raise ValueError(
+                worded(
+                    f"batched({name})(...)",
+                    f"in_dims {spec!r} does not fit the structure of {label}",
+                    "Give an int, None, or a tree of them like the argument",
+                )
+            )
+        for leaf, dim in zip(leaves, spread):
+            if dim is None or not isinstance(leaf, Tensor) or leaf.dim() == 0:
+                dims.append(None)
+                continue
+            if not -leaf.dim() <= dim < leaf.dim():
+                raise ValueError(
+                    worded(
+                        f"batched({name})(...)",
+                        f"in_dims says dimension {dim} for {label}, which has shape "
+                        f"{tuple(leaf.shape)}",
+                        "Name a dimension that the argument has",
+                    )
+                )
+            dims.append(dim % leaf.dim())
+            sizes.append((label, leaf, dim % leaf.dim()))
+    _check_sizes(name, sizes)
+    return dims
+
+
+def _check_sizes(name: str, sizes: list[tuple[str, Tensor, int]]) -> None:
+    if not sizes:
+        raise ValueError(
+            worded(
+                f"batched({name})(...)",
+                "no argument has a batch dimension to map over",
+                "Pass a tensor with one, or in_dims that name it",
+            )
+        )
+    if any([leaf.size(dim) != sizes[0][1].size(sizes[0][2]) for _, leaf, dim in sizes]):
+        found = ", ".join(
+            f"{label} of shape {tuple(leaf.shape)} has {leaf.size(dim)} in dimension "
+            f"{dim}"
+            for label, leaf, dim in sizes
+        )
+        raise ValueError(
+            worded(
+                f"batched({name})(...)",
+                f"batch sizes disagree: {found}",
+                "Pass None in in_dims for arguments that all slices share",
+            )
+        )
+
+
+def without_batch_dim(called: str, output: Any) -> Any:
+    """What one slice's output is without its batch of one."""
+    if not isinstance(output, Tensor) or output.dim() == 0:
+        return output
+    if output.size(0) != 1:
+        raise ValueError(
+            worded(
+                called,
+                f"an output of one slice has shape {tuple(output.shape)}, whose first "
+                "dimension is not a batch of one",
+                "Return one row a sample, or pass keep_batch_dim=False and take the "
+                "slice as vmap gives it, as functions that return gradients of "
+                "parameters need",
+            )
+        )
+    return output.squeeze(0)

@@ -1,0 +1,142 @@
+"""One torch call, its arguments bound by name, and the place it was made from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+# The trees torch.func itself uses, and how it spreads in_dims over them (torch 2.13).
+from torch.utils._pytree import _broadcast_to_and_flatten
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_unflatten as tree_unflatten
+
+Function = Callable[..., Any]
+
+
+class Site(Protocol):
+    """Where in a covered model a call was made, as much as a rule needs to know."""
+
+    @property
+    def layer(self) -> nn.Module | None:
+        """The covered layer that is running, unless its owner has frozen it."""
+
+    @property
+    def num_groups(self) -> int | Callable[[int], int]:
+        """The block's ``num_groups``."""
+
+    def path(self) -> str:
+        """The running module's path in its model, for errors."""
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is a buffer of the model, or shares its storage."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a torch function, bound by name.
+
+    Attributes:
+        function: the torch function called.
+        arguments: its arguments by name, defaults filled in. A function without
+            a Python signature (``Tensor.add_``) has its positional arguments under
+            ``"0"``, ``"1"``, ….
+        site: where in which model it was made; None outside a block.
+        in_dims: the batch dimension of each argument, by name, for calls that hold
+            whole batches, as tests do; empty inside a block, where the transforms
+            hide it.
+    """
+
+    function: Function
+    arguments: Mapping[str, Any]
+    site: Site | None = None
+    in_dims: Mapping[str, int | None] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The names of a torch function's parameters and their defaults."""
+
+    names: tuple[str, ...]
+    defaults: Mapping[str, Any]
+
+    @staticmethod
+    def of(function: Function) -> Parameters:
+        """Read them off the signature; empty where a function has none of its own."""
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except ValueError:
+            return Parameters((), {})
+        if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            return Parameters((), {})
+        return Parameters(
+            tuple(p.name for p in parameters),
+            {p.name: p.default for p in parameters if p.default is not p.empty},
+        )
+
+    def bind(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Arguments by name. torch.compile traces this: plain loops only."""
+        names = self.names
+        if not names:
+            names = tuple([str(i) for i in range(len(args))])
+        bound = dict(self.defaults)
+        for i in range(len(args)):
+            bound[names[i]] = args[i]
+        for name in kwargs:
+            bound[name] = kwargs[name]
+        return bound
+
+
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share memory, as a view or ``.data`` does.
+
+    Tensors that a transform has wrapped have no storage to compare: False.
+    """
+    try:
+        # Read in torch 2.13: a wrapped tensor raises NotImplementedError here.
+        return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return False
+
+
+def slices(call: Call, size: int) -> list[Call]:
+    """The batch of calls that ``call`` stands for, one slice each, without vmap."""
+    batch = []
+    for i in range(size):
+        arguments = dict(call.arguments)
+        for name, dim in call.in_dims.items():
+            if dim is not None:
+                arguments[name] = arguments[name].select(dim, i)
+        batch.append(Call(call.function, arguments, call.site))
+    return batch
+
+
+def batch_size(call: Call) -> int:
+    """The length of the batch dimensions of ``call``, which agree."""
+    sizes = {
+        call[name].size(dim) for name, dim in call.in_dims.items() if dim is not None
+    }
+    (size,) = sizes
+    return int(size)
+
+
+def stacked(outputs: list[Tensor]) -> Tensor:
+    """Outputs of slices as one tensor, batch dimension first."""
+    return torch.stack(outputs)
+
+
+def broadcast_to_leaves(spec: Any, tree: Any) -> list[int | None] | None:
+    """One of ``spec``'s dimensions for each leaf of ``tree``; None if it has another
+    structure."""
+    spread: list[int | None] | None = _broadcast_to_and_flatten(spec, tree)
+    return spread

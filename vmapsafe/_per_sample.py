@@ -1,0 +1,189 @@
+"""Per-sample gradients in one call: ``vmap(grad)`` inside a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from vmapsafe._batched import without_batch_dim
+from vmapsafe._call import tree_flatten, tree_map
+from vmapsafe._errors import worded
+from vmapsafe._state import unwrapped
+from vmapsafe._wrap import NumGroups, vmap_safe
+
+Loss = Callable[..., Any]
+
+
+def per_sample_grads(
+    model: nn.Module,
+    loss_fn: Loss,
+    *batch: Any,
+    mode: str = "eval",
+    params: Collection[str] | Mapping[str, Tensor] | None = None,
+    chunk_size: int | None = None,
+    randomness: str = "error",
+    has_aux: bool = False,
+    num_groups: NumGroups = 32,
+) -> Any:
+    r"""Every sample's gradient of the loss with respect to the model's parameters.
+
+    Row i is :math:`\partial \ell_i / \partial \theta` with
+    :math:`\ell_i` = ``loss_fn(model(x[i:i+1]), y[i:i+1])``, x and y being the batch, so
+    a mean and a sum loss both mean "this sample's loss".
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from torch import nn
+    >>> from vmapsafe import per_sample_grads
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    >>> _ = model(torch.randn(16, 4))
+    >>> x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    >>> rows = per_sample_grads(model, F.cross_entropy, x, y)
+    >>> {name: tuple(row.shape) for name, row in rows.items() if "0" in name}
+    {'0.weight': (5, 8, 4), '0.bias': (5, 8)}
+
+    Args:
+        model: takes batches; it need not be in a block already.
+        loss_fn: of the model's output on a batch of one and the rest of the batch;
+            returns a tensor without dimensions, or ``(loss, aux)`` with ``has_aux``.
+        *batch: the inputs, then what ``loss_fn`` takes after the output; trees of
+            tensors (B, ...). A tuple as the inputs is positional arguments of the
+            model, a dict its keyword arguments.
+        mode: of :func:`vmap_safe`, whose block is entered for this call.
+        params: the names to differentiate by, or a dict from names to the tensors at
+            which to; default every parameter that requires a gradient. Tied
+            parameters appear once.
+        chunk_size: samples at a time, as in ``torch.func.vmap``; None for all.
+        randomness: of dropout and the like: "error", "different" or "same".
+        has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+        num_groups: of :func:`vmap_safe`.
+
+    Returns:
+        A dict from parameter names to tensors (B, *parameter.shape), in the dtype of
+        the parameter. With ``has_aux`` a pair: that, and aux with the leading 1 of its
+        tensors replaced by B.
+
+    Raises:
+        ValueError: batch sizes that disagree, a loss that has dimensions, parameters
+            that do not exist, none that requires a gradient.
+
+    The formula is that of torch's tutorial on per-sample gradients
+    (https://pytorch.org/tutorials/intermediate/per_sample_grads.html). The rows are
+    not clipped, and clipping them is not differentially private by itself. It writes
+    nothing on the model, ``.grad`` included.
+    """
+    net = unwrapped(model)
+    values = _chosen(net, params)
+    size = _batch_size(batch)
+    if size == 0:  # one made-up sample, whose row is thrown away
+        batch = tree_map(lambda t: t.new_zeros(1, *t.shape[1:]), batch)
+
+    def loss(values: Mapping[str, Tensor], inputs: Any, *rest: Any) -> Any:
+        inputs, rest = tree_map(lambda t: t.unsqueeze(0), (inputs, rest))
+        args, kwargs = _as_call(inputs)
+        result = loss_fn(functional_call(net, dict(values), args, kwargs), *rest)
+        if not has_aux:
+            return _scalar(result)
+        value, aux = result
+        return _scalar(value), tree_map(lambda t: without_batch_dim(_CALLED, t), aux)
+
+    with vmap_safe(model, mode=mode, num_groups=num_groups):
+        rows = vmap(
+            grad(loss, has_aux=has_aux),
+            in_dims=(None, *[0 for _ in batch]),
+            randomness=randomness,
+            chunk_size=chunk_size,
+        )(values, *batch)
+    return tree_map(lambda t: t[:0], rows) if size == 0 else rows
+
+
+_CALLED = "per_sample_grads(...)"
+
+
+def _chosen(
+    net: nn.Module, params: Collection[str] | Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """The tensors to differentiate by, detached, by name; tied ones once."""
+    named = dict(net.named_parameters())
+    if params is None:
+        chosen = {n: p.detach() for n, p in named.items() if p.requires_grad}
+        if not chosen:
+            raise ValueError(
+                worded(
+                    _CALLED,
+                    f"no parameter of {type(net).__name__} requires a gradient",
+                    "Unfreeze some, or name the ones you want with params=",
+                )
+            )
+        return chosen
+    known = dict(net.named_parameters(remove_duplicate=False))
+    names = list(params)
+    if isinstance(params, str):
+        names = [params]
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                worded(
+                    _CALLED,
+                    f"{type(net).__name__} has no parameter {name!r}",
+                    "Names are those of model.named_parameters()",
+                )
+            )
+    if isinstance(params, Mapping):
+        return {name: params[name].detach() for name in names}
+    return {name: known[name].detach() for name in names}
+
+
+def _batch_size(batch: tuple[Any, ...]) -> int:
+    """The first dimension of every tensor of the batch, which must agree."""
+    shapes = []
+    for i, part in enumerate(batch):
+        leaves, _ = tree_flatten(part)
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+                raise ValueError(
+                    worded(
+                        _CALLED,
+                        f"batch[{i}] holds {leaf!r}, which has no batch dimension",
+                        "Pass tensors (B, ...); what all samples share belongs into "
+                        "loss_fn",
+                    )
+                )
+            shapes.append((i, tuple(leaf.shape)))
+    if not shapes:
+        raise ValueError(
+            worded(_CALLED, "got no batch", "Pass the inputs, then the targets")
+        )
+    if len({shape[0] for _, shape in shapes}) > 1:
+        found = ", ".join(f"batch[{i}] has shape {shape}" for i, shape in shapes)
+        raise ValueError(
+            worded(
+                _CALLED,
+                f"batch sizes disagree: {found}",
+                "The first dimension is the batch, and each has one row a sample",
+            )
+        )
+    return int(shapes[0][1][0])
+
+
+def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.dim() > 0:
+        found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            worded(
+                _CALLED,
+                f"loss_fn gave {found} for a batch of one instead of a tensor without "
+                "dimensions",
+                'Let it return the mean or the sum, e.g. reduction="sum"',
+            )
+        )
+    return loss

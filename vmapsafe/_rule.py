@@ -1,0 +1,114 @@
+"""The one idea: a rule says what a torch call means when it sees one slice of a batch.
+
+A rule stands for a torch function. It has two forms of the same meaning: ``batched``,
+which runs inside a block, and ``reference``, slow and obviously right, which only tests
+run. The law every rule is held to is ``batched ≈ reference``, values and gradients
+(:func:`vmapsafe.testing.check_rule`).
+
+What happens to a call inside a block, in this order:
+
+1. its function has no rule in the block's table: torch's own behaviour;
+2. the forward of a model that the block covers does not make it: torch's own behaviour;
+3. the first rule of the function, in the order of registration, whose ``accepts``
+   says yes: its ``batched``;
+4. none says yes: torch's own behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vmapsafe._call import Call, Function, Parameters, batch_size, slices, stacked
+
+MODES = ("eval", "no_running_stats", "group_norm")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a torch function means inside a block.
+
+    Attributes:
+        name: for tables and test ids.
+        functions: the torch function it stands for, e.g. ``F.batch_norm``, or
+            several where they differ in name only, as in-place methods do.
+        modes: the modes in which it holds.
+        accepts: whether it takes this call; otherwise torch's own behaviour.
+        batched: the meaning that runs, on the tensors the call sees under vmap.
+        reference: the same meaning on the whole batch (``call.in_dims``), batch
+            dimension first, in plain torch without vmap and without ``batched``'s code.
+    """
+
+    name: str
+    functions: tuple[Function, ...]
+    modes: Collection[str]
+    accepts: Callable[[Call], bool]
+    batched: Callable[[Call], Any]
+    reference: Callable[[Call], Any]
+
+
+Table = Mapping[Function, tuple[Rule, ...]]
+
+_rules: list[Rule] = []
+_tables: dict[str, Table] = {}
+_parameters: dict[Function, Parameters] = {}
+
+
+def register(rule: Rule) -> Rule:
+    """Put ``rule`` in the table of every block entered from now on; returns it.
+
+    Raises:
+        ValueError: the name is taken, or a mode is unknown.
+    """
+    if any(rule.name == other.name for other in _rules):
+        raise ValueError(f"register(...): a rule named {rule.name!r} is there already.")
+    for mode in rule.modes:
+        check_mode("register(...)", mode)
+    _rules.append(rule)
+    _tables.clear()
+    for function in rule.functions:
+        _parameters.setdefault(function, Parameters.of(function))
+    return rule
+
+
+def registered() -> tuple[Rule, ...]:
+    """All rules, in the order of registration."""
+    return tuple(_rules)
+
+
+def table(mode: str) -> Table:
+    """The rules of ``mode`` by function; what is registered later is not in it."""
+    if mode not in _tables:
+        found: dict[Function, tuple[Rule, ...]] = {}
+        for rule in _rules:
+            if mode in rule.modes:
+                for function in rule.functions:
+                    found[function] = (*found.get(function, ()), rule)
+        _tables[mode] = found
+    return _tables[mode]
+
+
+def bind(
+    function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The arguments of a call of a function that has a rule, by name."""
+    return _parameters[function].bind(args, kwargs)
+
+
+def check_mode(called: str, mode: str) -> None:
+    """Raise a ValueError that lists the modes unless ``mode`` is one."""
+    if mode not in MODES:
+        listed = ", ".join(f'"{m}"' for m in MODES)
+        raise ValueError(f"{called}: unknown mode {mode!r}. Choose one of {listed}.")
+
+
+def slice_by_slice(plain: Callable[[Call], Tensor]) -> Callable[[Call], Tensor]:
+    """A reference that is a Python loop of ``plain`` over the slices."""
+
+    def reference(call: Call) -> Tensor:
+        return stacked([plain(one) for one in slices(call, batch_size(call))])
+
+    return reference

@@ -1,0 +1,287 @@
+"""A block in force: the rules that hold, for which models, in which thread.
+
+A :class:`Scope` is a ``TorchFunctionMode``, so torch keeps one stack of them a thread,
+and nothing of the block lives on the object that opened it. Two process-wide module
+hooks, there only while a block is open somewhere, tell the scopes of their own thread
+which module is running: which layer called ``F.batch_norm`` cannot be told from its
+arguments. The scope looks up the rules; it does not know what they do.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+
+from vmapsafe._call import Call, same_storage
+from vmapsafe._errors import BlockError, worded
+from vmapsafe._rule import Table, bind, table
+from vmapsafe._state import Model, find, put_back, switch
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a block was asked to do."""
+
+    mode: str = "eval"
+    num_groups: int | Callable[[int], int] = 32
+
+    def __str__(self) -> str:
+        return f'mode="{self.mode}", num_groups={self.num_groups}'
+
+
+@dataclass(frozen=True)
+class Running:
+    """A module whose forward is running, and the innermost block that covers it.
+
+    ``buffers`` is set on the outermost module of a model: what each of its modules had
+    registered when the forward began.
+    """
+
+    module: nn.Module
+    scope: Scope | None
+    model: Model | None
+    buffers: dict[nn.Module, dict[str, Tensor | None]] | None
+
+    @property
+    def layer(self) -> nn.Module | None:
+        assert self.model is not None
+        layer = self.model.layers.get(self.module)
+        return None if layer is None or layer.frozen else self.module
+
+    @property
+    def num_groups(self) -> int | Callable[[int], int]:
+        assert self.scope is not None
+        return self.scope.options.num_groups
+
+    def path(self) -> str:
+        assert self.model is not None
+        return self.model.label(self.module)
+
+    def holds(self, tensor: Tensor) -> bool:
+        assert self.model is not None
+        for module in self.model.buffered:
+            for buffer in module._buffers.values():
+                if buffer is tensor:
+                    return True
+        if torch.compiler.is_compiling():
+            return False
+        return any(
+            same_storage(buffer, tensor)
+            for module in self.model.buffered
+            for buffer in module._buffers.values()
+            if buffer is not None
+        )
+
+    def put_buffers_back(self) -> None:
+        """Undo ``self.mean = …`` of the forward that ends: same objects, same names."""
+        for module, before in (self.buffers or {}).items():
+            now = module._buffers
+            if len(now) != len(before) or any(
+                now.get(name) is not buffer for name, buffer in before.items()
+            ):
+                now.clear()
+                now.update(before)
+
+
+class Scope(TorchFunctionMode):
+    """One open block of one thread."""
+
+    def __init__(
+        self, models: tuple[Model, ...], options: Options, block: object
+    ) -> None:
+        super().__init__()
+        self.block = block
+        self.options = options
+        self.models = models
+        self.closed = False
+        self.table: Table = table(options.mode)
+        self.outer = innermost()
+        self.running: list[Running] = [] if self.outer is None else self.outer.running
+        self.covers = {module: model for model in models for module in model.modules}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        running = self.running
+        if running and running[-1].scope is self:
+            rules = self.table.get(func)
+            if rules is not None:
+                call = Call(func, bind(func, args, kwargs), running[-1])
+                for rule in rules:
+                    if rule.accepts(call):
+                        return rule.batched(call)
+            out = kwargs.get("out")
+            if isinstance(out, Tensor) and running[-1].holds(out):
+                return out
+        return func(*args, **kwargs)
+
+    def owner_of(self, module: nn.Module) -> Scope | None:
+        """The innermost open block of this thread that covers ``module``."""
+        scope: Scope | None = self
+        while scope is not None and (scope.closed or module not in scope.covers):
+            scope = scope.outer
+        return scope
+
+    def open(self) -> None:
+        """Switch the layers, listen to the modules, put the rules in force."""
+        self.depth = len(self.running)
+        switch(self.models, self.options)
+        self.listening = _listen()
+        _push_mode(self)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Take all of it back, whatever happened inside.
+
+        Raises:
+            BlockError: blocks opened later are still open, or the block belongs to
+                another thread. The model is put back all the same.
+        """
+        self.closed = True
+        found = _remove(self)
+        _stop_listening(self.listening)
+        while len(self.running) > self.depth:  # left by an interrupted forward
+            self.running.pop().put_buffers_back()
+        put_back(self.models)
+        if found != "top":
+            raise BlockError(
+                worded(
+                    f"vmap_safe({', '.join(type(m.root).__name__ for m in self.models)}"
+                    f", {self.options})",
+                    f"closed while it was {found}. Its models are put back",
+                    "Close blocks in the reverse order, in the thread that opened them",
+                )
+            )
+
+
+def opened(roots: Sequence[nn.Module], options: Options, block: object) -> Scope:
+    """Open a block for the object ``block``; all of it or, with an error, nothing."""
+    scope = Scope(find(roots, options.mode, _enclosing_models()), options, block)
+    scope.open()
+    return scope
+
+
+def innermost() -> Scope | None:
+    """The block opened last in this thread and still open."""
+    # Read in torch 2.13: the stack's public form is a list made anew at each call.
+    for i in range(torch._C._len_torch_function_stack() - 1, -1, -1):
+        mode = torch._C._get_function_stack_at(i)
+        if isinstance(mode, Scope) and not mode.closed:
+            return mode
+    return None
+
+
+def _enclosing_models() -> list[Model]:
+    models: list[Model] = []
+    scope = innermost()
+    while scope is not None:
+        models.extend(scope.models)
+        scope = scope.outer
+    return models
+
+
+def _remove(scope: Scope) -> str:
+    """Take ``scope`` off this thread's stack; says where it was."""
+    above: list[TorchFunctionMode] = []
+    found = "open in another thread"
+    for _ in range(torch._C._len_torch_function_stack()):
+        mode = _pop_mode()  # type: ignore[no-untyped-call]
+        if mode is scope:
+            found = "top" if not above else "not the innermost block"
+            break
+        above.append(mode)
+    for mode in reversed(above):
+        _push_mode(mode)  # type: ignore[no-untyped-call]
+    return found
+
+
+# The hooks. They stand in torch's own tables for hooks on all modules, under a key
+# no handle of torch's has: registering through the public function makes a handle that torch.compile
+# cannot trace (read in torch 2.13).
+_KEY = -1
+_listeners = 0
+_listeners_lock = threading.Lock()
+
+
+def _listen() -> bool:
+    """Install the hooks unless they are there; says whether to take them out again."""
+    global _listeners
+    if torch.compiler.is_compiling():
+        if _KEY in _module._global_forward_pre_hooks:
+            return False
+        _install()
+        return True
+    with _listeners_lock:
+        _listeners += 1
+        if _listeners == 1:
+            _install()
+    return True
+
+
+def _stop_listening(listening: bool) -> None:
+    global _listeners
+    if torch.compiler.is_compiling():
+        if listening:
+            _uninstall()
+        return
+    with _listeners_lock:
+        _listeners -= 1
+        if _listeners == 0:
+            _uninstall()
+
+
+def _install() -> None:
+    _module._global_forward_pre_hooks[_KEY] = _begin
+    _module._global_forward_hooks[_KEY] = _end
+    _module._global_forward_hooks_always_called[_KEY] = True
+
+
+def _uninstall() -> None:
+    del _module._global_forward_pre_hooks[_KEY]
+    del _module._global_forward_hooks[_KEY]
+    del _module._global_forward_hooks_always_called[_KEY]
+
+
+def _begin(module: nn.Module, args: Any) -> None:
+    """A module's forward begins: note it, and hold its flags to what was asked for."""
+    scope = innermost()
+    if scope is None:
+        return
+    owner = scope.owner_of(module)
+    if owner is None:
+        scope.running.append(Running(module, None, None, None))
+        return
+    model = owner.covers[module]
+    layer = model.layers.get(module)
+    if layer is not None:
+        layer.enforce()
+    buffers = None
+    if not any([running.model is model for running in scope.running]):
+        buffers = {owner: dict(owner._buffers) for owner in model.buffered}
+    scope.running.append(Running(module, owner, model, buffers))
+
+
+def _end(module: nn.Module, args: Any, output: Any) -> None:
+    """A module's forward has returned or raised."""
+    scope = innermost()
+    if scope is None:
+        return
+    running = scope.running
+    if not any([one.module is module for one in running]):
+        return
+    while True:
+        last = running.pop()
+        last.put_buffers_back()
+        if last.module is module:
+            return

@@ -1,0 +1,347 @@
+"""``vmap_safe``: a block as users write it, in ``with`` and as a decorator."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Generator
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar, overload
+
+import torch
+from torch import nn
+
+from vmapsafe._advice import advise
+from vmapsafe._errors import BlockError, NeverUpdatedWarning, worded
+from vmapsafe._groups import check_num_groups
+from vmapsafe._rule import check_mode
+from vmapsafe._scope import Options, Scope, innermost, opened
+
+P = ParamSpec("P")
+R = TypeVar("R")
+NumGroups = int | Callable[[int], int]
+
+
+# A module is callable too, hence the overlap.
+@overload
+def vmap_safe(  # type: ignore[overload-overlap]
+    *models: nn.Module, mode: str = "eval", num_groups: NumGroups = 32
+) -> Block: ...
+
+
+@overload
+def vmap_safe(function: Callable[P, R], /) -> Callable[P, R]: ...
+
+
+def vmap_safe(*models: Any, mode: str = "eval", num_groups: NumGroups = 32) -> Any:
+    """Make batch norm networks work under ``torch.func`` for the length of a block.
+
+    A context manager and a decorator. Inside, the normalisation layers of ``models`` do
+    what ``mode`` says and nothing is written to the models' buffers; on exit, however
+    it comes about, the models are as they were.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.func import vmap
+    >>> from vmapsafe import vmap_safe
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> _ = model(torch.randn(4, 3, 8, 8))
+    >>> x = torch.randn(5, 2, 3, 8, 8)  # five slices of two samples
+    >>> with vmap_safe(model):
+    ...     vmap(model)(x).shape
+    torch.Size([5, 2, 8, 6, 6])
+    >>> model[1].training
+    True
+
+    As a decorator it covers every ``nn.Module`` among the call's arguments, ``self``
+    included, or the ``models`` given:
+
+    >>> @vmap_safe(mode="no_running_stats")
+    ... def features(model, x):
+    ...     return vmap(model)(x)
+    >>> features(model, x).shape
+    torch.Size([5, 2, 8, 6, 6])
+
+    ==================  ==========================================  ===================
+    mode                batch norm normalises a slice with          running statistics
+    ==================  ==========================================  ===================
+    "eval"              the running statistics                      read
+    "no_running_stats"  the statistics of the slice                 kept
+    "group_norm"        the statistics of groups of channels of     kept
+                        each sample, with its own weight, bias, eps
+    ==================  ==========================================  ===================
+
+    Where a model is in training mode, a layer its owner has put in eval mode before
+    stays in eval. A ``model.train()`` inside the block does not change what its layers
+    compute. Dropout and everything else keep the mode they have.
+
+    The rules hold in the thread that opened the block and do not cross ``await``; the
+    flags of the layers belong to all threads. Backward may run after the block.
+
+    Args:
+        *models: modules, or nothing for a decorator that looks at the arguments.
+            torch.compile, DataParallel and DistributedDataParallel are unwrapped.
+        mode: "eval", "no_running_stats" or "group_norm".
+        num_groups: for "group_norm", the number of groups, or a function of the
+            number of channels; where it does not divide them, one group a channel.
+
+    Returns:
+        A block for ``with`` (``as`` gives the model, or a tuple of them) that is also
+        a decorator; for a function, the decorated function.
+
+    Raises:
+        ValueError: an unknown mode, ``num_groups`` below 1, a lazy layer that has not
+            seen a batch.
+        TypeError: something that is not a module, or that cannot be switched; on use,
+            no model in a ``with`` or among the arguments.
+        BlockError: another thread holds the model with other options.
+
+    It does not copy the model: a copy made inside carries the flags it finds. It does
+    not make clipped per-sample gradients differentially private by itself.
+    """
+    options = _options(mode, num_groups)
+    if len(models) == 1 and _is_function(models[0]):
+        return Block((), options)(models[0])
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                worded(
+                    "vmap_safe(...)",
+                    f"{model!r} is a {type(model).__name__}, not an nn.Module",
+                    "Write vmap_safe(model)",
+                )
+            )
+    return Block(models, options)
+
+
+class Block:
+    """What ``vmap_safe(...)`` returns: a context manager, reusable and re-entrant, and
+    a decorator. It only stores what it was given."""
+
+    def __init__(self, models: tuple[nn.Module, ...], options: Options) -> None:
+        self._models = models
+        self._options = options
+
+    def __repr__(self) -> str:
+        models = "".join(f"{type(model).__name__}, " for model in self._models)
+        return f"vmap_safe({models}{self._options})"
+
+    def __enter__(self) -> Any:
+        if not self._models:
+            raise TypeError(
+                worded(f"with {self}", "got no model", "Write vmap_safe(model)")
+            )
+        _enter(self, self._models)
+        return self._models[0] if len(self._models) == 1 else self._models
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        scope = innermost()
+        while scope is not None and scope.block is not self:
+            scope = scope.outer
+        if scope is None:
+            raise BlockError(
+                worded(
+                    f"leaving {self}",
+                    "it is not open in this thread",
+                    "Leave a block once for each time it was entered, in the thread "
+                    "that entered it",
+                )
+            )
+        _leave(scope, error)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        decorated: Callable[P, R] = _decorated(function, self)
+        return decorated
+
+
+def _options(mode: str, num_groups: NumGroups) -> Options:
+    check_mode("vmap_safe(...)", mode)
+    check_num_groups(num_groups)
+    return Options(mode=mode, num_groups=num_groups)
+
+
+# -- Blocks ---------------------------------------------------------------------------
+
+
+def _enter(block: Block, models: tuple[nn.Module, ...]) -> Scope:
+    scope = opened(models, block._options, block)
+    if block._options.mode == "eval" and not torch.compiler.is_compiling():
+        try:
+            _warn_if_never_updated(scope)
+        except BaseException:  # a warning may be an error
+            scope.close()
+            raise
+    return scope
+
+
+def _leave(scope: Scope, error: BaseException | None) -> None:
+    try:
+        if error is not None and not torch.compiler.is_compiling():
+            advise(error, scope.models)
+    finally:
+        scope.close()
+
+
+_updated: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_warned: set[type] = set()
+
+
+def _warn_if_never_updated(scope: Scope) -> None:
+    """Warn, once a class of model, of statistics that are as they were initialised.
+
+    A layer that was found updated is not looked at again: on a GPU each look waits.
+    """
+    for model in scope.models:
+        if type(model.root) in _warned:
+            continue
+        for layer in model.layers:
+            if layer in _updated:
+                continue
+            if not _never_updated(layer):
+                _updated.add(layer)
+                continue
+            _warned.add(type(model.root))
+            warnings.warn(
+                worded(
+                    f"vmap_safe({type(model.root).__name__}, {scope.options})",
+                    f"the running statistics of {model.label(layer)} were never "
+                    "updated, so it normalises by mean 0 and variance 1",
+                    "Train the model first, or use another mode",
+                ),
+                NeverUpdatedWarning,
+                stacklevel=4,
+            )
+            break
+
+
+def _never_updated(layer: nn.Module) -> bool:
+    buffers = layer._buffers
+    count = buffers.get("num_batches_tracked")
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
+    if count is None or mean is None or var is None or mean.is_meta:
+        return False
+    return bool((count == 0).all() and (mean == 0).all() and (var == 1).all())
+
+
+# -- Decorated functions --------------------------------------------------------------
+
+
+def _is_function(candidate: Any) -> bool:
+    if isinstance(candidate, (classmethod, staticmethod, property)):
+        return True
+    return callable(candidate) and not isinstance(candidate, nn.Module)
+
+
+def _decorated(function: Any, block: Block) -> Any:
+    """``function`` in a fresh block a call; which form is decided here, once."""
+    if isinstance(function, (classmethod, staticmethod)):
+        return type(function)(_decorated(function.__func__, block))
+    if isinstance(function, property):
+        parts = (function.fget, function.fset, function.fdel)
+        return property(*(f and _decorated(f, block) for f in parts))
+    if not _is_function(function):
+        raise TypeError(
+            worded(
+                f"@{block}", f"{function!r} is not a function", "Decorate a function"
+            )
+        )
+    if inspect.isclass(function):
+        raise TypeError(
+            worded(
+                f"@{block}",
+                f"{function.__name__} is a class, of which only the creation would be "
+                "covered",
+                "Decorate its methods",
+            )
+        )
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(
+            worded(
+                f"@{block}",
+                f"{function.__name__} is async, and a block left open across an await "
+                "would be seen by other tasks",
+                "Use `with vmap_safe(model):` around the synchronous part",
+            )
+        )
+    if inspect.isgeneratorfunction(function):
+        return _resumed_in(function, block)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with _Covering(block, function, args, kwargs):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _resumed_in(function: Any, block: Block) -> Any:
+    """A generator function whose body runs in a block, and whose caller does not."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        covering = _Covering(block, function, args, kwargs)
+        generator = function(*args, **kwargs)
+        try:
+            with covering:
+                item = next(generator)
+            while True:
+                try:
+                    sent = yield item
+                except GeneratorExit:
+                    with covering:
+                        generator.close()
+                    raise
+                except BaseException as error:
+                    with covering:
+                        item = generator.throw(error)
+                else:
+                    with covering:
+                        item = generator.send(sent)
+        except StopIteration as stop:
+            return stop.value
+
+    return wrapper
+
+
+class _Covering:
+    """The block around one call of a decorated function, entered once at a time."""
+
+    def __init__(
+        self, block: Block, function: Any, args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        self.block = block
+        self.models = block._models or tuple(
+            [*_modules_among(args), *_modules_among(kwargs)]
+        )
+        if not self.models:
+            raise TypeError(
+                worded(
+                    f"{getattr(function, '__name__', 'function')}(...) under @{block}",
+                    "no nn.Module among its arguments, nor in a tuple, list or dict "
+                    "there",
+                    "Pass the model, or write @vmap_safe(model)",
+                )
+            )
+
+    def __enter__(self) -> None:
+        self.scope = _enter(self.block, self.models)
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        _leave(self.scope, error)
+
+
+def _modules_among(value: Any) -> list[nn.Module]:
+    if isinstance(value, nn.Module):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, (tuple, list)):
+        return []
+    return [module for item in value for module in _modules_among(item)]
