@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from vmapsafe._wrap import vmap_safe
+from vmapsafe import vmap_safe
 
 WRONG_SHARE = 0.03
 CLASSES = 10
@@ -170,7 +170,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
     for sample in tqdm(steps, desc="training", unit="step"):
         loss = F.cross_entropy(model(x[sample]), y[sample])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
 
