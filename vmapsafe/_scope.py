@@ -20,6 +20,7 @@ from torch.nn.modules import module as _module
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from vmapsafe._call import Call, same_storage
+from vmapsafe._checkpoint import in_checkpoint, refuse_recomputation, watch
 from vmapsafe._errors import BlockError, worded
 from vmapsafe._rule import Table, bind, table
 from vmapsafe._state import Model, find, put_back, switch
@@ -41,13 +42,15 @@ class Running:
     """A module whose forward is running, and the innermost block that covers it.
 
     ``buffers`` is set on the outermost module of a model: what each of its modules had
-    registered when the forward began.
+    registered when the forward began. ``adopted`` says that the block was put in force
+    for this forward alone, as backward runs it again.
     """
 
     module: nn.Module
     scope: Scope | None
     model: Model | None
     buffers: dict[nn.Module, dict[str, Tensor | None]] | None
+    adopted: bool
 
     @property
     def layer(self) -> nn.Module | None:
@@ -101,6 +104,7 @@ class Scope(TorchFunctionMode):
         self.options = options
         self.models = models
         self.closed = False
+        self.checkpointed: set[nn.Module] = set()
         self.table: Table = table(options.mode)
         self.outer = innermost()
         self.running: list[Running] = [] if self.outer is None else self.outer.running
@@ -139,6 +143,8 @@ class Scope(TorchFunctionMode):
         self.depth = len(self.running)
         switch(self.models, self.options)
         self.listening = _listen()
+        if not torch.compiler.is_compiling():
+            _open.append(self)
         _push_mode(self)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
@@ -149,8 +155,11 @@ class Scope(TorchFunctionMode):
                 another thread. The model is put back all the same.
         """
         self.closed = True
+        if not torch.compiler.is_compiling():
+            _open.remove(self)
         found = _remove(self)
-        _stop_listening(self.listening)
+        if self.listening:
+            _stop_listening()
         while len(self.running) > self.depth:  # left by an interrupted forward
             self.running.pop().put_buffers_back()
         put_back(self.models)
@@ -210,14 +219,15 @@ def _remove(scope: Scope) -> str:
 # no handle of torch's has: registering through the public function makes a handle that torch.compile
 # cannot trace (read in torch 2.13).
 _KEY = -1
+_open: list[Scope] = []
 _listeners = 0
-_listeners_lock = threading.Lock()
+_listeners_lock = threading.RLock()
 
 
 def _listen() -> bool:
     """Install the hooks unless they are there; says whether to take them out again."""
     global _listeners
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # a lock cannot be traced
         if _KEY in _module._global_forward_pre_hooks:
             return False
         _install()
@@ -229,11 +239,10 @@ def _listen() -> bool:
     return True
 
 
-def _stop_listening(listening: bool) -> None:
+def _stop_listening() -> None:
     global _listeners
     if torch.compiler.is_compiling():
-        if listening:
-            _uninstall()
+        _uninstall()
         return
     with _listeners_lock:
         _listeners -= 1
@@ -256,20 +265,41 @@ def _uninstall() -> None:
 def _begin(module: nn.Module, args: Any) -> None:
     """A module's forward begins: note it, and hold its flags to what was asked for."""
     scope = innermost()
+    adopted = False
     if scope is None:
-        return
+        scope = _recomputing(module)
+        if scope is None:
+            return
+        _push_mode(scope)  # type: ignore[no-untyped-call]
+        adopted = True
     owner = scope.owner_of(module)
     if owner is None:
-        scope.running.append(Running(module, None, None, None))
+        scope.running.append(Running(module, None, None, None, adopted))
         return
     model = owner.covers[module]
     layer = model.layers.get(module)
     if layer is not None:
         layer.enforce()
+        if not torch.compiler.is_compiling() and in_checkpoint():
+            owner.checkpointed.add(module)
     buffers = None
     if not any([running.model is model for running in scope.running]):
         buffers = {owner: dict(owner._buffers) for owner in model.buffered}
-    scope.running.append(Running(module, owner, model, buffers))
+    scope.running.append(Running(module, owner, model, buffers, adopted))
+
+
+def _recomputing(module: nn.Module) -> Scope | None:
+    """The open block under which backward is running ``module`` again, if it is.
+
+    Backward sees none of its thread's modes, on the CPU neither (read in torch 2.13).
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return None
+    for scope in reversed(_open):
+        if scope.checkpointed and module in scope.covers:
+            return scope
+    refuse_recomputation(module)
+    return None
 
 
 def _end(module: nn.Module, args: Any, output: Any) -> None:
@@ -283,5 +313,21 @@ def _end(module: nn.Module, args: Any, output: Any) -> None:
     while True:
         last = running.pop()
         last.put_buffers_back()
+        if last.adopted:
+            _remove(scope)
         if last.module is module:
-            return
+            break
+    if (
+        last.model is not None
+        and last.buffers is not None
+        and last.scope is not None
+        and last.scope.checkpointed
+    ):
+        _listen()
+        labels = {
+            m: last.model.label(m)
+            for m in last.scope.checkpointed
+            if m in last.model.layers
+        }
+        if not watch(labels, output, _stop_listening):
+            _stop_listening()
