@@ -1,0 +1,173 @@
+"""The demo and the command line: what is printed is true, mistakes are told apart."""
+
+import struct
+import sys
+
+import pytest
+import torch
+
+from vmapsafe import __main__, __version__, _demo
+from vmapsafe.__main__ import main
+
+LABELS = torch.arange(200) % 10
+
+
+# ---------------------------------------------------------------- making labels wrong
+
+
+@pytest.mark.parametrize(
+    "share, expected", [(0.0, 0), (0.03, 6), (0.5, 100), (1.0, 200)]
+)
+def test_spoil_changes_that_many_labels_each_to_another_class(share, expected):
+    spoilt, is_wrong = _demo.spoil(LABELS, share, seed=0)
+    assert int((spoilt != LABELS).sum()) == expected
+    assert torch.equal(is_wrong, spoilt != LABELS)
+    assert 0 <= int(spoilt.min()) and int(spoilt.max()) <= 9
+
+
+def test_spoil_reaches_every_other_class():
+    spoilt, _ = _demo.spoil(LABELS, 1.0, seed=0)
+    assert set(((spoilt - LABELS) % 10).tolist()) == set(range(1, 10))
+
+
+def test_spoil_depends_on_its_seed_alone():
+    first = _demo.spoil(LABELS, 0.1, seed=1)[0]
+    torch.rand(3)
+    assert torch.equal(first, _demo.spoil(LABELS, 0.1, seed=1)[0])
+    assert not torch.equal(first, _demo.spoil(LABELS, 0.1, seed=2)[0])
+
+
+def test_spoil_leaves_its_argument_alone():
+    labels = LABELS.clone()
+    _demo.spoil(labels, 0.5, seed=0)
+    assert torch.equal(labels, LABELS)
+
+
+# ---------------------------------------------------------------------------- ranking
+
+# Ten samples; the ranking by size is 3, 7, 0, 9, … and 3, 0, 5 have wrong labels.
+SIZES = torch.tensor([8.0, 1.0, 2.0, 10.0, 3.0, 4.0, 5.0, 9.0, 6.0, 7.0])
+IS_WRONG = torch.zeros(10, dtype=torch.bool)
+IS_WRONG[[3, 0, 5]] = True
+
+
+@pytest.mark.parametrize(
+    "share, found", [(0.1, 1), (0.2, 1), (0.3, 2), (0.7, 3), (1, 3)]
+)
+def test_found_among_first_counts_from_the_largest(share, found):
+    assert _demo.found_among_first(SIZES, IS_WRONG, share) == (found, round(10 * share))
+
+
+def test_area_under_roc_is_the_share_of_pairs_in_the_right_order():
+    # 3 beats all seven right labels, 0 all but 7, 5 only 1, 2 and 4: 7 + 6 + 3 of 21.
+    assert _demo.area_under_roc(SIZES, IS_WRONG) == pytest.approx(16 / 21)
+
+
+def test_norms_are_those_of_each_sample_s_whole_gradient():
+    gradients = {
+        "weight": torch.tensor([[[3.0, 0.0]], [[0.0, 1.0]]]),
+        "a single number": torch.tensor([4.0, 0.0]),
+    }
+    assert _demo.norms(gradients).tolist() == [5.0, 1.0]
+    assert _demo.count(gradients) == 3
+
+
+# ---------------------------------------------------------------------- the whole run
+
+
+def test_quick_run_finds_draws_checks_and_times(tmp_path, capsys):
+    picture = tmp_path / "suspects.png"
+    assert main(["--quick", "--epochs=1", "--device=cpu", f"--picture={picture}"]) == 0
+
+    data = picture.read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert 600 < width < 2000 and 600 < height < 2000 and len(data) > 20_000
+
+    printed = capsys.readouterr().out
+    assert "300 handwritten digits, 9 labels made wrong" in printed
+    assert str(picture) in printed
+    assert ": equal" in printed
+    last = [line.split() for line in printed.splitlines()[-4:]]
+    assert [words[0] for words in last] == ["plain", "Python", "torch,", "vmapsafe"]
+    assert all(float(words[-2]) > 0 and float(words[-1]) > 0 for words in last)
+
+
+def test_gradients_that_differ_from_the_loop_s_end_in_status_1(
+    tmp_path, capsys, monkeypatch
+):
+    right = _demo.per_sample_gradients
+
+    def wrong(model, x, y):
+        return {name: rows * (1 + 1e-6) for name, rows in right(model, x, y).items()}
+
+    monkeypatch.setattr(_demo, "per_sample_gradients", wrong)
+    assert main(["--quick", "--epochs=1", f"--picture={tmp_path / 's.png'}"]) == 1
+    assert "NOT EQUAL" in capsys.readouterr().out
+
+
+def test_switched_by_hand_puts_the_layers_back_after_an_exception():
+    model = _demo.build()
+    with pytest.raises(KeyboardInterrupt), _demo.switched_by_hand(model):
+        assert sum(not module.training for module in model.modules()) == 3
+        raise KeyboardInterrupt
+    assert all(module.training for module in model.modules())
+
+
+# --------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "sklearn", "tqdm"])
+def test_a_missing_extra_is_one_sentence_and_status_2(package, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert package in err and 'pip install "vmapsafe[demo]"' in err
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--device=nonsense"], "'nonsense' cannot be used"),
+        (["--picture=/no/such/folder/s.png"], "'/no/such/folder/s.png' cannot be"),
+        (["--picture=."], "'.' cannot be written"),
+        (["--epochs=0"], "'0' is no whole number of at least 1"),
+        (["--epochs=few"], "'few' is no whole number of at least 1"),
+    ],
+)
+def test_bad_options_are_told_before_anything_runs(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and said in err
+
+
+@pytest.mark.parametrize(
+    "arguments, said", [(["--help"], "--picture"), (["--version"], __version__)]
+)
+def test_help_and_version_need_torch_only(arguments, said, capsys, monkeypatch):
+    for package in ("matplotlib", "sklearn", "tqdm"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 0
+    assert said in capsys.readouterr().out
+
+
+def test_a_command_is_one_entry_of_the_table(capsys, monkeypatch):
+    def add_arguments(parser):
+        parser.add_argument("--device", default="its own")
+
+    def run(options):
+        print(f"ran with {options.device}")
+        return 3
+
+    command = __main__.Command("what it does", add_arguments, run)
+    monkeypatch.setitem(__main__.COMMANDS, "greet", command)
+    assert main(["greet"]) == 3
+    assert capsys.readouterr().out == "ran with its own\n"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "what it does" in capsys.readouterr().out

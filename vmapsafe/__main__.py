@@ -1,0 +1,57 @@
+"""The command line, ``python -m vmapsafe``: the demo, or one of the sub-commands."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from vmapsafe import __version__, _demo
+
+
+class Command(NamedTuple):
+    """A sub-command: its line of help, its options, what it does."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+# Name -> command; a new one is one line.
+COMMANDS: dict[str, Command] = {}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments without the program's name, by default those of the process.
+
+    Returns:
+        The exit status. Arguments that make no sense, ``--help`` and ``--version``
+        leave by ``SystemExit``, as argparse does.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m vmapsafe",
+        description=(
+            "Without a command: a demo that finds wrong labels among handwritten "
+            "digits by the size of each one's gradient through a BatchNorm net "
+            '(needs: pip install "vmapsafe[demo]").'
+        ),
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"vmapsafe {__version__}"
+    )
+    _demo.add_arguments(parser)
+    parser.set_defaults(run=_demo.run)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        child = commands.add_parser(name, help=command.help, description=command.help)
+        command.add_arguments(child)
+        child.set_defaults(run=command.run)
+
+    options = parser.parse_args(argv)
+    return int(options.run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,404 @@
+"""The main job on real data: find wrong labels by the size of each sample's gradient.
+
+It reads from top to bottom as an example to copy. Nothing in the library imports it
+but the command line, and what it needs beyond torch is the extra ``[demo]``.
+"""
+
+import argparse
+import copy
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from vmapsafe import vmap_safe
+
+WRONG_SHARE = 0.03
+CLASSES = 10
+WIDTH = 16
+QUICK_SAMPLES = 300
+# In float64 the two ways agree to about 1e-15; anything above this is a mistake.
+TOLERANCE = 1e-9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the demo's options to the parser whose namespace :func:`run` is given."""
+    parser.add_argument(
+        "--device",
+        type=_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--picture",
+        type=_picture,
+        default="suspects.png",
+        metavar="PATH",
+        help="where the PNG of the top suspects goes (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--epochs", type=_epochs, default=6, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{QUICK_SAMPLES} digits and one timing round",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the demo: train on spoilt labels, rank, draw, check, time.
+
+    Args:
+        options: what :func:`add_arguments` has put on the parser.
+
+    Returns:
+        The exit status: 0, or 1 if the gradients differ from those of a Python loop,
+        or 2 if the extra is not installed.
+    """
+    for package in ("matplotlib", "sklearn", "tqdm"):
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            print(
+                f"python -m vmapsafe: the demo needs {package}, which cannot be "
+                'imported here: pip install "vmapsafe[demo]"',
+                file=sys.stderr,
+            )
+            return 2
+
+    torch.manual_seed(options.seed)
+    images, true_labels = load(QUICK_SAMPLES if options.quick else None)
+    labels, is_wrong = spoil(true_labels, WRONG_SHARE, options.seed)
+    print(f"{len(images)} handwritten digits, {int(is_wrong.sum())} labels made wrong")
+
+    x, y = images.to(options.device), labels.to(options.device)
+    model = build().to(options.device)
+    train(model, x, y, options.epochs)
+
+    gradients = per_sample_gradients(model, x, y)
+    sizes = norms(gradients).cpu()
+    print(
+        f"{sizes.numel()} gradients of {count(gradients)} numbers each, one vmap call"
+    )
+
+    report(sizes, is_wrong)
+    draw(sizes, images, labels, true_labels, options.picture)
+    print(f"the 24 first in the ranking: {options.picture}")
+
+    if not check(model, x, y):
+        return 1
+    compare_times(model, x, y, rounds=1 if options.quick else 5)
+    return 0
+
+
+# ------------------------------------------------------------------------- the data
+
+
+def load(first: int | None = None) -> tuple[Tensor, Tensor]:
+    """The digits of scikit-learn: (N, 1, 8, 8) float32 in 0..1, (N,) int64 classes."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    return images[:first], torch.tensor(digits.target)[:first]
+
+
+def spoil(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Makes a share of the labels wrong, each a class that differs from the true one.
+
+    Args:
+        labels: (N,), int64, in 0..9.
+        share: of N, rounded.
+        seed: the same seed spoils the same labels in the same way.
+
+    Returns:
+        The labels, (N,) int64, and which of them are wrong, (N,) bool.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.randperm(len(labels), generator=generator)
+    which = which[: round(share * len(labels))]
+    shift = torch.randint(1, CLASSES, which.shape, generator=generator)
+    spoilt = labels.clone()
+    spoilt[which] = (labels[which] + shift) % CLASSES
+    return spoilt, spoilt != labels
+
+
+# ----------------------------------------------------------------------- the network
+
+
+def build() -> nn.Module:
+    """A small convolution net with BatchNorm, (N, 1, 8, 8) -> (N, 10)."""
+
+    def block(channels_in: int, channels_out: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.SiLU(),
+        ]
+
+    return nn.Sequential(
+        *block(1, WIDTH),
+        *block(WIDTH, WIDTH),
+        nn.AvgPool2d(2),
+        *block(WIDTH, 2 * WIDTH),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2 * WIDTH * 2 * 2, CLASSES),
+    )
+
+
+def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
+    """Trains for few epochs: a net that has learnt the wrong labels hides them."""
+    from tqdm import tqdm
+
+    steps = [s for _ in range(epochs) for s in torch.split(torch.randperm(len(x)), 64)]
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1e-2, total_steps=len(steps)
+    )
+    for sample in tqdm(steps, desc="training", unit="step"):
+        loss = F.cross_entropy(model(x[sample]), y[sample])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+
+
+# -------------------------------------------------------------- per-sample gradients
+
+
+def sample_loss(
+    model: nn.Module, parameters: dict[str, Tensor], image: Tensor, label: Tensor
+) -> Tensor:
+    """The loss of one image, (1, 8, 8), with one label, (); the net wants a batch."""
+    logits = functional_call(model, parameters, image.unsqueeze(0))
+    return F.cross_entropy(logits, label.unsqueeze(0))
+
+
+def per_sample_gradients(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Every sample's own gradient: {name: (N, *shape of the parameter)}.
+
+    The model is in training mode, as the training loop has left it. Without
+    ``vmap_safe`` torch refuses this call: BatchNorm would update its statistics.
+    """
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    loss = partial(sample_loss, model)
+    with vmap_safe(model):
+        rows: dict[str, Tensor] = vmap(grad(loss), (None, 0, 0))(parameters, x, y)
+    return rows
+
+
+def norms(gradients: dict[str, Tensor]) -> Tensor:
+    """The Euclidean norm of each sample's whole gradient, (N,)."""
+    squares = [g.reshape(len(g), -1).square().sum(1) for g in gradients.values()]
+    return torch.stack(squares).sum(0).sqrt()
+
+
+def count(gradients: dict[str, Tensor]) -> int:
+    """How many numbers one sample's gradient has."""
+    return sum(g[0].numel() for g in gradients.values())
+
+
+# --------------------------------------------------------------------------- ranking
+
+
+def found_among_first(sizes: Tensor, is_wrong: Tensor, share: float) -> tuple[int, int]:
+    """How many wrong labels are in the first share of the ranking, and its length."""
+    length = round(share * len(sizes))
+    first = sizes.argsort(descending=True)[:length]
+    return int(is_wrong[first].sum()), length
+
+
+def area_under_roc(sizes: Tensor, is_wrong: Tensor) -> float:
+    """How often a wrong label outranks a right one: 1 is always, 0.5 is chance."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(is_wrong.numpy(), sizes.numpy()))
+
+
+def report(sizes: Tensor, is_wrong: Tensor) -> None:
+    """Prints how well the norms, (N,), point at the wrong labels, (N,) bool."""
+    total = int(is_wrong.sum())
+    for share in (0.03, 0.10):
+        found, length = found_among_first(sizes, is_wrong, share)
+        print(
+            f"first {share:4.0%} of the ranking ({length:3} digits): "
+            f"{found} of the {total} wrong labels"
+        )
+    print(f"area under the ROC curve: {area_under_roc(sizes, is_wrong):.4f}")
+
+
+def draw(
+    sizes: Tensor, images: Tensor, labels: Tensor, true_labels: Tensor, path: Path
+) -> None:
+    """Writes the 24 top-ranked digits as a PNG; red titles are labels made wrong."""
+    # Not pyplot: a Figure of its own draws with Agg and opens no window anywhere.
+    from matplotlib.figure import Figure
+
+    first = sizes.argsort(descending=True)[:24].tolist()
+    wrong = sum(bool(labels[i] != true_labels[i]) for i in first)
+    figure = Figure(figsize=(9, 7.6), layout="constrained")
+    figure.suptitle(
+        f"The {len(first)} digits with the largest gradients\n"
+        f"red: label made wrong on purpose ({wrong} of {len(first)})",
+        fontsize=14,
+    )
+    for axes, i in zip(figure.subplots(4, 6).flat, first):
+        given, true = int(labels[i]), int(true_labels[i])
+        title, colour = f"labelled {given}", "black"
+        if given != true:
+            title, colour = f"labelled {given}, is {true}", "crimson"
+        axes.imshow(images[i, 0].numpy(), cmap="gray_r", interpolation="bicubic")
+        axes.set_title(title, color=colour, fontsize=12)
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set(color=colour, linewidth=2 if given != true else 0.8)
+    figure.savefig(path, format="png", dpi=110)
+
+
+# ------------------------------------------------------------------- check and times
+
+
+@contextmanager
+def switched_by_hand(model: nn.Module) -> Iterator[None]:
+    """The way without this library: BatchNorm layers in eval mode, and back."""
+    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()
+
+
+def gradients_by_loop(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The same gradients one sample after the other: {name: (N, *shape)}."""
+    names, parameters = zip(*model.named_parameters())
+    with switched_by_hand(model):
+        rows = [
+            torch.autograd.grad(
+                F.cross_entropy(model(x[i, None]), y[i, None]), parameters
+            )
+            for i in range(len(x))
+        ]
+    return {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
+
+
+def gradients_by_torch(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The same gradients by ``vmap(grad)`` in torch alone: {name: (N, *shape)}."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    loss = partial(sample_loss, model)
+    with switched_by_hand(model):
+        rows: dict[str, Tensor] = vmap(grad(loss), (None, 0, 0))(parameters, x, y)
+    return rows
+
+
+def summed_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """The yardstick: one forward and one backward for the whole batch."""
+    with switched_by_hand(model):
+        loss = F.cross_entropy(model(x), y, reduction="sum")
+        return torch.autograd.grad(loss, tuple(model.parameters()))
+
+
+def check(model: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Prints how far the gradients are from the loop's; True if they are equal.
+
+    In float64, on a copy: what is compared is then the mathematics and not the
+    rounding, on a GPU's tensor cores too.
+    """
+    model, x = copy.deepcopy(model).double(), x.double()
+    ours = per_sample_gradients(model, x, y)
+    loop = gradients_by_loop(model, x, y)
+    differences = {name: ours[name] - loop[name] for name in loop}
+    absolute = max(float(d.abs().max()) for d in differences.values())
+    relative = float(norms(differences).norm() / norms(loop).norm())
+    equal = relative < TOLERANCE
+    print(
+        f"against the Python loop, float64: largest difference {absolute:.1e}, "
+        f"relative {relative:.1e}: {'equal' if equal else 'NOT EQUAL'}"
+    )
+    return equal
+
+
+def compare_times(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None:
+    """Prints the medians of interleaved rounds as a table."""
+    contenders: dict[str, Callable[[nn.Module, Tensor, Tensor], object]] = {
+        "plain gradient of the summed loss": summed_gradient,
+        "Python loop": gradients_by_loop,
+        "torch, BatchNorm switched by hand": gradients_by_torch,
+        "vmapsafe": per_sample_gradients,
+    }
+    medians = time_in_rounds(
+        {name: partial(f, model, x, y) for name, f in contenders.items()},
+        rounds,
+        x.device,
+    )
+    plain = next(iter(medians.values()))
+    title = f"{len(x)} digits, {x.device}, median of {rounds}"
+    print(f"\n{title:36}{'ms':>8}{'x plain':>9}")
+    for name, milliseconds in medians.items():
+        print(f"{name:36}{milliseconds:8.1f}{milliseconds / plain:9.2f}")
+
+
+def time_in_rounds(
+    contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Median milliseconds by name, of rounds in which all meet the same noise."""
+    from tqdm import trange
+
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    # One round more, for first-time costs, is not counted.
+    for counted in trange(rounds + 1, desc="timing", unit="round"):
+        # Forwards and backwards in turn: nobody always runs on a neighbour's memory.
+        for name in list(contenders)[:: 1 if counted % 2 else -1]:
+            started = _now(device)
+            contenders[name]()
+            if counted:
+                times[name].append(1e3 * (_now(device) - started))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# ------------------------------------------------------------------ types of options
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}")
+    return device
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} cannot be written: it must be a file in a folder that exists"
+        )
+    return path
+
+
+def _epochs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
