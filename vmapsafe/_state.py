@@ -195,6 +195,9 @@ def _look_at(root: nn.Module, mode: str, known: Mapping[nn.Module, Layer]) -> Mo
         module = waiting.pop()
         modules.append(module)
         for child in reversed(list(module._modules.values())):
+            if type(child).__name__ == "OptimizedModule":
+                # A wrapper that torch.compile would trace as two modules.
+                child = unwrapped(child)
             if child is not None and child not in seen:
                 seen.add(child)
                 waiting.append(child)
