@@ -15,6 +15,8 @@ The map of the package, bottom up; each file imports only from those above it:
 ``_batched``     ``batched``
 ``_per_sample``  per-sample gradients
 ``_convert``     permanent conversions, ``norm_layer``
+``_demo``        the main job on real data, an example to copy
+``__main__``     ``python -m vmapsafe``
 """
 
 from vmapsafe import rules as _rules
