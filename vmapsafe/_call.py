@@ -30,8 +30,23 @@ class Site(Protocol):
         """The covered layer that is running, unless its owner has frozen it."""
 
     @property
+    def tracks(self) -> bool:
+        """Whether the layer keeps running statistics outside the block."""
+
+    @property
     def num_groups(self) -> NumGroups:
         """The block's ``num_groups``."""
+
+    @property
+    def update_running_stats(self) -> bool:
+        """The block's ``update_running_stats``."""
+
+    @property
+    def detached(self) -> bool:
+        """Whether statistics are held constant in derivatives."""
+
+    def merged_levels(self, tensor: Tensor) -> tuple[int, ...]:
+        """The vmap levels that "sync" merges for this input, the outermost first."""
 
     def path(self) -> str:
         """The running module's path in its model, for errors."""
@@ -100,14 +115,48 @@ class Parameters:
         return bound
 
 
+# The transforms around a call. Read in torch 2.13: a stack of them, of which torch
+# numbers the levels from 1, and None instead of an empty one.
+
+
+def _transforms() -> Any:
+    return torch._C._functorch.get_interpreter_stack() or ()
+
+
+def current_level() -> int:
+    """The level of the innermost transform, 0 outside all."""
+    return len(_transforms())
+
+
+def derivatives_inside(level: int) -> int:
+    """How many derivatives are taken inside the transform of ``level``."""
+    return sum(one.key().name in ("Grad", "Jvp") for one in _transforms()[level:])
+
+
+def vmap_size(level: int) -> int:
+    """The batch size of the vmap of ``level``."""
+    one = _transforms()[level - 1]
+    return int(torch._C._functorch.CVmapInterpreterPtr(one).batchSize())
+
+
+def batched_levels(tensor: Tensor) -> set[int]:
+    """The levels of the vmaps that batch ``tensor``."""
+    functorch = torch._C._functorch
+    levels = set()
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            levels.add(functorch.maybe_get_level(tensor))
+        tensor = functorch.get_unwrapped(tensor)
+    return levels
+
+
 def beyond_reverse_mode() -> bool:
     """Whether the call sees a derivative other than one reverse mode, plain autograd
     around it apart: a jvp, or a grad inside a grad. True while compiling."""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return True
-    # Read in torch 2.13: None outside all transforms.
-    levels = [i.key().name for i in torch._C._functorch.get_interpreter_stack() or ()]
-    return "Jvp" in levels or levels.count("Grad") > 1
+    keys = [one.key().name for one in _transforms()]
+    return "Jvp" in keys or keys.count("Grad") > 1
 
 
 def same_storage(a: Tensor, b: Tensor) -> bool:

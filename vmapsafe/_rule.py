@@ -9,8 +9,8 @@ What happens to a call inside a block, in this order:
 
 1. its function has no rule in the block's table: torch's own behaviour;
 2. the forward of a model that the block covers does not make it: torch's own behaviour;
-3. the first rule of the function, in the order of registration, whose ``accepts``
-   says yes: its ``batched``;
+3. the first rule of the function whose ``accepts`` says yes: its ``batched``. Rules that
+   hold in fewer modes are asked first, then the order is that of registration;
 4. none says yes: torch's own behaviour.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vmapsafe._call import Call, Function, Parameters, batch_size, slices, stacked
 
-MODES = ("eval", "no_running_stats", "group_norm")
+MODES = ("eval", "no_running_stats", "group_norm", "sync")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def table(mode: str) -> Table:
     """The rules of ``mode`` by function; what is registered later is not in it."""
     if mode not in _tables:
         found: dict[Function, tuple[Rule, ...]] = {}
-        for rule in _rules:
+        # A rule of this mode is asked before one that holds in several.
+        for rule in sorted(_rules, key=lambda rule: len(rule.modes)):
             if mode in rule.modes:
                 for function in rule.functions:
                     found[function] = (*found.get(function, ()), rule)

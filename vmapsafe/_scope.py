@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from vmapsafe._call import Call, same_storage
+from vmapsafe._call import Call, batched_levels, same_storage
 from vmapsafe._checkpoint import in_checkpoint, refuse_recomputation, watch
 from vmapsafe._errors import BlockError, worded
 from vmapsafe._groups import NumGroups
@@ -35,9 +35,19 @@ class Options:
 
     mode: str = "eval"
     num_groups: NumGroups = 32
+    update_running_stats: bool = False
+    sync_levels: int | None = None
+    detached: bool = False  # statistics as constants, for rows="detached"
 
     def __str__(self) -> str:
-        return f'mode="{self.mode}", num_groups={self.num_groups}'
+        given = [f'mode="{self.mode}"']
+        if self.mode == "group_norm":
+            given.append(f"num_groups={self.num_groups}")
+        if self.update_running_stats:
+            given.append("update_running_stats=True")
+        if self.sync_levels is not None:
+            given.append(f"sync_levels={self.sync_levels}")
+        return ", ".join(given)
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,8 @@ class Running:
 
     ``buffers`` is set on the outermost module of a model: what each of its modules had
     registered when the forward began. ``adopted`` says that the block was put in force
-    for this forward alone, as backward runs it again.
+    for this forward alone, as backward runs it again. ``levels`` are those of the vmaps
+    that batch a parameter or a buffer of the model, where the mode asks for them.
     """
 
     module: nn.Module
@@ -54,6 +65,7 @@ class Running:
     model: Model | None
     buffers: dict[nn.Module, dict[str, Tensor | None]] | None
     adopted: bool
+    levels: frozenset[int] = frozenset()
 
     @property
     def layer(self) -> nn.Module | None:
@@ -62,9 +74,31 @@ class Running:
         return None if layer is None or layer.frozen else self.module
 
     @property
+    def tracks(self) -> bool:
+        assert self.model is not None
+        return bool(self.model.layers[self.module].original.track_running_stats)
+
+    @property
     def num_groups(self) -> NumGroups:
         assert self.scope is not None
         return self.scope.options.num_groups
+
+    @property
+    def update_running_stats(self) -> bool:
+        assert self.scope is not None
+        return self.scope.options.update_running_stats
+
+    @property
+    def detached(self) -> bool:
+        assert self.scope is not None
+        return self.scope.options.detached
+
+    def merged_levels(self, tensor: Tensor) -> tuple[int, ...]:
+        assert self.scope is not None
+        own = self.levels | _levels_of((self.module,))
+        levels = sorted(batched_levels(tensor) - own)
+        wanted = self.scope.options.sync_levels
+        return tuple(levels if wanted is None else levels[len(levels) - wanted :])
 
     def path(self) -> str:
         assert self.model is not None
@@ -309,10 +343,25 @@ def _begin(module: nn.Module, args: Any) -> None:
         layer.enforce()
         if not torch.compiler.is_compiling() and in_checkpoint():
             owner.checkpointed.add(module)
-    buffers = None
-    if not any([one.model is model for one in running]):
+    outer = [one for one in running if one.model is model]
+    if outer:
+        buffers, levels = None, outer[0].levels
+    else:
         buffers = {owner: dict(owner._buffers) for owner in model.buffered}
-    running.append(Running(module, owner, model, buffers, adopted))
+        sync = owner.options.mode == "sync"
+        levels = _levels_of(model.modules) if sync else frozenset()
+    running.append(Running(module, owner, model, buffers, adopted, levels))
+
+
+def _levels_of(modules: Iterable[nn.Module]) -> frozenset[int]:
+    """The levels of the vmaps that batch a parameter or a buffer of ``modules``."""
+    levels: set[int] = set()
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    levels |= batched_levels(tensor)
+    return frozenset(levels)
 
 
 def _recomputing(module: nn.Module) -> Scope | None:

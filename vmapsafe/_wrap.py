@@ -26,7 +26,11 @@ R = TypeVar("R")
 # A module is callable too, hence the overlap.
 @overload
 def vmap_safe(  # type: ignore[overload-overlap]
-    *models: nn.Module, mode: str = "eval", num_groups: NumGroups = 32
+    *models: nn.Module,
+    mode: str = "eval",
+    num_groups: NumGroups = 32,
+    update_running_stats: bool = False,
+    sync_levels: int | None = None,
 ) -> Block: ...
 
 
@@ -34,7 +38,13 @@ def vmap_safe(  # type: ignore[overload-overlap]
 def vmap_safe(function: Callable[P, R], /) -> Callable[P, R]: ...
 
 
-def vmap_safe(*models: Any, mode: str = "eval", num_groups: NumGroups = 32) -> Any:
+def vmap_safe(
+    *models: Any,
+    mode: str = "eval",
+    num_groups: NumGroups = 32,
+    update_running_stats: bool = False,
+    sync_levels: int | None = None,
+) -> Any:
     """Make batch norm networks work under ``torch.func`` for the length of a block.
 
     A context manager and a decorator. Inside, the normalisation layers of ``models`` do
@@ -100,7 +110,7 @@ def vmap_safe(*models: Any, mode: str = "eval", num_groups: NumGroups = 32) -> A
     It does not copy the model: a copy made inside carries the flags it finds. It does
     not make clipped per-sample gradients differentially private by itself.
     """
-    options = _options(mode, num_groups)
+    options = checked(Options(mode, num_groups, update_running_stats, sync_levels))
     if len(models) == 1 and _is_function(models[0]):
         return Block((), options)(models[0])
     for model in models:
@@ -160,10 +170,29 @@ class Block:
         return decorated
 
 
-def _options(mode: str, num_groups: NumGroups) -> Options:
-    check_mode("vmap_safe(...)", mode)
-    check_num_groups(num_groups)
-    return Options(mode=mode, num_groups=num_groups)
+def checked(options: Options) -> Options:
+    """The options, or the error that says what is wrong with them."""
+    check_mode("vmap_safe(...)", options.mode)
+    check_num_groups(options.num_groups)
+    levels = options.sync_levels
+    if levels is not None and (type(levels) is not int or levels < 1):
+        raise ValueError(
+            worded(
+                f"vmap_safe({options})",
+                "sync_levels is the number of vmaps to merge, innermost first",
+                "Pass an int of at least 1, or None for all",
+            )
+        )
+    if options.mode != "sync" and (options.update_running_stats or levels is not None):
+        raise ValueError(
+            worded(
+                f"vmap_safe({options})",
+                'update_running_stats and sync_levels have a meaning in "sync" only, '
+                "where there is one batch whose statistics could be written",
+                'Use mode="sync", or leave them out',
+            )
+        )
+    return options
 
 
 # -- Blocks ---------------------------------------------------------------------------

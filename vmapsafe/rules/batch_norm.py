@@ -16,14 +16,15 @@ from vmapsafe._groups import groups_for
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 
 
-def _of_a_layer(call: Call) -> bool:
+def of_a_layer(call: Call) -> bool:
+    """Whether a layer that the block covers, and that is not frozen, calls."""
     return call.site is not None and call.site.layer is not None
 
 
 def _uses_own_statistics(call: Call) -> bool:
     """Whether a layer asks for the statistics of its input, as one that has no running
     ones does in every mode, or torch would update those."""
-    return bool(call["training"]) and _of_a_layer(call) or _writes_statistics(call)
+    return bool(call["training"]) and of_a_layer(call) or _writes_statistics(call)
 
 
 def _writes_statistics(call: Call) -> bool:
@@ -51,11 +52,7 @@ def _by_own_statistics(call: Call) -> Tensor:
                 'Use larger slices, or mode="eval" where there are running statistics',
             )
         )
-    if beyond_reverse_mode():
-        return _in_plain_operations(call, [d for d in range(x.dim()) if d != 1])
-    return F.batch_norm(
-        x, None, None, call["weight"], call["bias"], True, 0.0, call["eps"]
-    )
+    return own_statistics(x, call["weight"], call["bias"], call["eps"])
 
 
 def _plain_batch_norm(call: Call) -> Tensor:
@@ -68,7 +65,7 @@ register(
         name="batch_norm, statistics of the slice",
         functions=(F.batch_norm,),
         modes=("no_running_stats",),
-        accepts=_of_a_layer,
+        accepts=of_a_layer,
         batched=_by_own_statistics,
         reference=slice_by_slice(_plain_batch_norm),
     )
@@ -109,7 +106,7 @@ register(
         name="batch_norm, groups of channels",
         functions=(F.batch_norm,),
         modes=("group_norm",),
-        accepts=_of_a_layer,
+        accepts=of_a_layer,
         batched=_group_norm,
         reference=slice_by_slice(_plain_group_norm),
     )
@@ -138,7 +135,8 @@ def _instance_norm_unwritten(call: Call) -> Tensor:
             _one_value(call, "each channel", 'Use larger samples, or mode="eval"')
         )
     if beyond_reverse_mode():
-        return _in_plain_operations(call, list(range(2, x.dim())))
+        dims = list(range(2, x.dim()))
+        return _normalised_over(dims, x, call["weight"], call["bias"], call["eps"])
     return F.instance_norm(
         x, None, None, call["weight"], call["bias"], True, 0.0, call["eps"]
     )
@@ -175,14 +173,14 @@ def _reads_statistics(call: Call) -> bool:
 def _by_running_statistics(call: Call) -> Tensor:
     """An affine map. torch's own raises in vmap(grad) under autocast, and becomes a
     loop over the slices where torch.compile traces it (read in torch 2.13)."""
-    x = _wide(call["input"])
-    scale = torch.rsqrt(_wide(call["running_var"]) + call["eps"])
+    x = wide(call["input"])
+    scale = torch.rsqrt(wide(call["running_var"]) + call["eps"])
     if call["weight"] is not None:
-        scale = scale * _wide(call["weight"])
-    shift = -_wide(call["running_mean"]) * scale
+        scale = scale * wide(call["weight"])
+    shift = -wide(call["running_mean"]) * scale
     if call["bias"] is not None:
-        shift = shift + _wide(call["bias"])
-    y = torch.addcmul(_per_channel(shift, x), x, _per_channel(scale, x))
+        shift = shift + wide(call["bias"])
+    y = torch.addcmul(per_channel(shift, x), x, per_channel(scale, x))
     return y.to(call["input"].dtype)
 
 
@@ -209,33 +207,51 @@ register(
 # -- What they share -------------------------------------------------------------------
 
 
-def _in_plain_operations(call: Call, dims: list[int]) -> Tensor:
-    """Normalisation over ``dims`` that can be differentiated any number of times.
+def own_statistics(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Batch norm by the statistics of ``x`` itself."""
+    if beyond_reverse_mode():
+        dims = [d for d in range(x.dim()) if d != 1]
+        return _normalised_over(dims, x, weight, bias, eps)
+    return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+
+
+def _normalised_over(
+    dims: list[int],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """In plain operations, which can be differentiated any number of times.
 
     torch's own batch norm is silently wrong in the second derivative with forward mode
     and in the third by reverse mode, as it holds the saved statistics constant
     (pytorch/pytorch#196699, #186256; measured again in 2.13).
     """
-    x = _wide(call["input"])
-    centred = x - x.mean(dims, keepdim=True)
+    centred = wide(x) - wide(x).mean(dims, keepdim=True)
     var = centred.square().mean(dims, keepdim=True)
-    return _affine(call, centred * torch.rsqrt(var + call["eps"]))
+    y = scaled_and_shifted(centred * torch.rsqrt(var + eps), weight, bias)
+    return y.to(x.dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
+def scaled_and_shifted(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y * weight + bias, by channel."""
+    if weight is not None:
+        y = y * per_channel(weight, y)
+    if bias is not None:
+        y = y + per_channel(bias, y)
+    return y
+
+
+def wide(x: Tensor) -> Tensor:
     """In the dtype in which torch's kernels normalise."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _affine(call: Call, y: Tensor) -> Tensor:
-    if call["weight"] is not None:
-        y = y * _per_channel(call["weight"], y)
-    if call["bias"] is not None:
-        y = y + _per_channel(call["bias"], y)
-    return y.to(call["input"].dtype)
-
-
-def _per_channel(values: Tensor, y: Tensor) -> Tensor:
+def per_channel(values: Tensor, y: Tensor) -> Tensor:
+    """(C,) in the shape that broadcasts against ``y`` (N, C, ...)."""
     return values.reshape([-1 if d == 1 else 1 for d in range(y.dim())])
 
 

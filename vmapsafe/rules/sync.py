@@ -1,0 +1,347 @@
+r"""Mode "sync": batch norm by the statistics of the slices and the vmapped axis together.
+
+What an un-vmapped ``model(x)`` in training mode computes; SyncBatchNorm with the vmapped
+axis as its process group. Two ways to the same numbers:
+
+* no derivative is taken inside the vmap: the slices are put together and torch's own
+  kernel runs on them, so outputs and running statistics are the plain layer's to the bit;
+* else plain operations around one primitive, the sum over the merged axes
+
+  .. math:: S(a)_i = \sum_j a_j
+
+  which is its own adjoint and its own tangent map, so that every derivative follows:
+  reverse mode inside gives contributions, :math:`\sum_j \partial \ell_j / \partial
+  \theta^{(i)}`, forward mode inside :math:`\sum_j \partial out_i / \partial x_j\, v_j`.
+
+Only levels at which the layer's *input* is batched are merged, never one that only a
+cotangent or a tangent carries (a ``jacrev`` around the call): the primitive takes the
+input along as an anchor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from vmapsafe._call import Call, current_level, derivatives_inside, vmap_size
+from vmapsafe._errors import worded
+from vmapsafe._rule import Rule, register
+from vmapsafe.rules.batch_norm import (
+    of_a_layer,
+    own_statistics,
+    per_channel,
+    scaled_and_shifted,
+    wide,
+)
+
+Levels = tuple[int, ...]
+
+
+class SumOverMerged(Function):
+    """The sum over the merged levels and the process group, the same for each slice.
+
+    ``anchor`` is the layer's input: what is batched together with it is summed.
+    """
+
+    @staticmethod
+    def forward(a: Tensor, anchor: Tensor, merged: Levels, group: Any) -> Tensor:
+        a = a.clone()
+        if group is not None:
+            dist.all_reduce(a, group=group)
+        return a
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, anchor, ctx.merged, ctx.group = inputs
+        ctx.save_for_backward(anchor)
+        ctx.save_for_forward(anchor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (anchor,) = ctx.saved_tensors
+        total = SumOverMerged.apply(grads[0], anchor, ctx.merged, ctx.group)
+        return total, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (anchor,) = ctx.saved_tensors
+        return SumOverMerged.apply(tangents[0], anchor, ctx.merged, ctx.group)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Any,
+        a: Tensor,
+        anchor: Tensor,
+        merged: Levels,
+        group: Any,
+    ) -> tuple[Tensor, int | None]:
+        a_dim, anchor_dim = in_dims[:2]
+        merges = anchor_dim is not None and current_level() + 1 in merged
+        if anchor_dim is not None:  # what is left of it tells of the levels below
+            anchor = anchor.select(anchor_dim, 0)
+        if a_dim is None:
+            total = SumOverMerged.apply(a, anchor, merged, group)
+            return (total * info.batch_size if merges else total), None
+        if merges:
+            return SumOverMerged.apply(a.sum(a_dim), anchor, merged, group), None
+        return SumOverMerged.apply(a.movedim(a_dim, 0), anchor, merged, group), 0
+
+
+class AsOneBatch(Function):
+    """torch's own batch norm on the merged batch; no derivative is taken inside."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        raise AssertionError("a merged level is always left by its rule")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        merged: Levels,
+    ) -> tuple[Tensor, int]:
+        level = current_level() + 1
+        if level in merged:
+            x = x.movedim(in_dims[0], 0)
+            rest = tuple([m for m in merged if m != level])
+            y = _as_one_batch(x.flatten(0, 1), weight, bias, eps, rest)
+            return y.reshape(x.shape), 0
+        members = [
+            _as_one_batch(x_, weight_, bias_, eps, merged)
+            for x_, weight_, bias_ in _members(
+                info.batch_size, in_dims, x, weight, bias
+            )
+        ]
+        return torch.stack(members), 0
+
+
+class UpdateRunningStats(Function):
+    """One training step's update of a layer's buffers, in place, below all transforms.
+
+    Returns a zero that stands for the effect.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        count: Tensor | None,
+        momentum: float | None,
+        merged: Levels,
+        group: Any,
+        label: str,
+    ) -> Tensor:
+        with torch.no_grad():
+            factor = 0.0 if momentum is None else momentum
+            if count is not None:
+                count.add_(1)
+                if momentum is None:
+                    factor = 1.0 / float(count)
+            if group is None:
+                F.batch_norm(x, mean, var, None, None, True, factor)
+            else:
+                _update_across_processes(wide(x), mean, var, factor, group)
+        return x.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (None,) * 8
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Any,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        count: Tensor | None,
+        *rest: Any,
+    ) -> tuple[Tensor, None]:
+        merged, label = rest[1], rest[3]
+        x_dim, mean_dim = in_dims[:2]
+        if x_dim is not None and current_level() + 1 in merged:
+            x = x.movedim(x_dim, 0).flatten(0, 1)
+            return UpdateRunningStats.apply(x, mean, var, count, *rest), None
+        if mean_dim is None:
+            raise RuntimeError(
+                worded(
+                    f"update_running_stats=True for {label}",
+                    f"{info.batch_size} slices that are not merged share its buffers",
+                    "Batch the buffers too (stack_module_state), or leave "
+                    "sync_levels out",
+                )
+            )
+        for parts in _members(info.batch_size, in_dims, x, mean, var, count):
+            UpdateRunningStats.apply(*parts, *rest)
+        return x.new_zeros(()), None
+
+
+def _members(
+    size: int, in_dims: Any, *tensors: Tensor | None
+) -> list[list[Tensor | None]]:
+    """The tensors of each member of a level that is not merged, an ensemble's say."""
+    return [
+        [
+            t if t is None or dim is None else t.select(dim, i)
+            for t, dim in zip(tensors, in_dims)
+        ]
+        for i in range(size)
+    ]
+
+
+def _as_one_batch(x: Any, weight: Any, bias: Any, eps: float, merged: Levels) -> Tensor:
+    if merged:
+        y: Tensor = AsOneBatch.apply(x, weight, bias, eps, merged)
+        return y
+    return own_statistics(x, weight, bias, eps)
+
+
+def _update_across_processes(
+    x: Tensor, mean: Tensor, var: Tensor, factor: float, group: Any
+) -> None:
+    dims = [d for d in range(x.dim()) if d != 1]
+    total = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.size(1)])])
+    dist.all_reduce(total, group=group)
+    batch_mean, size = total[:-1] / total[-1], total[-1]
+    squares = (x - per_channel(batch_mean, x)).square().sum(dims)
+    dist.all_reduce(squares, group=group)
+    mean.lerp_(batch_mean.to(mean.dtype), factor)
+    var.lerp_((squares / (size - 1)).to(var.dtype), factor)
+
+
+# -- The rule --------------------------------------------------------------------------
+
+
+def _process_group(layer: nn.Module) -> Any:
+    """The group over which SyncBatchNorm takes its statistics, if there is one."""
+    if not isinstance(layer, nn.SyncBatchNorm):
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = layer.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _across_slices(call: Call) -> Tensor:
+    site, x = call.site, call["input"]
+    assert site is not None and site.layer is not None
+    merged = site.merged_levels(x)
+    group = _process_group(site.layer)
+    size = x.numel() // x.size(1) if x.size(1) else 0
+    for level in merged:
+        size *= vmap_size(level)
+    if size == 1 and group is None:
+        raise ValueError(
+            worded(
+                f"batch_norm of {site.path()}",
+                f"input of shape {tuple(x.shape)}, over all slices, has one value for "
+                "each channel, which would leave only the bias",
+                'Use more slices, or mode="eval"',
+            )
+        )
+    if merged and derivatives_inside(merged[0]) > 1:
+        raise RuntimeError(
+            worded(
+                f"batch_norm of {site.path()}",
+                "a derivative of a derivative inside the vmap, which has no agreed "
+                'meaning where mode="sync" mixes the slices',
+                "Take one of the two outside the vmap, as in hessian(lambda p: "
+                "vmap(f)(p, x).sum()), or use another mode",
+            )
+        )
+    if site.update_running_stats:
+        _update(call, merged, group)
+    inside = merged and derivatives_inside(merged[0]) > 0
+    if group is None and not inside and not site.detached:
+        return _as_one_batch(x, call["weight"], call["bias"], call["eps"], merged)
+    return _by_sums(call, merged, group, size, site.detached)
+
+
+def _by_sums(
+    call: Call, merged: Levels, group: Any, size: int, detached: bool
+) -> Tensor:
+    x = wide(call["input"])
+    dims = [d for d in range(x.dim()) if d != 1]
+    source = x.detach() if detached else x
+    count: Any = size
+    if group is not None:
+        count = x.new_tensor(float(size))
+        dist.all_reduce(count, group=group)
+
+    def mean(values: Tensor) -> Tensor:
+        total = SumOverMerged.apply(
+            values.sum(dims, keepdim=True), source, merged, group
+        )
+        averaged: Tensor = total / count
+        return averaged
+
+    mu = mean(source)
+    var = mean((source - mu).square())
+    y = (x - mu) * torch.rsqrt(var + call["eps"])
+    return scaled_and_shifted(y, call["weight"], call["bias"]).to(call["input"].dtype)
+
+
+def _update(call: Call, merged: Levels, group: Any) -> None:
+    site, x = call.site, call["input"]
+    assert site is not None and site.layer is not None
+    layer: Any = site.layer
+    if site.tracks and layer.running_mean is not None:
+        UpdateRunningStats.apply(
+            x,
+            layer.running_mean,
+            layer.running_var,
+            layer.num_batches_tracked,
+            layer.momentum,
+            merged,
+            group,
+            site.path(),
+        )
+
+
+def _whole_batch(call: Call) -> Tensor:
+    """The plain formula on the merged batch, slices put back."""
+    x: Tensor = call["input"]
+    dims = [d for d in range(x.dim()) if d != 2]
+    centred = x - x.mean(dims, keepdim=True)
+    y: Tensor = centred / ((centred**2).mean(dims, keepdim=True) + call["eps"]).sqrt()
+    at_channel = [1, 1, -1] + [1] * (x.dim() - 3)
+    if call["weight"] is not None:
+        y = y * call["weight"].reshape(at_channel)
+    if call["bias"] is not None:
+        y = y + call["bias"].reshape(at_channel)
+    return y
+
+
+register(
+    Rule(
+        name="batch_norm, statistics across the vmapped axis",
+        functions=(F.batch_norm,),
+        modes=("sync",),
+        accepts=of_a_layer,
+        batched=_across_slices,
+        reference=_whole_batch,
+    )
+)
