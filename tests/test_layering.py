@@ -23,9 +23,15 @@ LAYERS = {
     "_batched": {"_call", "_errors"},
     "_per_sample": {"_batched", "_call", "_errors", "_groups", "_state", "_wrap"},
     "_convert": {"_groups"},
+    "_report": {"_rule"},
+    "_trial": {"_call", "_scope"},
+    "_check": {
+        *("_advice", "_call", "_errors", "_groups", "_report", "_rule", "_scope"),
+        *("_state", "_trial", "_wrap"),
+    },
     "testing": {"_call", "_rule"},
     "__init__": {
-        *("_batched", "_convert", "_errors", "_per_sample", "_wrap", "rules"),
+        *("_batched", "_check", "_convert", "_errors", "_per_sample", "_wrap", "rules"),
     },
 }
 
