@@ -484,11 +484,9 @@ def _of_writes(
     if "eval" not in past and has_running_stats(asked.modules[path]):
         becomes["eval"] = "in eval mode; nothing is written"
     if past:
-        detail = f"writes {names} in its forward, past what a block can catch (.data?)"
-        advice = (
-            "Write to a buffer, by an in-place method or as self.name = ...; not to"
-        )
-        advice += " .data, and not to a parameter."
+        detail = f"writes {names} in its forward, as no block catches it (.data = ?)"
+        advice = "Write to a buffer, by an in-place method of it or as self.name = ...,"
+        advice += " and to no parameter."
     else:
         detail = (
             f"writes {names} in its forward, which torch refuses under vmap and grad"
