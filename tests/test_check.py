@@ -19,6 +19,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from vmapsafe import NeverUpdatedWarning, check, vmap_safe
+from vmapsafe.__main__ import main
 from vmapsafe._check import add_arguments, run
 from vmapsafe._rule import MODES
 
@@ -956,6 +957,12 @@ def test_bad_options(
         _run(f"nets:ready {option}")
     assert left.value.code == 2
     assert error in capsys.readouterr().err
+
+
+def test_it_is_a_sub_command(nets: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """``python -m vmapsafe check``."""
+    assert main(["check", f"{nets}:dropout", "--mode", "eval"]) == 1
+    assert capsys.readouterr().out.startswith("check(Sequential): 1 finding; UNSAFE")
 
 
 def _run(arguments: str) -> int:

@@ -33,6 +33,9 @@ LAYERS = {
     "__init__": {
         *("_batched", "_check", "_convert", "_errors", "_per_sample", "_wrap", "rules"),
     },
+    # Users of the public names, as anybody's code is.
+    "_demo": {"vmap_safe"},
+    "__main__": {"__version__", "_check", "_demo"},
 }
 
 

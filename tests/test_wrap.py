@@ -5,10 +5,10 @@ import inspect
 
 import pytest
 import torch
+from plain import assert_same_state, everything
 from torch import nn
 from torch.func import vmap
 
-from plain import assert_same_state, everything
 from vmapsafe import NeverUpdatedWarning, vmap_safe
 
 
@@ -245,7 +245,7 @@ def test_torchscript_has_its_training_flag_switched(model):
     """In "eval"; the other modes are refused (see test_messages)."""
     with pytest.warns(DeprecationWarning):
         scripted = torch.jit.script(model)
-    layer = scripted.get_submodule("1")
+    layer = dict(scripted.named_modules())["1"]
     count = layer.num_batches_tracked.clone()
     with vmap_safe(scripted):
         torch.testing.assert_close(scripted(X[0]), model.eval()(X[0]))

@@ -18,6 +18,8 @@ The map of the package, bottom up; each file imports only from those above it:
 ``_report``      the findings of ``check``, and how they print
 ``_trial``       a copy of a model run on an example, and what that shows
 ``_check``       ``check``
+``_demo``        the main job on real data, an example to copy
+``__main__``     ``python -m vmapsafe``
 """
 
 from vmapsafe import rules as _rules

@@ -38,14 +38,23 @@ _ADVICE = (
         "Keep it a tensor.",
     ),
     (
-        "Batching rule not implemented",
-        "torch's vmap does not know this operation. Write it with others, or loop "
-        "over the slices.",
+        "different inplace randomness on an unbatched tensor",
+        "The draw fills a tensor that vmap does not batch. Draw out of place "
+        "(torch.bernoulli), or into torch.empty_like of the layer's input.",
     ),
     (
-        "lstm",
-        "torch's vmap has no rule for recurrent layers. Loop over the slices, or use "
-        "a layer written with plain operations.",
+        "operators that can output dynamic shape",
+        "The shape of the result depends on the values of the slice. Use torch.where "
+        "or a mask.",
+    ),
+    (
+        "Batching rule not implemented",
+        "torch's vmap does not know this operation, as those of nn.LSTM, nn.GRU and "
+        "nn.RNN. Write it with others, or loop over the slices.",
+    ),
+    (
+        "running_mean or running_var, which will be updated in place",
+        "The block does not cover this layer. Hand its model to vmap_safe as well.",
     ),
 )
 

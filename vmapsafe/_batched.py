@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import vmap
 
@@ -93,7 +94,9 @@ def batched(
             worded("batched(...)", f"{function!r} is not callable", "Pass a function")
         )
     name = getattr(function, "__name__", type(function).__name__)
-    names = _parameter_names(function)
+    # torch.compile cannot trace inspect; without a dict, names only word errors.
+    needs_names = isinstance(in_dims, dict) or not torch.compiler.is_compiling()
+    names = _parameter_names(function) if needs_names else ()
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -484,7 +484,7 @@ def _of_writes(
     if "eval" not in past and has_running_stats(asked.modules[path]):
         becomes["eval"] = "in eval mode; nothing is written"
     if past:
-        detail = f"writes {names} in its forward, as no block catches it (.data = ?)"
+        detail = f"writes {names} in its forward, in a way no block catches (.data = ?)"
         advice = "Write to a buffer, by an in-place method of it or as self.name = ...,"
         advice += " and to no parameter."
     else:
@@ -564,6 +564,8 @@ def _generators_kept() -> Iterator[None]:
 
 
 # -- The command line -----------------------------------------------------------------
+
+HELP = "say what of a model is unsafe under vmap; exit status 1 if something is"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

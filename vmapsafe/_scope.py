@@ -9,7 +9,9 @@ arguments. The scope looks up the rules; it does not know what they do.
 
 from __future__ import annotations
 
+import re
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +111,7 @@ class Scope(TorchFunctionMode):
         self.table: Table = table(options.mode)
         self.outer = innermost()
         self.running: list[Running] = [] if self.outer is None else self.outer.running
+        self.traced: list[Running] = []
         self.covers = {module: model for model in models for module in model.modules}
 
     def __torch_function__(
@@ -119,7 +122,7 @@ class Scope(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        running = self.running
+        running = running_under(self)
         if running and running[-1].scope is self:
             rules = self.table.get(func)
             if rules is not None:
@@ -175,6 +178,15 @@ class Scope(TorchFunctionMode):
             )
 
 
+def running_under(scope: Scope) -> list[Running]:
+    """The modules of this thread whose forwards are running, the outermost first.
+
+    What torch.compile traces is a list of its own: a graph must not depend on the
+    modules that happen to run around it.
+    """
+    return scope.traced if torch.compiler.is_compiling() else scope.running
+
+
 def opened(roots: Sequence[nn.Module], options: Options, block: object) -> Scope:
     """Open a block for the object ``block``; all of it or, with an error, nothing."""
     scope = Scope(find(roots, options.mode, _enclosing_models()), options, block)
@@ -220,6 +232,16 @@ def _remove(scope: Scope) -> str:
 # handle of torch's has: registering through the public function makes a handle that
 # torch.compile cannot trace (read in torch 2.13).
 _KEY = -1
+# torch warns at each call of a compiled module while such hooks stand. The filter is
+# put in and taken out by hand: warnings.filterwarnings would have every warning of the
+# process shown again.
+_QUIET = (
+    "ignore",
+    re.compile(r"Using `torch.compile\(module\)` when there are global hooks"),
+    UserWarning,
+    None,
+    0,
+)
 _open: list[Scope] = []
 _listeners = 0
 _listeners_lock = threading.RLock()
@@ -237,6 +259,7 @@ def _listen() -> bool:
         _listeners += 1
         if _listeners == 1:
             _install()
+            warnings.filters.insert(0, _QUIET)  # type: ignore[attr-defined]
     return True
 
 
@@ -249,6 +272,8 @@ def _stop_listening() -> None:
         _listeners -= 1
         if _listeners == 0:
             _uninstall()
+            if _QUIET in warnings.filters:
+                warnings.filters.remove(_QUIET)  # type: ignore[attr-defined]
 
 
 def _install() -> None:
@@ -273,9 +298,10 @@ def _begin(module: nn.Module, args: Any) -> None:
             return
         _push_mode(scope)  # type: ignore[no-untyped-call]
         adopted = True
+    running = running_under(scope)
     owner = scope.owner_of(module)
     if owner is None:
-        scope.running.append(Running(module, None, None, None, adopted))
+        running.append(Running(module, None, None, None, adopted))
         return
     model = owner.covers[module]
     layer = model.layers.get(module)
@@ -284,9 +310,9 @@ def _begin(module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling() and in_checkpoint():
             owner.checkpointed.add(module)
     buffers = None
-    if not any([running.model is model for running in scope.running]):
+    if not any([one.model is model for one in running]):
         buffers = {owner: dict(owner._buffers) for owner in model.buffered}
-    scope.running.append(Running(module, owner, model, buffers, adopted))
+    running.append(Running(module, owner, model, buffers, adopted))
 
 
 def _recomputing(module: nn.Module) -> Scope | None:
@@ -308,7 +334,7 @@ def _end(module: nn.Module, args: Any, output: Any) -> None:
     scope = innermost()
     if scope is None:
         return
-    running = scope.running
+    running = running_under(scope)
     if not any([one.module is module for one in running]):
         return
     while True:

@@ -22,6 +22,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from vmapsafe._errors import BlockError, worded
 
+_compiling = torch.compiler.is_compiling
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
@@ -36,8 +37,7 @@ class Flags(NamedTuple):
     track_running_stats: bool | None
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One normalisation layer of a model: its flags outside all blocks, as this block
     found them, and as it wants them. A frozen layer keeps its own."""
 
@@ -135,12 +135,18 @@ def is_normalisation(module: nn.Module) -> bool:
 
 
 def set_flags(module: nn.Module, flags: Flags) -> None:
-    """Write the flags that differ."""
+    """Write the flags that differ.
+
+    Past ``nn.Module.__setattr__``, whose look for parameters costs more than all the
+    rest of a block, unless a class has its own or torch.compile traces.
+    """
+    plain = type(module).__setattr__ is nn.Module.__setattr__
+    write = object.__setattr__ if plain and not _compiling() else setattr
     if module.training != flags.training:
-        module.training = flags.training
+        write(module, "training", flags.training)
     track = flags.track_running_stats
     if track is not None and module.track_running_stats != track:
-        setattr(module, "track_running_stats", track)
+        write(module, "track_running_stats", track)
 
 
 def switch(models: Sequence[Model], options: Any) -> None:
@@ -149,7 +155,7 @@ def switch(models: Sequence[Model], options: Any) -> None:
     Raises:
         BlockError: another thread holds one of the layers with other options.
     """
-    if torch.compiler.is_compiling():  # a lock and a table cannot be traced
+    if _compiling():  # a lock and a table cannot be traced
         for model in models:
             for layer in model.layers.values():
                 layer.enforce()
@@ -173,7 +179,7 @@ def switch(models: Sequence[Model], options: Any) -> None:
 
 def put_back(models: Sequence[Model]) -> None:
     """Undo :func:`switch`: as before for the last holder, else as the others want."""
-    if torch.compiler.is_compiling():
+    if _compiling():
         for model in reversed(models):
             for layer in model.layers.values():
                 set_flags(layer.module, layer.before)
@@ -195,10 +201,14 @@ def _look_at(root: nn.Module, mode: str, known: Mapping[nn.Module, Layer]) -> Mo
         module = waiting.pop()
         modules.append(module)
         for child in reversed(list(module._modules.values())):
+            if type(child).__name__ == "OptimizedModule":
+                # A wrapper that torch.compile would trace as two modules.
+                child = unwrapped(child)  # type: ignore[arg-type]
             if child is not None and child not in seen:
                 seen.add(child)
                 waiting.append(child)
-        _refuse(module, mode, root)
+        if type(module) not in _harmless:
+            _refuse(module, mode, root)
         if not module._buffers:
             continue
         if isinstance(module._buffers, dict):  # TorchScript keeps its own
@@ -245,15 +255,18 @@ def _original(module: nn.Module, known: Mapping[nn.Module, Layer]) -> Flags:
     layer = known.get(module)
     if layer is not None:
         return layer.original
-    if not torch.compiler.is_compiling():
+    if not _compiling():
         held = _held.get(module)
         if held is not None:
             return held.original
     return _flags(module)
 
 
+_harmless: set[type] = set()
+
+
 def _refuse(module: nn.Module, mode: str, root: nn.Module) -> None:
-    """Raise for a module that no block can cover, by name."""
+    """Raise for a module that no block can cover, by name; remember harmless classes."""
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         raise ValueError(
             worded(
@@ -280,17 +293,17 @@ def _refuse(module: nn.Module, mode: str, root: nn.Module) -> None:
                 'Use mode="eval", or the module before it was scripted',
             )
         )
+    if not isinstance(module, (LazyModuleMixin, torch.jit.ScriptModule)):
+        _harmless.add(type(module))
 
 
-@dataclass
-class _Claim:
+class _Claim(NamedTuple):
     layer: Layer
     options: Any
     thread: int
 
 
-@dataclass
-class _Held:
+class _Held(NamedTuple):
     original: Flags
     claims: list[_Claim]
 
@@ -300,7 +313,9 @@ _held: dict[nn.Module, _Held] = {}
 
 
 def _claim(layer: Layer, options: Any) -> None:
-    held = _held.setdefault(layer.module, _Held(layer.original, []))
+    held = _held.get(layer.module)
+    if held is None:
+        held = _held[layer.module] = _Held(layer.original, [])
     held.claims.append(_Claim(layer, options, threading.get_ident()))
 
 
@@ -308,7 +323,7 @@ def _release(layer: Layer) -> None:
     held = _held.get(layer.module)
     if held is None:
         return
-    held.claims = [claim for claim in held.claims if claim.layer is not layer]
+    held.claims[:] = [claim for claim in held.claims if claim.layer is not layer]
     if held.claims:
         held.claims[-1].layer.enforce()
     else:

@@ -161,6 +161,51 @@ register(
 )
 
 
+# -- Every mode: running statistics, for layers in eval mode -------------------------
+
+
+def _reads_statistics(call: Call) -> bool:
+    return (
+        not call["training"]
+        and call["running_mean"] is not None
+        and call["running_var"] is not None
+    )
+
+
+def _by_running_statistics(call: Call) -> Tensor:
+    """An affine map. torch's own raises in vmap(grad) under autocast, and becomes a
+    loop over the slices where torch.compile traces it (read in torch 2.13)."""
+    x = _wide(call["input"])
+    scale = torch.rsqrt(_wide(call["running_var"]) + call["eps"])
+    if call["weight"] is not None:
+        scale = scale * _wide(call["weight"])
+    shift = -_wide(call["running_mean"]) * scale
+    if call["bias"] is not None:
+        shift = shift + _wide(call["bias"])
+    y = torch.addcmul(_per_channel(shift, x), x, _per_channel(scale, x))
+    return y.to(call["input"].dtype)
+
+
+def _plain_by_running_statistics(call: Call) -> Tensor:
+    x = call["input"]
+    at_channel = [-1 if d == 1 else 1 for d in range(x.dim())]
+    mean = call["running_mean"].reshape(at_channel)
+    var = call["running_var"].reshape(at_channel)
+    return _scaled(call, (x - mean) / torch.sqrt(var + call["eps"]))
+
+
+register(
+    Rule(
+        name="batch_norm, running statistics",
+        functions=(F.batch_norm,),
+        modes=MODES,
+        accepts=_reads_statistics,
+        batched=_by_running_statistics,
+        reference=slice_by_slice(_plain_by_running_statistics),
+    )
+)
+
+
 # -- What they share -------------------------------------------------------------------
 
 
@@ -171,18 +216,27 @@ def _in_plain_operations(call: Call, dims: list[int]) -> Tensor:
     and in the third by reverse mode, as it holds the saved statistics constant
     (pytorch/pytorch#196699, #186256; measured again in 2.13).
     """
-    x = call["input"]
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    centred = wide - wide.mean(dims, keepdim=True)
-    y: Tensor = centred * torch.rsqrt(
-        centred.square().mean(dims, keepdim=True) + call["eps"]
-    )
-    shape = [1, -1] + [1] * (x.dim() - 2)
+    x = _wide(call["input"])
+    centred = x - x.mean(dims, keepdim=True)
+    var = centred.square().mean(dims, keepdim=True)
+    return _affine(call, centred * torch.rsqrt(var + call["eps"]))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the dtype in which torch's kernels normalise."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _affine(call: Call, y: Tensor) -> Tensor:
     if call["weight"] is not None:
-        y = y * call["weight"].view(shape)
+        y = y * _per_channel(call["weight"], y)
     if call["bias"] is not None:
-        y = y + call["bias"].view(shape)
-    return y.to(x.dtype)
+        y = y + _per_channel(call["bias"], y)
+    return y.to(call["input"].dtype)
+
+
+def _per_channel(values: Tensor, y: Tensor) -> Tensor:
+    return values.reshape([-1 if d == 1 else 1 for d in range(y.dim())])
 
 
 def _one_value(call: Call, per: str, do: str) -> str:
@@ -203,10 +257,14 @@ def _normalised(
     https://arxiv.org/abs/1502.03167, algorithm 1)."""
     mean = x.mean(dims, keepdim=True)
     var = ((x - mean) ** 2).mean(dims, keepdim=True)
-    y = ((x - mean) / torch.sqrt(var + call["eps"])).reshape(shape or x.shape)
-    per_channel = [-1 if d == 1 else 1 for d in range(y.dim())]
+    y = (x - mean) / torch.sqrt(var + call["eps"])
+    return _scaled(call, y.reshape(shape or x.shape))
+
+
+def _scaled(call: Call, y: Tensor) -> Tensor:
+    at_channel = [-1 if d == 1 else 1 for d in range(y.dim())]
     if call["weight"] is not None:
-        y = y * call["weight"].reshape(per_channel)
+        y = y * call["weight"].reshape(at_channel)
     if call["bias"] is not None:
-        y = y + call["bias"].reshape(per_channel)
+        y = y + call["bias"].reshape(at_channel)
     return y

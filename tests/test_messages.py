@@ -1,0 +1,304 @@
+"""Every error text: what was called, what was found, what to do."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plain import assert_same_state, everything
+from torch import nn
+from torch.func import vmap
+
+from vmapsafe import BlockError, NeverUpdatedWarning, vmap_safe
+from vmapsafe._rule import Rule, register, registered
+
+
+def net():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4)))
+    net(torch.randn(5, 3))
+    return net
+
+
+async def coroutine(model):
+    pass
+
+
+async def asynchronous_generator(model):
+    yield 1
+
+
+class FullyShardedDataParallel(nn.Module):
+    """Stands in for torch's: a wrapper is refused by the name of its class."""
+
+
+def scripted():
+    return torch.jit.script(net())
+
+
+ENTRY = {
+    "unknown mode": (
+        lambda: vmap_safe(net(), mode="train"),
+        ValueError,
+        "vmap_safe(...): unknown mode 'train'. Choose one of \"eval\", "
+        '"no_running_stats", "group_norm".',
+    ),
+    "no module": (
+        lambda: vmap_safe(net(), 3),
+        TypeError,
+        "vmap_safe(...): 3 is a int, not an nn.Module. Write vmap_safe(model).",
+    ),
+    "num_groups below 1": (
+        lambda: vmap_safe(net(), num_groups=0),
+        ValueError,
+        "num_groups=0, which is below 1; write an int >= 1 or a callable C -> int",
+    ),
+    "no model in a with": (
+        lambda: vmap_safe(mode="eval").__enter__(),
+        TypeError,
+        'with vmap_safe(mode="eval", num_groups=32): got no model. '
+        "Write vmap_safe(model).",
+    ),
+    "no model among the arguments": (
+        lambda: vmap_safe(lambda x, y: x)(1, [2]),
+        TypeError,
+        '<lambda>(...) under @vmap_safe(mode="eval", num_groups=32): no nn.Module '
+        "among its arguments, nor in a tuple, list or dict there. Pass the model, or "
+        "write @vmap_safe(model).",
+    ),
+    "async def": (
+        lambda: vmap_safe(coroutine),
+        TypeError,
+        '@vmap_safe(mode="eval", num_groups=32): coroutine is async, and a block left '
+        "open across an await would be seen by other tasks. Use `with "
+        "vmap_safe(model):` around the synchronous part.",
+    ),
+    "async generator": (
+        lambda: vmap_safe(asynchronous_generator),
+        TypeError,
+        "asynchronous_generator is async",
+    ),
+    "class": (
+        lambda: vmap_safe(nn.Linear),
+        TypeError,
+        '@vmap_safe(mode="eval", num_groups=32): Linear is a class, of which only the '
+        "creation would be covered. Decorate its methods.",
+    ),
+    "not a function": (
+        lambda: vmap_safe(mode="eval")(3),
+        TypeError,
+        '@vmap_safe(mode="eval", num_groups=32): 3 is not a function. Decorate a '
+        "function.",
+    ),
+    "lazy": (
+        lambda: vmap_safe(nn.Sequential(nn.LazyBatchNorm1d())).__enter__(),
+        ValueError,
+        "vmap_safe(Sequential, mode=\"eval\"): '0' (LazyBatchNorm1d) is lazy and has "
+        "not seen a batch. Run the model on one batch first.",
+    ),
+    "FSDP": (
+        lambda: vmap_safe(nn.Sequential(FullyShardedDataParallel())).__enter__(),
+        TypeError,
+        "vmap_safe(Sequential, mode=\"eval\"): '0' (FullyShardedDataParallel) is "
+        "sharded by FSDP, whose flat parameters torch.func cannot map over. Use the "
+        "module before it is sharded, or DistributedDataParallel.",
+    ),
+    "TorchScript": (
+        lambda: vmap_safe(scripted(), mode="group_norm").__enter__(),
+        TypeError,
+        "vmap_safe(RecursiveScriptModule, mode=\"group_norm\"): 'the model itself' "
+        "(RecursiveScriptModule) is TorchScript, of which only the training flag can "
+        'be switched. Use mode="eval", or the module before it was scripted.',
+    ),
+    "left twice": (
+        lambda: vmap_safe(net()).__exit__(None, None, None),
+        BlockError,
+        'leaving vmap_safe(Sequential, mode="eval", num_groups=32): it is not open in '
+        "this thread. Leave a block once for each time it was entered, in the thread "
+        "that entered it.",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", ENTRY)
+def test_entry(name):
+    call, kind, text = ENTRY[name]
+    with pytest.raises(kind) as caught:
+        call()
+    assert text in str(caught.value)
+
+
+# -- In the forward --------------------------------------------------------------------
+
+
+def in_block(model, x, mode, **options):
+    with vmap_safe(model, mode=mode, **options):
+        vmap(model)(x)
+
+
+FORWARD = {
+    "one value a channel": (
+        lambda: net(),
+        torch.randn(3, 1, 3),
+        {"mode": "no_running_stats"},
+        "batch_norm of '1.0' (BatchNorm1d): input of shape (1, 4) has one value for "
+        "each channel, which would leave only the bias. Use larger slices, or "
+        'mode="eval" where there are running statistics.',
+    ),
+    "one value a group": (
+        lambda: net(),
+        torch.randn(3, 2, 3),
+        {"mode": "group_norm"},
+        "batch_norm of '1.0' (BatchNorm1d): input of shape (2, 4) has one value for "
+        "each of 4 groups of 4 channels, which would leave only the bias. Pass a "
+        "num_groups that divides the channels into fewer groups (where it does not "
+        'divide them, each channel is a group), or use mode="eval".',
+    ),
+    "the model is the layer": (
+        lambda: nn.BatchNorm1d(3, track_running_stats=False),
+        torch.randn(3, 1, 3),
+        {"mode": "eval"},
+        "batch_norm of 'the model itself' (BatchNorm1d): input of shape (1, 3) has one",
+    ),
+    "instance norm of one value": (
+        lambda: nn.InstanceNorm1d(3, track_running_stats=True),
+        torch.randn(3, 2, 3, 1),
+        {"mode": "no_running_stats"},
+        "instance_norm of 'the model itself' (InstanceNorm1d): input of shape "
+        "(2, 3, 1) has one value for each channel, which would leave only the bias. "
+        'Use larger samples, or mode="eval".',
+    ),
+    "num_groups that gives 0": (
+        lambda: nn.BatchNorm1d(3),
+        torch.randn(3, 2, 3, 2),
+        {"mode": "group_norm", "num_groups": lambda channels: 0},
+        "num_groups(3) returned 0, which is below 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward(name):
+    make, x, options, text = FORWARD[name]
+    model = make()
+    before = everything(model)
+    with pytest.raises(ValueError) as caught:
+        in_block(model, x, **options)
+    assert text in str(caught.value)
+    assert_same_state(model, before)
+
+
+# -- Notes on errors of torch's vmap --------------------------------------------------
+
+
+class NoRule(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class Asks(nn.Module):
+    """A layer whose forward is one function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def in_place(x):
+    torch.zeros(x.shape)[0] = x[0]
+    return x
+
+
+NOTES = {
+    "random": (F.dropout, 'randomness="different"'),
+    "own autograd.Function": (NoRule.apply, "vmap staticmethod"),
+    "data-dependent": (lambda x: x if x.sum() > 0 else -x, "torch.where"),
+    "item": (lambda x: x * x.sum().item(), "Keep it a tensor"),
+    "in-place": (in_place, "Write the operation out of place"),
+    "no batching rule": (
+        lambda x, lstm=nn.LSTM(3, 3): lstm(x)[0],
+        "loop over the slices",
+    ),
+    "in-place draw": (
+        lambda x: torch.empty(3).bernoulli_(0.5) * x,
+        "Draw out of place",
+    ),
+    "dynamic shape": (torch.nonzero, "Use torch.where or a mask"),
+    "a layer of another model": (
+        lambda x, other=nn.BatchNorm1d(3): other(x),
+        "Hand its model to vmap_safe as well",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+@pytest.mark.parametrize("decorated", [False, True])
+def test_notes(name, decorated):
+    """The error keeps its type and text, and gains the layer's path and a way out."""
+    function, advice = NOTES[name]
+    model = nn.Sequential(nn.Identity(), nn.Sequential(Asks(function)))
+    x = torch.randn(3, 2, 3)
+    mapped = vmap(model, randomness="different" if name == "in-place draw" else "error")
+    with pytest.raises(Exception) as bare:
+        mapped(x)
+    with pytest.raises(type(bare.value)) as caught:
+        if decorated:
+            vmap_safe(lambda model: mapped(x))(model)
+        else:
+            with vmap_safe(model):
+                mapped(x)
+    assert str(caught.value) == str(bare.value)
+    (note,) = caught.value.__notes__
+    assert note.startswith("vmapsafe: raised in '1.0' (Asks). ")
+    assert advice in note
+
+
+def test_errors_that_are_not_vmaps_get_no_note():
+    model = nn.Sequential(nn.Linear(3, 4))
+    with pytest.raises(RuntimeError) as caught:
+        with vmap_safe(model):
+            model(torch.randn(2, 5))
+    assert not hasattr(caught.value, "__notes__")
+
+
+# -- Rules -----------------------------------------------------------------------------
+
+
+def test_registering():
+    """A name that is taken and an unknown mode are refused; nothing is registered."""
+    first = registered()[0]
+    before = registered()
+    with pytest.raises(ValueError, match=re.escape(f"a rule named '{first.name}'")):
+        register(first)
+    odd = Rule("odd", (torch.sin,), ("nope",), bool, bool, bool)
+    with pytest.raises(ValueError, match=r"register\(...\): unknown mode 'nope'"):
+        register(odd)
+    assert registered() == before
+
+
+def test_the_warning():
+    class Untrained(nn.Sequential):
+        pass
+
+    with pytest.warns(NeverUpdatedWarning) as caught:
+        with vmap_safe(Untrained(nn.BatchNorm1d(3))):
+            pass
+    assert str(caught[0].message) == (
+        'vmap_safe(Untrained, mode="eval", num_groups=32): the running statistics of '
+        "'0' (BatchNorm1d) were never updated, so it normalises by mean 0 and variance "
+        "1. Train the model first, or use another mode."
+    )
+    assert caught[0].filename == __file__
