@@ -23,13 +23,19 @@ LAYERS = {
     "_batched": {"_call", "_errors"},
     "_per_sample": {"_batched", "_call", "_errors", "_groups", "_state", "_wrap"},
     "_convert": {"_groups"},
+    "_report": {"_rule"},
+    "_trial": {"_call", "_scope"},
+    "_check": {
+        *("_advice", "_call", "_errors", "_groups", "_report", "_rule", "_scope"),
+        *("_state", "_trial", "_wrap"),
+    },
     "testing": {"_call", "_rule"},
     "__init__": {
-        *("_batched", "_convert", "_errors", "_per_sample", "_wrap", "rules"),
+        *("_batched", "_check", "_convert", "_errors", "_per_sample", "_wrap", "rules"),
     },
     # Users of the public names, as anybody's code is.
     "_demo": {"vmap_safe"},
-    "__main__": {"__version__", "_demo"},
+    "__main__": {"__version__", "_check", "_demo"},
 }
 
 

@@ -15,12 +15,16 @@ The map of the package, bottom up; each file imports only from those above it:
 ``_batched``     ``batched``
 ``_per_sample``  per-sample gradients
 ``_convert``     permanent conversions, ``norm_layer``
+``_report``      the findings of ``check``, and how they print
+``_trial``       a copy of a model run on an example, and what that shows
+``_check``       ``check``
 ``_demo``        the main job on real data, an example to copy
 ``__main__``     ``python -m vmapsafe``
 """
 
 from vmapsafe import rules as _rules
 from vmapsafe._batched import batched as batched
+from vmapsafe._check import check as check
 from vmapsafe._convert import convert as convert
 from vmapsafe._convert import norm_layer as norm_layer
 from vmapsafe._errors import BlockError as BlockError
@@ -33,6 +37,7 @@ __all__ = [
     "BlockError",
     "NeverUpdatedWarning",
     "batched",
+    "check",
     "convert",
     "norm_layer",
     "per_sample_grads",

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vmapsafe import __version__, _demo
+from vmapsafe import __version__, _check, _demo
 
 
 class Command(NamedTuple):
@@ -17,7 +17,9 @@ class Command(NamedTuple):
 
 
 # Name -> command; a new one is one line.
-COMMANDS: dict[str, Command] = {}
+COMMANDS: dict[str, Command] = {
+    "check": Command(_check.HELP, _check.add_arguments, _check.run),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,678 @@
+"""``check``: what of a model is unsafe under vmap, before it goes wrong.
+
+Two looks. The first is at the layers and their flags. The second, if there is an
+example, is at runs of a copy of the model on it, in every mode: errors, hand-made
+layers that write to their buffers, and random functions show in a run only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import operator
+import os
+import random
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from vmapsafe._advice import _ADVICE
+from vmapsafe._call import tree_flatten, tree_map
+from vmapsafe._errors import worded
+from vmapsafe._groups import NumGroups, check_num_groups, groups_for
+from vmapsafe._report import Finding, Report
+from vmapsafe._rule import MODES, check_mode
+from vmapsafe._scope import Options, innermost
+from vmapsafe._state import (
+    Flags,
+    Model,
+    _refuse,
+    has_running_stats,
+    set_flags,
+    unwrapped,
+)
+from vmapsafe._trial import (
+    ALONE,
+    Example,
+    Failure,
+    Outcome,
+    in_block,
+    left_alone,
+    plain,
+)
+from vmapsafe._wrap import _never_updated
+
+
+def check(
+    model: nn.Module,
+    *example: Any,
+    mode: str | None = None,
+    randomness: str = "error",
+    num_groups: NumGroups = 32,
+) -> Report:
+    """Report what is unsafe in a model under vmap, and what each mode makes of it.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from vmapsafe import check
+    >>> class Centred(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.register_buffer("mu", torch.zeros(3))
+    ...     def forward(self, x):
+    ...         self.mu.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+    ...         return x - self.mu.view(-1, 1, 1)
+    >>> model = nn.Sequential(Centred(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    >>> report = check(model, torch.randn(2, 3, 8, 8))
+    >>> for finding in report:
+    ...     print(finding.path, finding.module, "|", finding.kind)
+    0 Centred | writes buffers
+    2 BatchNorm2d | mixes samples
+    2 BatchNorm2d | writes buffers
+    >>> report.safe("eval"), len(report)
+    (True, 3)
+
+    ``print(report)`` shows a table. The kinds of findings:
+
+    ================  ===============================================================
+    "mixes samples"   batch norm with batch statistics: under vmap, of the slice
+    "writes buffers"  running statistics, counters, a hand-made layer's own updates
+    "random"          dropout and the like: vmap wants to know its ``randomness``
+    "unsupported"     what vmap or vmap_safe raises, with the layer's path
+    "slow fallback"   what torch's vmap runs slice by slice: right, but slow
+    ================  ===============================================================
+
+    Args:
+        model: torch.compile, DataParallel and DistributedDataParallel are unwrapped.
+        *example: a small batch of the model's inputs, e.g. ``x[:2]``; tensors
+            (B, ...). One tuple is all positional inputs, one dict keyword inputs, as
+            in :func:`per_sample_grads`. Without an example nothing is run.
+        mode: the one mode to look at; default all.
+        randomness: that you will pass to vmap; with "different" or "same" random
+            layers are safe.
+        num_groups: of :func:`vmap_safe`.
+
+    Returns:
+        A report: a sequence of findings with ``path``, ``module``, ``kind``,
+        ``detail``, ``becomes`` and ``safe`` by mode, and ``advice``. Its
+        ``safe(mode)`` says whether nothing unsafe was found in a mode.
+
+    Raises:
+        ValueError: an unknown mode or randomness, an example without tensors or of
+            batches that disagree.
+        TypeError: ``model`` is not a module, ``num_groups`` not an int or a function.
+
+    The model is run on a copy, under vmap and vmap(grad), two slices of one at most;
+    it, its ``.grad`` and torch's and Python's random generators stay as they are. An
+    error stops a run, so what comes after the layer that raised it shows once that is
+    mended. What the model's code does elsewhere, to lists, files or NumPy's generator,
+    it does here too. Numbers are not compared with those of a loop.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            worded(
+                "check(...)",
+                f"{model!r} is a {type(model).__name__}, not an nn.Module",
+                "Write check(model, x[:2])",
+            )
+        )
+    if mode is not None:
+        check_mode("check(...)", mode)
+    if randomness not in ("error", "different", "same"):
+        raise ValueError(
+            f"check(...): unknown randomness {randomness!r}. "
+            'Choose one of "error", "different", "same".'
+        )
+    check_num_groups(num_groups)
+    net = unwrapped(model)
+    asked = _Asked(
+        net=net,
+        modules=dict(net.named_modules()),
+        modes=MODES if mode is None else (mode,),
+        randomness=randomness,
+        num_groups=num_groups,
+    )
+    inputs = _example(example)
+    findings = list(_of_layers(asked))
+    trial = _Trial() if inputs is None else _tried(asked, inputs, findings)
+    findings += _of_trial(asked, trial, findings)
+    order = {path: i for i, path in enumerate(asked.modules)}
+    findings.sort(key=lambda finding: order[finding.path])
+    return Report(
+        type(net).__name__,
+        asked.modes,
+        findings,
+        tried=bool(trial.in_mode),
+        notes=trial.notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The question: which model, and how it will be called."""
+
+    net: nn.Module
+    modules: Mapping[str, nn.Module]
+    modes: tuple[str, ...]
+    randomness: str
+    num_groups: NumGroups
+
+    def finding(
+        self,
+        path: str,
+        kind: str,
+        detail: str,
+        becomes: Mapping[str, str] | str,
+        advice: str,
+        unsafe: Mapping[str, object] | bool = False,
+    ) -> Finding:
+        """A finding; a text instead of a mapping holds in every mode."""
+        if isinstance(becomes, str):
+            becomes = {mode: becomes for mode in self.modes}
+        if isinstance(unsafe, bool):
+            unsafe = dict.fromkeys(self.modes) if unsafe else {}
+        return Finding(
+            path=path,
+            module=type(self.modules[path]).__name__,
+            kind=kind,
+            detail=detail,
+            becomes={mode: becomes[mode] for mode in self.modes},
+            safe={mode: mode not in unsafe for mode in self.modes},
+            advice=advice,
+        )
+
+
+def _example(example: tuple[Any, ...]) -> Example | None:
+    """The example as a call on two samples at most; None without one."""
+    if not example:
+        return None
+    args, kwargs = example, {}
+    if len(example) == 1 and isinstance(example[0], tuple):
+        args = example[0]
+    elif len(example) == 1 and isinstance(example[0], dict):
+        args, kwargs = (), example[0]
+    leaves = tree_flatten((args, kwargs))[0]
+    shapes = [tuple(t.shape) for t in leaves if isinstance(t, Tensor) and t.dim()]
+    if len({shape[0] for shape in shapes}) != 1 or shapes[0][0] == 0:
+        found = ", ".join(map(str, shapes)) or "none"
+        raise ValueError(
+            worded(
+                "check(...)",
+                f"the shapes of the example's tensors, {found}, have no batch "
+                "in common",
+                "Pass a small batch of the model's inputs, as check(model, x[:2])",
+            )
+        )
+    args, kwargs = tree_map(
+        lambda t: t[:2] if isinstance(t, Tensor) and t.dim() else t, (args, kwargs)
+    )
+    return Example(args, kwargs)
+
+
+# -- The layers and their flags -------------------------------------------------------
+
+_USE = "Use vmap_safe(model, mode=...)."
+
+
+def _of_layers(asked: _Asked) -> Iterator[Finding]:
+    flags = _flags_outside_blocks(asked.net)
+    refused: list[str] = []
+    for path, module in asked.modules.items():
+        if any(path.startswith(f"{outer}.") or not outer for outer in refused):
+            continue  # the inside of what is refused says nothing new
+        finding = _refusal(asked, path, module)
+        if finding is not None:
+            refused += [path] if not isinstance(module, LazyModuleMixin) else []
+            yield finding
+        elif isinstance(module, _BatchNorm):
+            frozen = flags[asked.net].training and not flags[module].training
+            yield from _of_batch_norm(asked, path, module, flags[module], frozen)
+        elif isinstance(module, _InstanceNorm):
+            yield from _of_instance_norm(asked, path, module, flags[module])
+        elif flags[module].training and _chance(module):
+            yield _random(asked, path, f"drops with probability {_chance(module):g}")
+
+
+def _flags_outside_blocks(net: nn.Module) -> dict[nn.Module, Flags]:
+    """The flags of all modules, without those that open blocks have switched."""
+    flags = {
+        module: Flags(module.training, getattr(module, "track_running_stats", None))
+        for module in net.modules()
+    }
+    scope = innermost()
+    while scope is not None:
+        for model in scope.models:
+            flags |= {m: layer.original for m, layer in model.layers.items()}
+        scope = scope.outer
+    return flags
+
+
+def _refusal(asked: _Asked, path: str, module: nn.Module) -> Finding | None:
+    """What vmap_safe itself says of a module at entry."""
+    said = {}
+    for mode in asked.modes:
+        try:
+            _refuse(module, mode, asked.net)
+        except (TypeError, ValueError) as error:
+            said[mode] = str(error)
+    if not said:
+        return None
+    label = Model(asked.net, ()).label(module)
+    found, _, do = next(iter(said.values())).partition(f"{label} ")[2].rpartition(". ")
+    becomes = {m: "refused at entry" if m in said else "runs" for m in asked.modes}
+    return asked.finding(path, "unsupported", found, becomes, do, said)
+
+
+def _of_batch_norm(
+    asked: _Asked, path: str, layer: _BatchNorm, flags: Flags, frozen: bool
+) -> Iterator[Finding]:
+    running = has_running_stats(layer)
+    if running and not flags.training:
+        return
+    if frozen:
+        yield asked.finding(
+            path,
+            "mixes samples",
+            "without running statistics it normalises with those of the slice",
+            "the same, as its owner has put it in eval mode",
+            "Nothing, if the statistics of a slice are meant; else a layer with "
+            "running statistics.",
+        )
+        return
+    channels = layer.num_features
+    groups = groups_for(channels, asked.num_groups)
+    becomes = {
+        "eval": "with the running statistics",
+        "no_running_stats": "with the statistics of the slice",
+        "group_norm": "over groups of channels of each sample",
+        "sync": "with the statistics of all slices together",
+    }
+    if groups == channels:
+        becomes["group_norm"] = f"over each of the {channels} channels of each sample"
+        if asked.num_groups != channels:
+            becomes["group_norm"] += f", as {channels} is no multiple of num_groups"
+    if not running:
+        becomes["eval"] = "with the statistics of the slice, for want of running ones"
+        detail = "without running statistics it normalises with those of the slice"
+    else:
+        if _never_updated(layer):
+            becomes["eval"] += ", which were never updated (mean 0, variance 1)"
+        detail = "in training it normalises with the statistics of the slice"
+    yield asked.finding(path, "mixes samples", detail, becomes, _USE)
+    if running and flags.track_running_stats:
+        counter = layer.num_batches_tracked is not None
+        written = "the running statistics" + (" and the counter" if counter else "")
+        yield asked.finding(
+            path,
+            "writes buffers",
+            f"updates {written} in place, which torch refuses under vmap and grad",
+            "nothing is written",
+            _USE,
+        )
+
+
+def _of_instance_norm(
+    asked: _Asked, path: str, layer: _InstanceNorm, flags: Flags
+) -> Iterator[Finding]:
+    # Without track_running_stats it still updates the buffers it has (torch 2.13).
+    if has_running_stats(layer) and (flags.training or not flags.track_running_stats):
+        own = "normalises with each sample's own statistics, nothing is written"
+        becomes = dict.fromkeys(MODES, own)
+        if flags.track_running_stats:
+            becomes["eval"] = "normalises with the running statistics, as they are"
+        yield asked.finding(
+            path,
+            "writes buffers",
+            "updates the running statistics in place, which torch refuses under vmap "
+            "and grad",
+            becomes,
+            _USE,
+        )
+
+
+def _chance(module: nn.Module) -> float:
+    """How probable it is that a layer in training drops something, where it says so."""
+    name = type(module).__name__
+    if isinstance(module, _DropoutNd) or name == "StochasticDepth":
+        return float(getattr(module, "p", 0))
+    if name == "DropPath":
+        return float(getattr(module, "drop_prob", None) or 0)
+    if isinstance(module, nn.MultiheadAttention):
+        return float(module.dropout)
+    if isinstance(module, nn.RNNBase) and module.num_layers > 1:
+        return float(module.dropout)
+    return 0.0
+
+
+def _random(asked: _Asked, path: str, detail: str) -> Finding:
+    becomes, advice = {
+        "error": (
+            "raises, unless randomness= is given",
+            'Pass randomness= to vmap, "different" or "same".',
+        ),
+        "different": ("draws for each slice", 'Keep passing randomness="different".'),
+        "same": ("draws once for all slices", 'Keep passing randomness="same".'),
+    }[asked.randomness]
+    unsafe = asked.randomness == "error"
+    return asked.finding(path, "random", detail, becomes, advice, unsafe)
+
+
+# -- The runs on the example ----------------------------------------------------------
+
+
+@dataclass
+class _Trial:
+    """What the runs have shown: without a block, and in each mode."""
+
+    plain: Outcome = field(default_factory=Outcome)
+    in_mode: dict[str, Outcome] = field(default_factory=dict)
+    notes: tuple[str, ...] = (
+        "Without an example only the layers were looked at and nothing was run: errors "
+        "of vmap, hand-made layers and random functions were not looked for. Pass a "
+        "small batch, check(model, x[:2]).",
+    )
+
+
+def _tried(asked: _Asked, inputs: Example, known: list[Finding]) -> _Trial:
+    net = asked.net
+    if _is_lazy(net):
+        return _Trial(notes=(_LAZY,))
+    with _generators_kept(), left_alone(net):
+        try:
+            model = copy.deepcopy(net)
+            if not set(net.modules()).isdisjoint(model.modules()):
+                raise ValueError("its copy shares modules with it")
+        except Exception as error:
+            return _Trial(notes=(_NO_COPY.format(_words(error)),))
+        flags = _flags_outside_blocks(net)
+        for module, copied in zip(net.modules(), model.modules()):
+            set_flags(copied, flags[module])
+
+        trial = _Trial(plain(copy.deepcopy(model), inputs), notes=())
+        draws = bool(trial.plain.random) or any(f.kind == "random" for f in known)
+        for mode in asked.modes:
+            if all(f.safe[mode] for f in known if f.kind == "unsupported"):
+                options = Options(mode=mode, num_groups=asked.num_groups)
+                trial.in_mode[mode] = _in_mode(asked, model, inputs, options, draws)
+    if trial.plain.failures and not all(o.failures for o in trial.in_mode.values()):
+        (failure,) = trial.plain.failures
+        trial.notes = (_NOT_WHOLE.format(_words(failure.error)),)
+    return trial
+
+
+_NO_COPY = (
+    "The model could not be copied ({}), so nothing was run and only the layers were "
+    "looked at."
+)
+_LAZY = "The model is lazy, so nothing was run and only the layers were looked at."
+_NOT_WHOLE = (
+    "A plain call on the example raised ({}), so writes to buffers were not looked for."
+)
+_NO_RANDOMNESS = "random operation while in randomness error mode"  # torch 2.13
+
+
+def _in_mode(
+    asked: _Asked, model: nn.Module, inputs: Example, options: Options, draws: bool
+) -> Outcome:
+    """The runs in one mode; a second time where only the randomness was wanting."""
+    if asked.randomness != "error":
+        return in_block(model, inputs, options, asked.randomness)
+    if draws:
+        return in_block(model, inputs, options, "different")
+    outcome = in_block(model, inputs, options, "error")
+    drew = [f for f in outcome.failures if _NO_RANDOMNESS in str(f.error)]
+    if drew or outcome.random:
+        outcome = in_block(model, inputs, options, "different")
+        for failure in drew:
+            outcome.random.add(failure.path)
+    return outcome
+
+
+def _of_trial(asked: _Asked, trial: _Trial, known: list[Finding]) -> Iterator[Finding]:
+    outcomes = trial.in_mode
+    everywhere = [trial.plain, *outcomes.values()]
+
+    layers = {finding.path for finding in known if finding.kind == "random"}
+    drew = set().union(*[outcome.random for outcome in everywhere])
+    yield from [
+        _random(asked, path, "draws random numbers") for path in sorted(drew - layers)
+    ]
+
+    layers = {finding.path for finding in known if finding.kind == "writes buffers"}
+    for path in _paths(outcome.written for outcome in everywhere):
+        past = {mode: path for mode, o in outcomes.items() if path in o.written}
+        if past or path not in layers:
+            names = _united(outcome.written.get(path, []) for outcome in everywhere)
+            yield _of_writes(asked, path, names, past)
+
+    yield from _of_failures(asked, trial)
+
+    for path in _paths(outcome.fallbacks for outcome in outcomes.values()):
+        met = {mode for mode, o in outcomes.items() if path in o.fallbacks}
+        names = _united(o.fallbacks.get(path, []) for o in outcomes.values())
+        yield asked.finding(
+            path,
+            "slow fallback",
+            f"no batching rule for {names}",
+            {
+                m: "right, but runs slice by slice" if m in met else "runs"
+                for m in asked.modes
+            },
+            "Nothing, if it is fast enough; else other operations.",
+        )
+
+
+def _of_writes(
+    asked: _Asked, path: str, names: str, past: Mapping[str, object]
+) -> Finding:
+    becomes = dict.fromkeys(
+        asked.modes, "not written; what reads it sees the old value"
+    )
+    becomes |= dict.fromkeys(past, "written all the same")
+    if "eval" not in past and has_running_stats(asked.modules[path]):
+        becomes["eval"] = "in eval mode; nothing is written"
+    if past:
+        detail = f"writes {names} in its forward, in a way no block catches (.data = ?)"
+        advice = "Write to a buffer, by an in-place method of it or as self.name = ...,"
+        advice += " and to no parameter."
+    else:
+        detail = (
+            f"writes {names} in its forward, which torch refuses under vmap and grad"
+        )
+        advice = _USE
+    return asked.finding(path, "writes buffers", detail, becomes, advice, past)
+
+
+# How the rules word an error of their own: who, what was found, what to do.
+_OWN_WORDS = re.compile(r"\w+ of '[^']*' \(\w+\): (.*)\. (.*\.)")
+
+
+def _of_failures(asked: _Asked, trial: _Trial) -> Iterator[Finding]:
+    said: dict[tuple[str, str, str], dict[str, str]] = {}
+    for mode, outcome in trial.in_mode.items():
+        alone = {f.path for f in outcome.failures if f.transform == ALONE}
+        met: set[str] = set()
+        for failure in outcome.failures:
+            if failure.transform != ALONE and failure.path not in met:
+                met.add(failure.path)
+                key = (failure.path, *_said(failure, failure.path in alone))
+                said.setdefault(key, {})[mode] = "raises"
+    for (path, detail, advice), raises in said.items():
+        becomes = {mode: "runs" for mode in asked.modes} | raises
+        yield asked.finding(path, "unsupported", detail, becomes, advice, raises)
+
+
+def _said(failure: Failure, alone: bool) -> tuple[str, str]:
+    """What an error says, and what to do."""
+    text = str(failure.error)
+    own = _OWN_WORDS.fullmatch(text)
+    if own:
+        return f"in slices of one, {own[1]}", own[2]
+    if alone:
+        advice = "See that the model runs on a batch of one."
+        return f"without vmap too, it raises {_words(failure.error)}", advice
+    advice = "Take it out of the function that is mapped, or loop over the slices."
+    for said, instead in _ADVICE:
+        if said in text:
+            advice = instead
+            break
+    return f"under {failure.transform} it raises {_words(failure.error)}", advice
+
+
+def _words(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return textwrap.shorten(f"{type(error).__name__}: {said}", 160, placeholder=" ...")
+
+
+def _paths(notes: Any) -> list[str]:
+    return list(dict.fromkeys(path for by_path in notes for path in by_path))
+
+
+def _united(notes: Any) -> str:
+    return ", ".join(dict.fromkeys(what for noted in notes for what in noted))
+
+
+def _is_lazy(model: nn.Module) -> bool:
+    return any(
+        isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+        for module in model.modules()
+    )
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count() if started else 0)
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(state)
+
+
+# -- The command line -----------------------------------------------------------------
+
+HELP = "say what of a model is unsafe under vmap; exit status 1 if something is"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``python -m vmapsafe check``."""
+    parser.add_argument(
+        "model",
+        metavar="MODULE:NAME",
+        help="an nn.Module, or what returns one when called without arguments, e.g. "
+        "torchvision.models:resnet18; the current directory can be imported from",
+    )
+    parser.add_argument(
+        "--input",
+        metavar="SHAPE",
+        type=_shape,
+        action="append",
+        default=[],
+        help="the shape of an input, batch first, e.g. 2,3,64,64; once for each input. "
+        "Without it nothing is run",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=_dtype,
+        default=torch.float32,
+        help="of the inputs and, if it is a floating one, of the model "
+        "(default float32)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        help="look at this mode only; by default at all, and the exit status is for "
+        '"eval"',
+    )
+    parser.add_argument(
+        "--randomness",
+        choices=("error", "different", "same"),
+        default="error",
+        help="that will be passed to vmap (default error)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report.
+
+    Returns:
+        The exit status: 0 if the mode is safe, 1 if it is not, 2 if the model could not
+        be had, after one sentence on stderr.
+    """
+    dtype: torch.dtype = arguments.dtype
+    try:
+        model = _loaded(arguments.model)
+    except _BadUsage as error:
+        print(f"vmapsafe check: {error}", file=sys.stderr)
+        return 2
+    if dtype.is_floating_point or dtype.is_complex:
+        model.to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    example = [_made_up(shape, dtype, generator) for shape in arguments.input]
+    report = check(
+        model, *example, mode=arguments.mode, randomness=arguments.randomness
+    )
+    print(report)
+    return 0 if report.safe(arguments.mode or "eval") else 1
+
+
+class _BadUsage(Exception):
+    """A sentence for the user of the command line."""
+
+
+def _loaded(target: str) -> nn.Module:
+    """The model that ``module:name`` stands for."""
+    module, colon, name = target.partition(":")
+    if not (module and colon and name):
+        raise _BadUsage(f"{target!r} is not of the form module:name.")
+    if not {"", os.getcwd()} & set(sys.path):  # as in python -m
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = operator.attrgetter(name)(importlib.import_module(module))
+        model = found if isinstance(found, nn.Module) else found()
+    except Exception as error:
+        raise _BadUsage(f"{target!r} cannot be had: {_words(error)}.") from error
+    if not isinstance(model, nn.Module):
+        raise _BadUsage(f"{target!r} gives a {type(model).__name__}, not an nn.Module.")
+    return model
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a shape, write e.g. 2,3,64,64"
+        )
+    return shape
+
+
+def _dtype(text: str) -> torch.dtype:
+    dtype = getattr(torch, text, None)
+    if not isinstance(dtype, torch.dtype):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a dtype of torch")
+    return dtype
+
+
+def _made_up(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, dtype=dtype, generator=generator)
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)
