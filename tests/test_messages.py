@@ -56,19 +56,19 @@ ENTRY = {
     "no model in a with": (
         lambda: vmap_safe(mode="eval").__enter__(),
         TypeError,
-        'with vmap_safe(mode="eval", ): got no model. ' "Write vmap_safe(model).",
+        'with vmap_safe(mode="eval"): got no model. ' "Write vmap_safe(model).",
     ),
     "no model among the arguments": (
         lambda: vmap_safe(lambda x, y: x)(1, [2]),
         TypeError,
-        '<lambda>(...) under @vmap_safe(mode="eval", ): no nn.Module '
+        '<lambda>(...) under @vmap_safe(mode="eval"): no nn.Module '
         "among its arguments, nor in a tuple, list or dict there. Pass the model, or "
         "write @vmap_safe(model).",
     ),
     "async def": (
         lambda: vmap_safe(coroutine),
         TypeError,
-        '@vmap_safe(mode="eval", ): coroutine is async, and a block left '
+        '@vmap_safe(mode="eval"): coroutine is async, and a block left '
         "open across an await would be seen by other tasks. Use `with "
         "vmap_safe(model):` around the synchronous part.",
     ),
@@ -80,13 +80,13 @@ ENTRY = {
     "class": (
         lambda: vmap_safe(nn.Linear),
         TypeError,
-        '@vmap_safe(mode="eval", ): Linear is a class, of which only the '
+        '@vmap_safe(mode="eval"): Linear is a class, of which only the '
         "creation would be covered. Decorate its methods.",
     ),
     "not a function": (
         lambda: vmap_safe(mode="eval")(3),
         TypeError,
-        '@vmap_safe(mode="eval", ): 3 is not a function. Decorate a ' "function.",
+        '@vmap_safe(mode="eval"): 3 is not a function. Decorate a ' "function.",
     ),
     "lazy": (
         lambda: vmap_safe(nn.Sequential(nn.LazyBatchNorm1d())).__enter__(),
@@ -111,7 +111,7 @@ ENTRY = {
     "left twice": (
         lambda: vmap_safe(net()).__exit__(None, None, None),
         BlockError,
-        'leaving vmap_safe(Sequential, mode="eval", ): it is not open in '
+        'leaving vmap_safe(Sequential, mode="eval"): it is not open in '
         "this thread. Leave a block once for each time it was entered, in the thread "
         "that entered it.",
     ),
@@ -295,7 +295,7 @@ def test_the_warning():
         with vmap_safe(Untrained(nn.BatchNorm1d(3))):
             pass
     assert str(caught[0].message) == (
-        'vmap_safe(Untrained, mode="eval", ): the running statistics of '
+        'vmap_safe(Untrained, mode="eval"): the running statistics of '
         "'0' (BatchNorm1d) were never updated, so it normalises by mean 0 and variance "
         "1. Train the model first, or use another mode."
     )

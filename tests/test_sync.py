@@ -6,6 +6,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import CASES
+from plain import assert_same_state, everything
 from torch import nn
 from torch.func import (
     functional_call,
@@ -18,8 +20,6 @@ from torch.func import (
     vmap,
 )
 
-from cases import CASES
-from plain import assert_same_state, everything, switched
 from vmapsafe import per_sample_grads, vmap_safe
 from vmapsafe.testing import assert_same
 

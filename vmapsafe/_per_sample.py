@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jacrev, vmap
 
 from vmapsafe._batched import without_batch_dim
 from vmapsafe._call import tree_flatten, tree_map
 from vmapsafe._errors import worded
 from vmapsafe._groups import NumGroups
+from vmapsafe._scope import Options
 from vmapsafe._state import unwrapped
-from vmapsafe._wrap import vmap_safe
+from vmapsafe._wrap import Block, checked
 
 Loss = Callable[..., Any]
 
@@ -23,11 +25,14 @@ def per_sample_grads(
     loss_fn: Loss,
     *batch: Any,
     mode: str = "eval",
+    rows: str = "contribution",
     params: Collection[str] | Mapping[str, Tensor] | None = None,
     chunk_size: int | None = None,
     randomness: str = "error",
     has_aux: bool = False,
     num_groups: NumGroups = 32,
+    update_running_stats: bool = False,
+    sync_levels: int | None = None,
 ) -> Any:
     r"""Every sample's gradient of the loss with respect to the model's parameters.
 
@@ -54,13 +59,17 @@ def per_sample_grads(
             tensors (B, ...). A tuple as the inputs is positional arguments of the
             model, a dict its keyword arguments.
         mode: of :func:`vmap_safe`, whose block is entered for this call.
+        rows: in "sync", where samples share their statistics, what a row is; see below.
         params: the names to differentiate by, or a dict from names to the tensors at
             which to; default every parameter that requires a gradient. Tied
             parameters appear once.
-        chunk_size: samples at a time, as in ``torch.func.vmap``; None for all.
+        chunk_size: samples at a time, as in ``torch.func.vmap``; None for all. In
+            "sync" each chunk is a batch with statistics of its own.
         randomness: of dropout and the like: "error", "different" or "same".
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
         num_groups: of :func:`vmap_safe`.
+        update_running_stats: of :func:`vmap_safe`.
+        sync_levels: of :func:`vmap_safe`.
 
     Returns:
         A dict from parameter names to tensors (B, *parameter.shape), in the dtype of
@@ -71,11 +80,35 @@ def per_sample_grads(
         ValueError: batch sizes that disagree, a loss that has dimensions, parameters
             that do not exist, none that requires a gradient.
 
+    In "eval", "no_running_stats" and "group_norm" samples are independent, and there is
+    one gradient of sample i. In "sync" the field knows three. With :math:`\theta^{(i)}`
+    sample i's own copy of the parameters, and all statistics those of the batch:
+
+    ================  ==============================================  ==================
+    rows              row i                                           sum of the rows
+    ================  ==============================================  ==================
+    "contribution"    :math:`\sum_j \partial \ell_j /                 training gradient
+                      \partial \theta^{(i)}`: all losses, through
+                      sample i's copy (what ``vmap(grad)`` gives,
+                      and BackPACK's BatchGrad)
+    "jacobian"        :math:`\partial \ell_i / \partial \theta`:      training gradient
+                      sample i's loss, through all copies
+    "detached"        :math:`\partial \ell_i / \partial \theta`       another vector
+                      with mean and variance held constant
+    ================  ==============================================  ==================
+
+    The training gradient is that of :math:`\sum_i \ell_i`. Jacobian rows take one
+    backward pass a sample. In none of the three does a row depend on sample i alone.
+
     The formula is that of torch's tutorial on per-sample gradients
     (https://pytorch.org/tutorials/intermediate/per_sample_grads.html). The rows are
     not clipped, and clipping them is not differentially private by itself. It writes
     nothing on the model, ``.grad`` included.
     """
+    _check_rows(rows, mode)
+    options = checked(
+        Options(mode, num_groups, update_running_stats, sync_levels, rows == "detached")
+    )
     net = unwrapped(model)
     values = _chosen(net, params)
     size = _batch_size(batch)
@@ -91,17 +124,50 @@ def per_sample_grads(
         value, aux = result
         return _scalar(value), tree_map(lambda t: without_batch_dim(_CALLED, t), aux)
 
-    with vmap_safe(model, mode=mode, num_groups=num_groups):
-        rows = vmap(
-            grad(loss, has_aux=has_aux),
-            in_dims=(None, *[0 for _ in batch]),
-            randomness=randomness,
-            chunk_size=chunk_size,
-        )(values, *batch)
-    return tree_map(lambda t: t[:0], rows) if size == 0 else rows
+    in_dims = (None, *[0 for _ in batch])
+    with Block((model,), options):
+        if rows == "jacobian":
+            losses = vmap(loss, in_dims, randomness=randomness)
+            derive = jacrev(losses, has_aux=has_aux)
+            parts = [derive(values, *chunk) for chunk in _chunks(batch, chunk_size)]
+            found = tree_map(lambda *chunks: torch.cat(chunks), *parts)
+        else:
+            found = vmap(
+                grad(loss, has_aux=has_aux),
+                in_dims,
+                randomness=randomness,
+                chunk_size=chunk_size,
+            )(values, *batch)
+    return tree_map(lambda t: t[:0], found) if size == 0 else found
 
 
+ROWS = ("contribution", "jacobian", "detached")
 _CALLED = "per_sample_grads(...)"
+
+
+def _check_rows(rows: str, mode: str) -> None:
+    if rows not in ROWS:
+        listed = ", ".join(f'"{r}"' for r in ROWS)
+        raise ValueError(f"{_CALLED}: unknown rows {rows!r}. Choose one of {listed}.")
+    if rows != "contribution" and mode != "sync":
+        raise ValueError(
+            worded(
+                _CALLED,
+                f'rows="{rows}" has a meaning in "sync" only, and mode is "{mode}", '
+                "where samples are independent and all rows are the same",
+                "Leave rows out",
+            )
+        )
+
+
+def _chunks(batch: Any, chunk_size: int | None) -> list[Any]:
+    if chunk_size is None:
+        return [batch]
+    size = _batch_size(batch)
+    return [
+        tree_map(lambda t: t[start : start + chunk_size], batch)
+        for start in range(0, size, chunk_size)
+    ]
 
 
 def _chosen(

@@ -9,8 +9,8 @@ What happens to a call inside a block, in this order:
 
 1. its function has no rule in the block's table: torch's own behaviour;
 2. the forward of a model that the block covers does not make it: torch's own behaviour;
-3. the first rule of the function whose ``accepts`` says yes: its ``batched``. Rules that
-   hold in fewer modes are asked first, then the order is that of registration;
+3. the first rule of the function whose ``accepts`` says yes: its ``batched``. Rules
+   that hold in fewer modes come first, then the order is that of registration;
 4. none says yes: torch's own behaviour.
 """
 

@@ -266,7 +266,7 @@ _harmless: set[type] = set()
 
 
 def _refuse(module: nn.Module, mode: str, root: nn.Module) -> None:
-    """Raise for a module that no block can cover, by name; remember harmless classes."""
+    """Raise for a module that no block can cover; remember harmless classes."""
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         raise ValueError(
             worded(

@@ -1,10 +1,10 @@
-r"""Mode "sync": batch norm by the statistics of the slices and the vmapped axis together.
+r"""Mode "sync": batch norm by the statistics of all slices of the vmapped axis.
 
-What an un-vmapped ``model(x)`` in training mode computes; SyncBatchNorm with the vmapped
-axis as its process group. Two ways to the same numbers:
+What an un-vmapped ``model(x)`` in training mode computes; SyncBatchNorm with the
+vmapped axis as its process group. Two ways to the same numbers:
 
 * no derivative is taken inside the vmap: the slices are put together and torch's own
-  kernel runs on them, so outputs and running statistics are the plain layer's to the bit;
+  kernel runs on them: outputs and running statistics are the plain layer's to the bit;
 * else plain operations around one primitive, the sum over the merged axes
 
   .. math:: S(a)_i = \sum_j a_j
