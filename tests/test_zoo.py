@@ -1089,3 +1089,36 @@ def test_one_compiled_model_in_all_modes():
         with block(compiled, mode):
             assert_same(compiled(x), expected)
         assert state(net) == before
+
+
+def with_a_compiled_part(net):
+    net[1] = torch.compile(net[1], backend="eager")
+
+
+def with_compiled_parts(net):
+    for part in net:
+        part.compile(backend="eager")
+
+
+PARTS = {
+    "a compiled part": with_a_compiled_part,
+    "parts compiled in place": with_compiled_parts,
+    "compiled in place": lambda net: net.compile(backend="eager"),
+}
+
+
+# torch's own, when the input of a compiled part has a history.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("parts", PARTS)
+def test_models_with_compiled_parts(parts, mode):
+    """As compiled by regions: the same numbers, plain and under vmap."""
+    net, x = built(lambda: nn.Sequential(conv_bn(3, 4), basic(4, 4))), batch("")
+    reference = by_hand(net, mode)
+    expected = torch.stack([reference(one) for one in x])
+    PARTS[parts](net)
+    before = state(net)
+    with block(net, mode):
+        assert_same(net(x[0]), expected[0])
+        assert_same(vmap(net)(x), expected)
+    assert state(net) == before
