@@ -103,13 +103,14 @@ class Parameters:
     def bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Arguments by name. torch.compile traces this: plain loops only."""
-        names = self.names
-        if not names:
-            names = tuple([str(i) for i in range(len(args))])
-        bound = dict(self.defaults)
-        for i in range(len(args)):
-            bound[names[i]] = args[i]
+        """Arguments by name, in order. torch.compile traces this: plain loops only."""
+        names = self.names or tuple([str(i) for i in range(len(args))])
+        bound: dict[str, Any] = {}
+        for i in range(len(names)):
+            if i < len(args):
+                bound[names[i]] = args[i]
+            elif names[i] not in kwargs and names[i] in self.defaults:
+                bound[names[i]] = self.defaults[names[i]]
         for name in kwargs:
             bound[name] = kwargs[name]
         return bound

@@ -39,7 +39,7 @@ IN_PLACE = (
 
 
 def _target(call: Call) -> Tensor:
-    (target,) = [call[n] for n in ("self", "input", "0") if n in call.arguments][:1]
+    target = next(iter(call.arguments.values()))
     assert isinstance(target, Tensor)
     return target
 
