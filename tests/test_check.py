@@ -265,9 +265,8 @@ CASES = [
         "hand-made, .data =",
         lambda: after_a_linear(Keeps(".data =")),
         [
-            ("1", "writes buffers", ALL),
+            ("1", "writes buffers", SAFE),
         ],
-        runs=False,
     ),
     Case(
         "batch norm that counts by .data =",
@@ -275,9 +274,9 @@ CASES = [
         [
             ("0", "mixes samples", SAFE),
             ("0", "writes buffers", SAFE),
-            ("0", "writes buffers", ALL),
+            ("0", "unsupported", {"no_running_stats"}),
+            ("0", "unsupported", {"group_norm"}),
         ],
-        runs=False,
     ),
     Case(
         "a parameter written",
@@ -307,7 +306,6 @@ CASES = [
         lambda: after_a_linear(StochasticDepth()),
         [
             ("1", "random", ALL),
-            ("1", "unsupported", ALL),
         ],
     ),
     Case(
@@ -439,6 +437,8 @@ def _agrees_with_a_loop(model: nn.Module, x: Tensor, mode: str) -> bool:
             with vmap_safe(model, mode=mode):
                 outs = vmap(out)(x)
                 rows = vmap(grad(loss), (None, 0))(params, x)
+                if mode == "sync":  # no loop has its meaning; see test_sync
+                    return True
                 for i in range(len(x)):
                     torch.testing.assert_close(outs[i], out(x[i]))
                     leaves = {n: p.clone().requires_grad_() for n, p in params.items()}

@@ -231,7 +231,7 @@ NOTES = {
         "loop over the slices",
     ),
     "in-place draw": (
-        lambda x: torch.empty(3).bernoulli_(0.5) * x,
+        lambda x: torch.zeros(3).bernoulli_(0.5) * x,
         "Draw out of place",
     ),
     "dynamic shape": (torch.nonzero, "Use torch.where or a mask"),

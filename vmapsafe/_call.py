@@ -103,13 +103,14 @@ class Parameters:
     def bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Arguments by name. torch.compile traces this: plain loops only."""
-        names = self.names
-        if not names:
-            names = tuple([str(i) for i in range(len(args))])
-        bound = dict(self.defaults)
-        for i in range(len(args)):
-            bound[names[i]] = args[i]
+        """Arguments by name, in order. torch.compile traces this: plain loops only."""
+        names = self.names or tuple([str(i) for i in range(len(args))])
+        bound: dict[str, Any] = {}
+        for i in range(len(names)):
+            if i < len(args):
+                bound[names[i]] = args[i]
+            elif names[i] not in kwargs and names[i] in self.defaults:
+                bound[names[i]] = self.defaults[names[i]]
         for name in kwargs:
             bound[name] = kwargs[name]
         return bound
@@ -143,11 +144,21 @@ def batched_levels(tensor: Tensor) -> set[int]:
     """The levels of the vmaps that batch ``tensor``."""
     functorch = torch._C._functorch
     levels = set()
-    while functorch.is_functorch_wrapped_tensor(tensor):
+    while is_wrapped(tensor):
         if functorch.is_batchedtensor(tensor):
             levels.add(functorch.maybe_get_level(tensor))
         tensor = functorch.get_unwrapped(tensor)
     return levels
+
+
+def slices_draw_their_own() -> bool:
+    """Whether a vmap around this call has ``randomness="different"``."""
+    functorch = torch._C._functorch
+    return any(
+        one.key().name == "Vmap"
+        and functorch.CVmapInterpreterPtr(one).randomness().name == "Different"
+        for one in _transforms()
+    )
 
 
 def beyond_reverse_mode() -> bool:
@@ -162,13 +173,26 @@ def beyond_reverse_mode() -> bool:
 def same_storage(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors share memory, as a view or ``.data`` does.
 
-    Tensors that a transform has wrapped have no storage to compare: False.
+    Inside a transform views are wrapped, even those of tensors that are not; what is
+    compared is inside the wrappers.
     """
     try:
-        # Read in torch 2.13: a wrapped tensor raises NotImplementedError here.
+        a, b = _unwrapped(a), _unwrapped(b)
         return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError):  # sparse, or a subclass without
         return False
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether it belongs to a transform of torch.func and is dead after it."""
+    # Read in torch 2.13.
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    while is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def slices(call: Call, size: int) -> list[Call]:

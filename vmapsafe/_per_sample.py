@@ -114,6 +114,7 @@ def per_sample_grads(
     )
     net = unwrapped(model)
     values = _chosen(net, params)
+    places = _places(net, values)
     size = _batch_size(batch)
     if size == 0:  # made-up samples, whose rows are thrown away
         _check_one_process(net, mode)
@@ -123,7 +124,9 @@ def per_sample_grads(
     def loss(values: Mapping[str, Tensor], inputs: Any, *rest: Any) -> Any:
         inputs, rest = tree_map(lambda t: t.unsqueeze(0), (inputs, rest))
         args, kwargs = _as_call(inputs)
-        result = loss_fn(functional_call(net, dict(values), args, kwargs), *rest)
+        placed = {place: values[name] for place, name in places}
+        output = functional_call(net, placed, args, kwargs, tie_weights=False)
+        result = loss_fn(output, *rest)
         if not has_aux:
             return _scalar(result)
         value, aux = result
@@ -219,6 +222,22 @@ def _chosen(
     if isinstance(params, Mapping):
         return {name: params[name].detach() for name in names}
     return {name: known[name].detach() for name in names}
+
+
+def _places(net: nn.Module, values: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """Every place of the parameters in ``values``, once, with the name given.
+
+    Left to tie weights, functional_call (torch 2.13) leaves plain tensors in the place
+    of parameters behind in a module that has two names.
+    """
+    known = dict(net.named_parameters(remove_duplicate=False))
+    given = {known[name]: name for name in values}
+    return [
+        (f"{path}.{name}".lstrip("."), given[parameter])
+        for path, module in net.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter in given
+    ]
 
 
 def _batch_size(batch: tuple[Any, ...]) -> int:

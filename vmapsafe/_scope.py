@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from vmapsafe._call import Call, batched_levels, same_storage
+from vmapsafe._call import Call, batched_levels, is_wrapped, same_storage
 from vmapsafe._checkpoint import in_checkpoint, refuse_recomputation, watch
 from vmapsafe._errors import BlockError, worded
 from vmapsafe._groups import NumGroups
@@ -120,14 +120,26 @@ class Running:
         )
 
     def put_buffers_back(self) -> None:
-        """Undo ``self.mean = …`` of the forward that ends: same objects, same names."""
+        """Undo ``self.mean = …`` of the forward that ends: same objects, same names.
+
+        A tensor of another shape stays: it is a table that was built or grown, and
+        what the module keeps beside it (its size, say) would not fit the old one.
+        """
         for module, before in (self.buffers or {}).items():
             now = module._buffers
-            if len(now) != len(before) or any(
-                now.get(name) is not buffer for name, buffer in before.items()
+            if len(now) == len(before) and all(
+                [now.get(name) is buffer for name, buffer in before.items()]
             ):
-                now.clear()
-                now.update(before)
+                continue
+            tables = {
+                name: buffer
+                for name, buffer in now.items()
+                if buffer is not None
+                and getattr(before.get(name), "shape", None) != buffer.shape
+                and not is_wrapped(buffer)
+            }
+            now.clear()
+            now.update({**before, **tables})
 
 
 class Scope(TorchFunctionMode):
@@ -165,8 +177,10 @@ class Scope(TorchFunctionMode):
                     if rule.accepts(call):
                         return rule.batched(call)
             out = kwargs.get("out")
-            if isinstance(out, Tensor) and running[-1].holds(out):
-                return out
+            if out is not None:
+                targets = (out,) if isinstance(out, Tensor) else out
+                if any([running[-1].holds(target) for target in targets]):
+                    return out
         return func(*args, **kwargs)
 
     def owner_of(self, module: nn.Module) -> Scope | None:

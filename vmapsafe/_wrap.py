@@ -80,6 +80,9 @@ def vmap_safe(
     "no_running_stats"  the statistics of the slice                 kept
     "group_norm"        the statistics of groups of channels of     kept
                         each sample, with its own weight, bias, eps
+    "sync"              the statistics of all slices together, as   kept, or written by
+                        the un-vmapped ``model(x)`` in training     update_running_stats
+                        mode does
     ==================  ==========================================  ===================
 
     Where a model is in training mode, a layer its owner has put in eval mode before
@@ -92,9 +95,15 @@ def vmap_safe(
     Args:
         *models: modules, or nothing for a decorator that looks at the arguments.
             torch.compile, DataParallel and DistributedDataParallel are unwrapped.
-        mode: "eval", "no_running_stats" or "group_norm".
+        mode: "eval", "no_running_stats", "group_norm" or "sync".
         num_groups: for "group_norm", the number of groups, or a function of the
             number of channels; where it does not divide them, one group a channel.
+        update_running_stats: in "sync", whether a call updates the running statistics
+            and their counter as one training step of ``model(x)`` would, under every
+            transform.
+        sync_levels: in "sync", how many nested vmaps are merged, counted from the
+            innermost; None for all. Merged are those that batch a layer's input and no
+            parameter or buffer of the model.
 
     Returns:
         A block for ``with`` (``as`` gives the model, or a tuple of them) that is also

@@ -7,6 +7,10 @@ reads the buffer afterwards sees the old value.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmapsafe._call import Call
@@ -18,19 +22,24 @@ _BY_OPERATOR = (
     *("and", "or", "xor", "lshift", "rshift"),
 )
 
-IN_PLACE = tuple(
-    getattr(Tensor, name)
-    for name in (
-        *(n for n in dir(Tensor) if n[-1] == "_" != n[-2] and n not in _NOT_WRITES),
-        *(f"__i{operator}__" for operator in _BY_OPERATOR),
-        "__setitem__",
-    )
-    if name[0] != "_" or name.startswith("__")
+
+def _in_place(names: Iterable[str]) -> list[str]:
+    """Those that end in one underscore, as torch names what writes in place."""
+    return [n for n in names if n[-1] == "_" != n[0] and n not in _NOT_WRITES]
+
+
+IN_PLACE = (
+    *(getattr(Tensor, name) for name in _in_place(dir(Tensor)) if name[-2] != "_"),
+    *(getattr(Tensor, f"__i{operator}__") for operator in _BY_OPERATOR),
+    Tensor.__setitem__,
+    Tensor.data.__set__,  # type: ignore[attr-defined]
+    *(getattr(torch, name) for name in _in_place(dir(torch))),
+    *(getattr(F, name) for name in _in_place(dir(F))),
 )
 
 
 def _target(call: Call) -> Tensor:
-    target = call.arguments.get("self", call.arguments.get("0"))
+    target = next(iter(call.arguments.values()))
     assert isinstance(target, Tensor)
     return target
 

@@ -1,0 +1,49 @@
+"""Memory for random numbers, so that every slice can draw its own into it.
+
+Under vmap with ``randomness="different"`` torch refuses to fill an unbatched tensor
+with random numbers in place, as torchvision's stochastic depth does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmapsafe._call import Call, slices_draw_their_own
+from vmapsafe._rule import MODES, Rule, register
+
+_OPTIONS = {"size", "dtype", "device", "requires_grad"}
+
+
+def _may_take_random_numbers(call: Call) -> bool:
+    if torch.compiler.is_compiling() or not slices_draw_their_own():
+        return False
+    dtype = call.arguments.get("dtype") or torch.get_default_dtype()
+    options = {name for name in call.arguments if not name.isdigit()}
+    return options <= _OPTIONS and bool(dtype.is_floating_point)
+
+
+def _one_a_slice(call: Call) -> Tensor:
+    """torch.empty has one memory for all slices, torch.rand one for each."""
+    sizes = [value for name, value in call.arguments.items() if name.isdigit()]
+    options = {n: v for n, v in call.arguments.items() if not n.isdigit()}
+    return torch.rand(*sizes, **options)
+
+
+def _memory(call: Call) -> Tensor:
+    """What is in it has no meaning; its shape, dtype and device have."""
+    sizes = [value for name, value in call.arguments.items() if name.isdigit()]
+    options = {n: v for n, v in call.arguments.items() if not n.isdigit()}
+    return torch.empty(*sizes, **options)
+
+
+register(
+    Rule(
+        name="memory of its own for each slice",
+        functions=(torch.empty,),
+        modes=MODES,
+        accepts=_may_take_random_numbers,
+        batched=_one_a_slice,
+        reference=_memory,
+    )
+)
