@@ -1,14 +1,25 @@
 """torch.compile(fullgraph=True), around the block and inside it."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 from plain import assert_same_state, everything
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import (
+    functional_call,
+    grad,
+    hessian,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vmap,
+)
 
 from vmapsafe import batched, per_sample_grads, vmap_safe
 
-MODES = ["eval", "no_running_stats", "group_norm"]
+MODES = ["eval", "no_running_stats", "group_norm", "sync"]
 
 # torch's own, at its first use
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -130,15 +141,20 @@ def test_hand_made_buffers_while_compiling():
     torch.testing.assert_close(out, torch.full((2, 3), 2.0))
 
 
-def test_per_sample_grads_compiled(net):
+@pytest.mark.parametrize(
+    "options",
+    [{}, *({"mode": "sync", "rows": r} for r in ("contribution", "jacobian"))],
+    ids=str,
+)
+def test_per_sample_grads_compiled(net, options):
     """The helper can be compiled whole."""
 
     def loss(output, target):
         return (output - target).square().sum()
 
     y = torch.randn(2, 2)
-    function = compiled(lambda x, y: per_sample_grads(net, loss, x, y))
-    expected = per_sample_grads(net, loss, X[0], y)
+    function = compiled(lambda x, y: per_sample_grads(net, loss, x, y, **options))
+    expected = per_sample_grads(net, loss, X[0], y, **options)
     torch.testing.assert_close(function(X[0], y), expected)
 
 
@@ -161,3 +177,161 @@ def test_a_compiled_part_is_compiled_once(net):
         for _ in range(3):
             torch.testing.assert_close(whole(X[0]), expected)
     assert counter.frame_count == 1
+
+
+# -- "sync" ----------------------------------------------------------------------------
+
+XX = torch.randn(2, *X.shape)
+SYNC = {
+    "vmap": (X, lambda f, x: vmap(f)(x)),
+    "vmap(vmap)": (XX, lambda f, x: vmap(vmap(f))(x)),
+    "vmap(grad)": (X, lambda f, x: vmap(grad(lambda x: f(x).square().sum()))(x)),
+    "grad(vmap)": (X, lambda f, x: grad(lambda x: vmap(f)(x).sin().sum())(x)),
+    "grad(vmap(grad))": (
+        X,
+        lambda f, x: grad(
+            lambda x: vmap(grad(lambda x: f(x).sin().sum()))(x).square().sum()
+        )(x),
+    ),
+    "vmap(jvp)": (X, lambda f, x: vmap(lambda x: jvp(f, (x,), (x,))[1])(x)),
+    "jacrev(vmap)": (X, lambda f, x: jacrev(vmap(f))(x)),
+    "no vmap": (X[0], lambda f, x: f(x)),
+}
+UPDATE = {"update_running_stats": True}
+WITH_OPTIONS = [
+    *((name, {}) for name in SYNC),
+    *((name, UPDATE) for name in ("vmap(vmap)", "vmap(grad)", "grad(vmap)")),
+    ("vmap(vmap)", {"sync_levels": 1}),
+]
+
+
+@pytest.mark.parametrize("name, options", WITH_OPTIONS, ids=str)
+def test_sync(net, name, options):
+    """The eager numbers and running statistics, call after call."""
+    net.double()
+    x, transform = SYNC[name][0].double(), SYNC[name][1]
+    twin = copy.deepcopy(net)
+    function = compiled(lambda x: transform(lambda x: net(x), x))
+    for shift in (0, 1):
+        with vmap_safe(twin, mode="sync", **options):
+            expected = transform(twin, x + shift * x.sin())
+        with vmap_safe(net, mode="sync", **options):
+            torch.testing.assert_close(function(x + shift * x.sin()), expected)
+        for b, e in zip(net.buffers(), twin.buffers()):
+            torch.testing.assert_close(b, e)
+    moved = net[1].num_batches_tracked != 1
+    assert moved == ("update_running_stats" in options)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.SyncBatchNorm(4),
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        nn.InstanceNorm2d(4, momentum=None, track_running_stats=True),
+        nn.BatchNorm2d(4, track_running_stats=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("where", ["around", "inside"])
+def test_sync_of_other_layers(net, norm, where):
+    """Forward, plain backward and one step of the statistics."""
+    net[1] = copy.deepcopy(norm)
+    outcomes = []
+    for compiles in (False, True):
+        model = copy.deepcopy(net)
+
+        def around(x):
+            return vmap(lambda x: model(x))(x)
+
+        def inside(x):
+            with vmap_safe(model, mode="sync", **UPDATE):
+                return around(x)
+
+        function = inside if where == "inside" else around
+        function = compiled(function) if compiles else function
+        with contextlib.ExitStack() as stack:
+            if where == "around":
+                stack.enter_context(vmap_safe(model, mode="sync", **UPDATE))
+            out = function(X)
+        out.sin().sum().backward()
+        grads = [p.grad for p in model.parameters()]
+        outcomes.append((out.detach(), grads, list(model.buffers())))
+    torch.testing.assert_close(*outcomes)
+
+
+def test_sync_keeps_members_apart(net):
+    """An ensemble by stack_module_state, its buffers updated member by member."""
+    members = [copy.deepcopy(net) for _ in range(2)]
+    members[1][0].weight.data += 1
+    params, buffers = stack_module_state(members)
+    kept = copy.deepcopy(buffers)
+
+    def call(params, buffers, x):
+        return vmap(lambda x: functional_call(net, (params, buffers), (x,)))(x)
+
+    def ensemble(params, buffers, x):
+        return vmap(call, (0, 0, None))(params, buffers, x)
+
+    with vmap_safe(net, mode="sync", update_running_stats=True):
+        expected = ensemble(params, kept, X)
+        out = compiled(ensemble)(params, buffers, X)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(buffers, kept)
+
+
+def test_sync_with_other_batch_sizes(net):
+    """A graph made for one size is right for another."""
+    function = compiled(lambda x: vmap(lambda x: net(x))(x))
+    with vmap_safe(net, mode="sync"):
+        for x in (X, X[:2], X[:, :1]):
+            torch.testing.assert_close(function(x), vmap(net)(x))
+
+
+def test_sync_on_the_default_backend():
+    net, x = nn.BatchNorm1d(3), torch.randn(4, 2, 3)
+    function = compiled(lambda x: vmap(lambda x: net(x))(x), "inductor")
+    with vmap_safe(net, mode="sync"):
+        torch.testing.assert_close(function(x), vmap(net)(x))
+
+
+def test_one_value_while_compiling():
+    """The error of the eager call; a graph for more slices is no way around it."""
+    net = nn.BatchNorm1d(3)
+    function = compiled(lambda x: vmap(grad(lambda x: net(x).sin().sum()))(x))
+    with vmap_safe(net, mode="sync"):
+        for size in (3, 2, 1):
+            x = torch.randn(size, 1, 3)
+            if size > 1:
+                function(x)
+            else:
+                with pytest.raises(Exception, match="has one value for each channel"):
+                    function(x)
+
+
+REFUSED = [
+    (
+        lambda net: vmap_safe(net, mode="sync", update_running_stats=True),
+        lambda net, x: vmap(net)(x),
+        "momentum=None, whose average needs the value of a counter, which "
+        "torch.compile cannot trace. Run it without torch.compile, or without "
+        'mode="sync".',
+    ),
+    (
+        lambda net: vmap_safe(net, mode="sync"),
+        lambda net, x: vmap(hessian(lambda x: net(x).sum()))(x),
+        "a derivative of a derivative inside the vmap",
+    ),
+]
+
+
+@pytest.mark.parametrize("make, call, text", REFUSED, ids=["momentum", "hessian"])
+def test_what_sync_refuses_while_compiling(net, make, call, text):
+    """An error with the reason, and the model as it was."""
+    net[1].momentum = None
+    before = everything(net)
+    with make(net):
+        with pytest.raises(Exception) as caught:
+            compiled(lambda x: call(lambda x: net(x), x))(X[:, :1])
+    assert text in str(caught.value).replace("\\", "")
+    assert_same_state(net, before)

@@ -300,6 +300,17 @@ def jacobian_rows_are_refused(rank, device):
 
 
 @check
+def compiling_is_refused(rank, device):
+    net, (x, _) = small(device), batch(device)
+    function = torch.compile(lambda x: vmap(lambda x: net(x))(x), fullgraph=True)
+    with vmap_safe(net, mode="sync"):
+        with pytest.raises(Exception) as caught, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, at its first use
+            function(*share(rank, x))
+    assert "statistics of 2 processes, which torch.compile cannot" in str(caught.value)
+
+
+@check
 def an_empty_share_is_refused(rank, device):
     net, (x, t) = small(device), [v[:0, 0] for v in batch(device)]
     with pytest.raises(ValueError, match="Give every process at least one sample"):

@@ -21,7 +21,7 @@ class OnALayer:
     rows = "contribution"
 
     def merged_levels(self, tensor):
-        return tuple(sorted(batched_levels(tensor)))
+        return tuple(sorted(batched_levels((tensor,))))
 
     def path(self):
         return "'norm' (BatchNorm2d)"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_unflatten as tree_unflatten
 from vmapsafe._groups import NumGroups
 
 Function = Callable[..., Any]
+C = TypeVar("C", bound=Callable[..., Any])
 
 
 class Site(Protocol):
@@ -116,6 +117,36 @@ class Parameters:
         return bound
 
 
+# torch.compile cannot trace what looks at transforms, nor the vmap rule of an
+# autograd.Function: it would leave the rule out, silently. Both are kept whole. Read in
+# torch 2.13: this attribute marks a function that is run while tracing and whose result
+# is a constant; torch.compiler's own decorators would import all of torch._dynamo.
+
+
+def constant_while_compiling(function: C) -> C:
+    """A decorator for functions of constants, which torch.compile need not trace."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+_whole: list[Any] = []
+
+
+def whole_while_compiling(function: C) -> C:
+    """A decorator for functions of tensors, and classes of autograd.Function, that
+    torch.compile leaves for the backend to trace, transforms and all."""
+    _whole.append(function)
+    return function
+
+
+@constant_while_compiling
+def prepare_compiling() -> None:
+    """Tell torch.compile which functions it leaves whole; to be called in what it
+    traces, before any of them."""
+    for function in _whole:
+        torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
+
+
 # The transforms around a call. Read in torch 2.13: a stack of them, of which torch
 # numbers the levels from 1, and None instead of an empty one.
 
@@ -124,31 +155,53 @@ def _transforms() -> Any:
     return torch._C._functorch.get_interpreter_stack() or ()
 
 
+@constant_while_compiling
 def current_level() -> int:
     """The level of the innermost transform, 0 outside all."""
     return len(_transforms())
 
 
+@constant_while_compiling
 def derivatives_inside(level: int) -> int:
     """How many derivatives are taken inside the transform of ``level``."""
     return sum(one.key().name in ("Grad", "Jvp") for one in _transforms()[level:])
 
 
+@constant_while_compiling
 def vmap_size(level: int) -> int:
     """The batch size of the vmap of ``level``."""
     one = _transforms()[level - 1]
     return int(torch._C._functorch.CVmapInterpreterPtr(one).batchSize())
 
 
-def batched_levels(tensor: Tensor) -> set[int]:
-    """The levels of the vmaps that batch ``tensor``."""
+def batched_levels(tensors: Sequence[Tensor]) -> frozenset[int]:
+    """The levels of the vmaps that batch any of ``tensors``."""
+    if not torch.compiler.is_compiling():
+        return frozenset(_levels(tensors))
+    prepare_compiling()
+    bits = int(_levels_as_bits(tensors))
+    return frozenset([level for level in range(_BITS) if bits >> level & 1])
+
+
+def _levels(tensors: Sequence[Tensor]) -> set[int]:
     functorch = torch._C._functorch
     levels = set()
-    while is_wrapped(tensor):
-        if functorch.is_batchedtensor(tensor):
-            levels.add(functorch.maybe_get_level(tensor))
-        tensor = functorch.get_unwrapped(tensor)
+    for tensor in tensors:
+        while is_wrapped(tensor):
+            if functorch.is_batchedtensor(tensor):
+                levels.add(functorch.maybe_get_level(tensor))
+            tensor = functorch.get_unwrapped(tensor)
     return levels
+
+
+_BITS = 53
+
+
+@whole_while_compiling
+def _levels_as_bits(tensors: Sequence[Tensor]) -> float:
+    """In a float, the one kind of number that torch.compile takes from a function of
+    tensors as a constant."""
+    return float(sum(1 << level for level in _levels(tensors)))
 
 
 def slices_draw_their_own() -> bool:

@@ -96,7 +96,7 @@ class Running:
     def merged_levels(self, tensor: Tensor) -> tuple[int, ...]:
         assert self.scope is not None
         own = self.levels | _levels_of((self.module,))
-        levels = sorted(batched_levels(tensor) - own)
+        levels = sorted(batched_levels((tensor,)) - own)
         wanted = self.scope.options.sync_levels
         return tuple(levels if wanted is None else levels[len(levels) - wanted :])
 
@@ -369,13 +369,15 @@ def _begin(module: nn.Module, args: Any) -> None:
 
 def _levels_of(modules: Iterable[nn.Module]) -> frozenset[int]:
     """The levels of the vmaps that batch a parameter or a buffer of ``modules``."""
-    levels: set[int] = set()
-    for module in modules:
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    levels |= batched_levels(tensor)
-    return frozenset(levels)
+    return batched_levels(
+        [
+            tensor
+            for module in modules
+            for tensors in (module._parameters, module._buffers)
+            for tensor in tensors.values()
+            if tensor is not None
+        ]
+    )
 
 
 def _recomputing(module: nn.Module) -> Scope | None:

@@ -29,7 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from vmapsafe._call import Call, current_level, derivatives_inside, vmap_size
+from vmapsafe._call import (
+    Call,
+    Site,
+    current_level,
+    derivatives_inside,
+    vmap_size,
+    whole_while_compiling,
+)
 from vmapsafe._errors import worded
 from vmapsafe._rule import Rule, register, slice_by_slice
 from vmapsafe._state import process_group
@@ -47,6 +54,7 @@ from vmapsafe.rules.batch_norm import (
 Levels = tuple[int, ...]
 
 
+@whole_while_compiling
 class SumOverMerged(Function):
     """The sum over the merged levels and the process group, the same for each slice.
 
@@ -98,6 +106,7 @@ class SumOverMerged(Function):
         return SumOverMerged.apply(a.movedim(a_dim, 0), anchor, merged, group), 0
 
 
+@whole_while_compiling
 class AsOneBatch(Function):
     """torch's own batch norm on the merged batch; no derivative is taken inside."""
 
@@ -134,11 +143,12 @@ class AsOneBatch(Function):
         return torch.stack(members), 0
 
 
+@whole_while_compiling
 class UpdateRunningStats(Function):
     """One training step's update of a layer's buffers, in place, below all transforms.
 
-    ``function`` is the one whose kernel writes them, ``F.batch_norm`` or
-    ``F.instance_norm``. Returns a zero that stands for the effect.
+    ``kernel`` is the name of what writes them, "batch_norm" or "instance_norm".
+    Returns a zero that stands for the effect.
     """
 
     @staticmethod
@@ -148,7 +158,7 @@ class UpdateRunningStats(Function):
         var: Tensor,
         count: Tensor | None,
         momentum: float | None,
-        function: Any,
+        kernel: str,
         merged: Levels,
         group: Any,
         label: str,
@@ -160,7 +170,7 @@ class UpdateRunningStats(Function):
                 if momentum is None:
                     factor = 1.0 / float(count)
             if group is None:
-                function(x, mean, var, None, None, True, factor)
+                getattr(F, kernel)(x, mean, var, None, None, True, factor)
             else:
                 _update_across_processes(wide(x), mean, var, factor, group)
         return x.new_zeros(())
@@ -254,10 +264,8 @@ def _across_slices(call: Call) -> Tensor:
     assert site is not None and site.layer is not None
     merged = site.merged_levels(x)
     group = process_group(site.layer)
-    size = x.numel() // x.size(1) if x.size(1) else 0
-    for level in merged:
-        size *= vmap_size(level)
-    if size == 1 and group is None:
+    one_value = x.numel() == x.size(1) and all([vmap_size(m) == 1 for m in merged])
+    if one_value and group is None:
         raise ValueError(
             worded(
                 f"batch_norm of {site.path()}",
@@ -285,6 +293,8 @@ def _across_slices(call: Call) -> Tensor:
                 'Use rows="contribution", or one process',
             )
         )
+    if torch.compiler.is_compiling():
+        _check_compilable(site, group)
     if site.update_running_stats:
         _update(call, merged, group)
     inside = merged and derivatives_inside(merged[0]) > 0
@@ -292,6 +302,23 @@ def _across_slices(call: Call) -> Tensor:
     if group is None and not inside and not detached:
         return _as_one_batch(x, call["weight"], call["bias"], call["eps"], merged)
     return _by_sums(call, merged, group, detached)
+
+
+def _check_compilable(site: Site, group: Any) -> None:
+    found = ""
+    if group is not None:
+        found = f"statistics of {dist.get_world_size(group)} processes"
+    layer: Any = site.layer
+    if site.update_running_stats and site.tracks and layer.momentum is None:
+        found = "momentum=None, whose average needs the value of a counter"
+    if found:
+        raise RuntimeError(
+            worded(
+                f"batch_norm of {site.path()}",
+                f"{found}, which torch.compile cannot trace",
+                'Run it without torch.compile, or without mode="sync"',
+            )
+        )
 
 
 def _by_sums(call: Call, merged: Levels, group: Any, detached: bool) -> Tensor:
@@ -323,7 +350,7 @@ def _update(call: Call, merged: Levels, group: Any) -> None:
             layer.running_var,
             layer.num_batches_tracked,
             layer.momentum,
-            F.batch_norm,
+            "batch_norm",
             merged,
             group,
             site.path(),
@@ -375,7 +402,7 @@ def _instance_norm(call: Call) -> Tensor:
             call["running_var"],
             None,  # torch's instance norm does not count
             call["momentum"],
-            F.instance_norm,
+            "instance_norm",
             site.merged_levels(x),
             None,
             site.path(),
