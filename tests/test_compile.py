@@ -260,8 +260,12 @@ def test_sync_of_other_layers(net, norm, where):
     torch.testing.assert_close(*outcomes)
 
 
-def test_sync_keeps_members_apart(net):
-    """An ensemble by stack_module_state, its buffers updated member by member."""
+@pytest.mark.parametrize("bare", [False, True])
+def test_sync_keeps_members_apart(net, bare):
+    """An ensemble by stack_module_state, its buffers updated member by member; a layer
+    that has nothing of its own belongs to a member all the same."""
+    if bare:
+        net[1] = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
     members = [copy.deepcopy(net) for _ in range(2)]
     members[1][0].weight.data += 1
     params, buffers = stack_module_state(members)

@@ -16,6 +16,10 @@ vmapped axis as its process group. Two ways to the same numbers:
 Only levels at which the layer's *input* is batched are merged, never one that only a
 cotangent or a tangent carries (a ``jacrev`` around the call): the primitive takes the
 input along as an anchor.
+
+SyncBatchNorm in several processes adds its process group to the sum. Each process then
+has the gradient of the sum of all processes' losses by its own inputs and its own copy
+of the parameters, as SyncBatchNorm has; all must make the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -264,8 +268,8 @@ def _across_slices(call: Call) -> Tensor:
     assert site is not None and site.layer is not None
     merged = site.merged_levels(x)
     group = process_group(site.layer)
-    one_value = x.numel() == x.size(1) and all([vmap_size(m) == 1 for m in merged])
-    if one_value and group is None:
+    one_value = x.numel() == x.size(1) > 0 and group is None
+    if one_value and all([vmap_size(level) == 1 for level in merged]):
         raise ValueError(
             worded(
                 f"batch_norm of {site.path()}",
