@@ -16,7 +16,7 @@ LAYERS = {
     "rules.batch_norm": {"_call", "_errors", "_groups", "_rule"},
     "rules.buffers": {"_call", "_rule"},
     "rules.random_numbers": {"_call", "_rule"},
-    "rules.sync": {"_call", "_errors", "_rule", "rules.batch_norm"},
+    "rules.sync": {"_call", "_errors", "_rule", "_state", "rules.batch_norm"},
     "rules.__init__": {"rules"},
     "_checkpoint": {"_call", "_errors"},
     "_scope": {"_call", "_checkpoint", "_errors", "_groups", "_rule", "_state"},

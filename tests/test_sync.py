@@ -476,6 +476,25 @@ def test_rows_update_running_statistics_once():
         assert_same(dict(net.named_buffers()), dict(plain.named_buffers()))
 
 
+def test_an_empty_batch():
+    """No rows, and no step."""
+    net = small()
+    before = everything(net)
+    empty = [t[:0] for t in BATCH]
+    for rows in ROWS:
+        found = per_sample_grads(
+            net,
+            F.cross_entropy,
+            *empty,
+            mode="sync",
+            rows=rows,
+            update_running_stats=True,
+        )
+        assert_same_state(net, before)
+        for name, p in net.named_parameters():
+            assert found[name].shape == (0, *p.shape)
+
+
 # -- Levels ----------------------------------------------------------------------------
 
 

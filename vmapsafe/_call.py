@@ -42,8 +42,8 @@ class Site(Protocol):
         """The block's ``update_running_stats``."""
 
     @property
-    def detached(self) -> bool:
-        """Whether statistics are held constant in derivatives."""
+    def rows(self) -> str:
+        """What the rows of ``per_sample_grads`` are to be, "contribution" elsewhere."""
 
     def merged_levels(self, tensor: Tensor) -> tuple[int, ...]:
         """The vmap levels that "sync" merges for this input, the outermost first."""

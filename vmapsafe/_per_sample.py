@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from vmapsafe._call import tree_flatten, tree_map
 from vmapsafe._errors import worded
 from vmapsafe._groups import NumGroups
 from vmapsafe._scope import Options
-from vmapsafe._state import unwrapped
+from vmapsafe._state import process_group, unwrapped
 from vmapsafe._wrap import Block, checked
 
 Loss = Callable[..., Any]
@@ -99,6 +100,8 @@ def per_sample_grads(
 
     The training gradient is that of :math:`\sum_i \ell_i`. Jacobian rows take one
     backward pass a sample. In none of the three does a row depend on sample i alone.
+    Where SyncBatchNorm runs in several processes, the batch is that of all of them and
+    the sum is over the losses of all of them; Jacobian rows are refused there.
 
     The formula is that of torch's tutorial on per-sample gradients
     (https://pytorch.org/tutorials/intermediate/per_sample_grads.html). The rows are
@@ -107,14 +110,16 @@ def per_sample_grads(
     """
     _check_rows(rows, mode)
     options = checked(
-        Options(mode, num_groups, update_running_stats, sync_levels, rows == "detached")
+        Options(mode, num_groups, update_running_stats, sync_levels, rows)
     )
     net = unwrapped(model)
     values = _chosen(net, params)
     places = _places(net, values)
     size = _batch_size(batch)
-    if size == 0:  # one made-up sample, whose row is thrown away
-        batch = tree_map(lambda t: t.new_zeros(1, *t.shape[1:]), batch)
+    if size == 0:  # made-up samples, whose rows are thrown away
+        _check_one_process(net, mode)
+        options = replace(options, update_running_stats=False)
+        batch = tree_map(lambda t: t.new_zeros(2, *t.shape[1:]), batch)
 
     def loss(values: Mapping[str, Tensor], inputs: Any, *rest: Any) -> Any:
         inputs, rest = tree_map(lambda t: t.unsqueeze(0), (inputs, rest))
@@ -159,6 +164,18 @@ def _check_rows(rows: str, mode: str) -> None:
                 f'rows="{rows}" has a meaning in "sync" only, and mode is "{mode}", '
                 "where samples are independent and all rows are the same",
                 "Leave rows out",
+            )
+        )
+
+
+def _check_one_process(net: nn.Module, mode: str) -> None:
+    if mode == "sync" and any([process_group(m) is not None for m in net.modules()]):
+        raise ValueError(
+            worded(
+                _CALLED,
+                "an empty batch in one of several processes, whose SyncBatchNorm "
+                "statistics are taken together",
+                "Give every process at least one sample",
             )
         )
 

@@ -37,7 +37,7 @@ class Options:
     num_groups: NumGroups = 32
     update_running_stats: bool = False
     sync_levels: int | None = None
-    detached: bool = False  # statistics as constants, for rows="detached"
+    rows: str = "contribution"  # of per_sample_grads
 
     def __str__(self) -> str:
         given = [f'mode="{self.mode}"']
@@ -89,9 +89,9 @@ class Running:
         return self.scope.options.update_running_stats
 
     @property
-    def detached(self) -> bool:
+    def rows(self) -> str:
         assert self.scope is not None
-        return self.scope.options.detached
+        return self.scope.options.rows
 
     def merged_levels(self, tensor: Tensor) -> tuple[int, ...]:
         assert self.scope is not None

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -132,6 +133,17 @@ def is_normalisation(module: nn.Module) -> bool:
     of both, and every module that owns buffers ``running_mean`` and ``running_var``.
     """
     return isinstance(module, _BatchNorm) or has_running_stats(module)
+
+
+def process_group(module: nn.Module) -> Any:
+    """The group of several processes over which a SyncBatchNorm layer takes its
+    statistics in training; None for every other layer, and in one process."""
+    if not isinstance(module, SyncBatchNorm):
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = module.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def set_flags(module: nn.Module, flags: Flags) -> None:

@@ -20,17 +20,19 @@ input along as an anchor.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from vmapsafe._call import Call, current_level, derivatives_inside, vmap_size
 from vmapsafe._errors import worded
 from vmapsafe._rule import Rule, register
+from vmapsafe._state import process_group
 from vmapsafe.rules.batch_norm import (
     of_a_layer,
     own_statistics,
@@ -50,7 +52,7 @@ class SumOverMerged(Function):
 
     @staticmethod
     def forward(a: Tensor, anchor: Tensor, merged: Levels, group: Any) -> Tensor:
-        a = a.clone()
+        a = a.clone(memory_format=torch.contiguous_format)  # all_reduce asks for it
         if group is not None:
             dist.all_reduce(a, group=group)
         return a
@@ -223,7 +225,7 @@ def _update_across_processes(
     x: Tensor, mean: Tensor, var: Tensor, factor: float, group: Any
 ) -> None:
     dims = [d for d in range(x.dim()) if d != 1]
-    total = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.size(1)])])
+    total = _with_count(x.sum(dims), x)
     dist.all_reduce(total, group=group)
     batch_mean, size = total[:-1] / total[-1], total[-1]
     squares = (x - per_channel(batch_mean, x)).square().sum(dims)
@@ -232,24 +234,21 @@ def _update_across_processes(
     var.lerp_((squares / (size - 1)).to(var.dtype), factor)
 
 
+def _with_count(sums: Tensor, x: Tensor) -> Tensor:
+    """(C + 1,): with the number of values of a channel, which differs by process, so
+    that one message carries both."""
+    count = math.prod([x.size(d) for d in range(x.dim()) if d != 1])
+    return torch.cat([sums, x.new_full((1,), float(count))])
+
+
 # -- The rule --------------------------------------------------------------------------
-
-
-def _process_group(layer: nn.Module) -> Any:
-    """The group over which SyncBatchNorm takes its statistics, if there is one."""
-    if not isinstance(layer, nn.SyncBatchNorm):
-        return None
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    group = layer.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
 
 
 def _across_slices(call: Call) -> Tensor:
     site, x = call.site, call["input"]
     assert site is not None and site.layer is not None
     merged = site.merged_levels(x)
-    group = _process_group(site.layer)
+    group = process_group(site.layer)
     size = x.numel() // x.size(1) if x.size(1) else 0
     for level in merged:
         size *= vmap_size(level)
@@ -272,35 +271,38 @@ def _across_slices(call: Call) -> Tensor:
                 "vmap(f)(p, x).sum()), or use another mode",
             )
         )
+    if site.rows == "jacobian" and group is not None:
+        raise RuntimeError(
+            worded(
+                f"batch_norm of {site.path()}",
+                f"statistics of {dist.get_world_size(group)} processes, where a row of "
+                'rows="jacobian" would mix losses of all of them',
+                'Use rows="contribution", or one process',
+            )
+        )
     if site.update_running_stats:
         _update(call, merged, group)
     inside = merged and derivatives_inside(merged[0]) > 0
-    if group is None and not inside and not site.detached:
+    detached = site.rows == "detached"
+    if group is None and not inside and not detached:
         return _as_one_batch(x, call["weight"], call["bias"], call["eps"], merged)
-    return _by_sums(call, merged, group, size, site.detached)
+    return _by_sums(call, merged, group, detached)
 
 
-def _by_sums(
-    call: Call, merged: Levels, group: Any, size: int, detached: bool
-) -> Tensor:
+def _by_sums(call: Call, merged: Levels, group: Any, detached: bool) -> Tensor:
     x = wide(call["input"])
     dims = [d for d in range(x.dim()) if d != 1]
     source = x.detach() if detached else x
-    count: Any = size
-    if group is not None:
-        count = x.new_tensor(float(size))
-        dist.all_reduce(count, group=group)
 
-    def mean(values: Tensor) -> Tensor:
-        total = SumOverMerged.apply(
-            values.sum(dims, keepdim=True), source, merged, group
-        )
-        averaged: Tensor = total / count
-        return averaged
+    def total(values: Tensor) -> Tensor:
+        summed: Tensor = SumOverMerged.apply(values, source, merged, group)
+        return summed
 
-    mu = mean(source)
-    var = mean((source - mu).square())
-    y = (x - mu) * torch.rsqrt(var + call["eps"])
+    sums = total(_with_count(source.sum(dims), x))
+    mean, count = sums[:-1] / sums[-1], sums[-1]
+    squares = (source - per_channel(mean, x)).square().sum(dims)
+    var = total(squares) / count
+    y = (x - per_channel(mean, x)) * per_channel(torch.rsqrt(var + call["eps"]), x)
     return scaled_and_shifted(y, call["weight"], call["bias"]).to(call["input"].dtype)
 
 

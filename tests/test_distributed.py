@@ -1,0 +1,529 @@
+"""SyncBatchNorm in several processes, and models wrapped for them.
+
+Two processes run all checks, each with its own share of one batch; a check compares
+what its process got with plain torch on the whole batch, in one process. Losses are
+summed over processes, as SyncBatchNorm's own backward does.
+"""
+
+import copy
+import json
+import time
+import traceback
+import warnings
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from plain import ByFormula, assert_same_state, everything, switched
+from torch import nn
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.multiprocessing import start_processes
+from torch.nn.parallel import DistributedDataParallel
+
+from vmapsafe import per_sample_grads, vmap_safe
+from vmapsafe.testing import assert_same
+
+WORLD = 2
+COLLECTIVE_SECONDS, ALL_SECONDS = 20, 120
+BACKENDS = {"cpu": "gloo"}
+if torch.cuda.device_count() >= WORLD:
+    BACKENDS["cuda"] = "nccl"
+
+CHECKS = {}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+# -- The network, its batch, and the slow form -----------------------------------------
+
+SHARES = slice(0, 4), slice(4, 7)  # of seven slices: unequal
+
+
+def batch(device, *shape):
+    """The whole batch and its targets, the same in every process."""
+    generator = torch.Generator().manual_seed(3)
+    size = (7, *(shape or (2, 2)))
+    both = torch.randn(2, *size, generator=generator, dtype=torch.float64)
+    return tuple((1 + 2 * both).to(device))
+
+
+def small(device, momentum=0.1):
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Linear(2, 3),
+        nn.SyncBatchNorm(3, momentum=momentum),
+        nn.Tanh(),
+        nn.Linear(3, 2),
+        nn.SyncBatchNorm(2, affine=False, momentum=momentum),
+    )
+    return net.to(device, torch.float64)
+
+
+def replaced(net, make):
+    """A copy of the network with something else for each SyncBatchNorm layer."""
+    net = copy.deepcopy(net)
+    for name, layer in list(net.named_children()):
+        if isinstance(layer, nn.SyncBatchNorm):
+            setattr(net, name, make(layer))
+    return net
+
+
+def batch_norm(layer):
+    twin = nn.BatchNorm1d(
+        layer.num_features, affine=layer.affine, momentum=layer.momentum
+    )
+    twin.to(layer.running_mean)
+    twin.load_state_dict(layer.state_dict())
+    return twin
+
+
+def plain_step(net, x):
+    """A copy with plain batch norm after one training step, and its output."""
+    net = replaced(net, batch_norm)
+    return net, net(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def written(net):
+    """The network on slices (B, N, C), batch norm by formula over B and N."""
+    net = replaced(net, ByFormula)
+    return lambda x: net(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def summed(tensor):
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def share(rank, *tensors):
+    return [t[SHARES[rank]] for t in tensors]
+
+
+def scalar(f, t):
+    return lambda x: (f(x).sin() * t).sum()
+
+
+# -- "sync" over the slices and the processes together ---------------------------------
+
+
+@check
+def plain_sync_batch_norm_is_no_way_around(rank, device):
+    """On the CPU its own training forward raises, in the same processes."""
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="expected input tensor to be on"):
+            nn.SyncBatchNorm(2)(torch.randn(4, 2))
+
+
+@check
+def forward(rank, device):
+    net, (x, _) = small(device), batch(device)
+    before = everything(net)
+    with vmap_safe(net, mode="sync"):
+        out = vmap(net)(*share(rank, x))
+        not_vmapped = net(*share(rank, x[:, 0]))
+    assert_same_state(net, before)
+    assert_same(out, plain_step(net, x)[1][SHARES[rank]])
+    assert_same(not_vmapped, plain_step(net, x[:, :1])[1][SHARES[rank], 0])
+
+
+@check
+def forward_in_half_precision(rank, device):
+    """Statistics in float32, the output and the buffers in the dtype they have."""
+    net, (x, _) = small(device), batch(device)
+    expected, out = plain_step(net, x)
+    net, x = net.to(torch.bfloat16), x.to(torch.bfloat16)
+    with vmap_safe(net, mode="sync", update_running_stats=True):
+        actual = vmap(net)(*share(rank, x))
+    assert_same(actual, out[SHARES[rank]].to(actual), rtol=0.1, atol=0.1)
+    assert actual.dtype == net[1].running_var.dtype == torch.bfloat16
+    for b, e in zip(net.buffers(), expected.buffers()):
+        assert_same(b, e.to(b), rtol=0.02, atol=0.02)
+
+
+@check
+def running_statistics(rank, device):
+    """One call is one training step on the whole batch, in all processes."""
+    x, t = batch(device)
+    for momentum in (0.1, None):
+        calls = {
+            "vmap": lambda net: vmap(net)(*share(rank, x)),
+            "vmap(grad)": lambda net: vmap(grad(lambda x: net(x).sin().sum()))(
+                *share(rank, x)
+            ),
+            "grad(vmap)": lambda net: grad(scalar(vmap(net), *share(rank, t)))(
+                *share(rank, x)
+            ),
+            "no vmap": lambda net: net(share(rank, x)[0].flatten(0, 1)),
+        }
+        for name, call in calls.items():
+            net = small(device, momentum)
+            net[1].num_batches_tracked.fill_(2)
+            plain, _ = plain_step(net, x)
+            with vmap_safe(net, mode="sync", update_running_stats=True):
+                call(net)
+            for b, e in zip(net.buffers(), plain.buffers()):
+                assert torch.allclose(b, e, 1e-8, 1e-8), name
+
+
+@check
+def plain_autograd_around_it(rank, device):
+    """By the input: this share; by the parameters: parts that sum up; twice."""
+    net, (x, t) = small(device), batch(device)
+    mine = x[SHARES[rank]].clone().requires_grad_()
+    with vmap_safe(net, mode="sync"):
+        loss = scalar(vmap(net), *share(rank, t))(mine)
+    inputs = [mine, *net.parameters()]
+    grads = torch.autograd.grad(loss, inputs, create_graph=True)
+    energy = grads[0].square().sum()
+    twice = torch.autograd.grad(energy, inputs, allow_unused=True)
+
+    x.requires_grad_()
+    whole = replaced(net, ByFormula)
+    loss = (whole(x.flatten(0, 1)).view_as(t).sin() * t).sum()
+    inputs = [x, *whole.parameters()]
+    expected = torch.autograd.grad(loss, inputs, create_graph=True)
+    energy = expected[0].square().sum()
+    expected_twice = torch.autograd.grad(energy, inputs, allow_unused=True)
+    for found, wanted in ((grads, expected), (twice, expected_twice)):
+        assert_same(found[0].detach(), wanted[0][SHARES[rank]].detach())
+        for f, w in zip(found[1:], wanted[1:]):
+            if w is not None:
+                assert_same(summed(f), w.detach())
+
+
+@check
+def transforms_outside_the_vmap(rank, device):
+    net, (x, t) = small(device), batch(device)
+    mine, mine_t = share(rank, x, t)
+    f, whole = scalar(vmap(net), mine_t), scalar(written(net), t)
+    with vmap_safe(net, mode="sync"):
+        once = grad(f)(mine)
+        tangent = jvp(vmap(net), (mine,), (mine_t,))[1]
+        twice = grad(lambda x: grad(f)(x).square().sum())(mine)
+    assert_same(once, grad(whole)(x)[SHARES[rank]])
+    assert_same(tangent, jvp(written(net), (x,), (t,))[1][SHARES[rank]])
+    expected = grad(lambda x: grad(whole)(x).square().sum())(x)
+    assert_same(twice, expected[SHARES[rank]])
+
+
+@check
+def transforms_inside_the_vmap(rank, device):
+    """Reverse: what all losses of all processes owe to this slice. Forward: what this
+    slice's output owes to all inputs."""
+    net, (x, t) = small(device), batch(device)
+    mine, mine_t = share(rank, x, t)
+    with vmap_safe(net, mode="sync"):
+        reverse = vmap(grad(lambda x: net(x).sin().sum()))(mine)
+        forward = vmap(lambda x, t: jvp(net, (x,), (t,))[1])(mine, mine_t)
+    assert_same(reverse, grad(lambda x: written(net)(x).sin().sum())(x)[SHARES[rank]])
+    assert_same(forward, jvp(written(net), (x,), (t,))[1][SHARES[rank]])
+
+
+def with_copies(copies, x):
+    """The network with each sample's own copy of the parameters, on the whole batch."""
+
+    def norm(h):
+        centred = h - h.mean(0)
+        return centred / (centred.square().mean(0) + 1e-5).sqrt()
+
+    h = torch.einsum("bi,boi->bo", x, copies["0.weight"]) + copies["0.bias"]
+    h = torch.tanh(norm(h) * copies["1.weight"] + copies["1.bias"])
+    return norm(torch.einsum("bi,boi->bo", h, copies["3.weight"]) + copies["3.bias"])
+
+
+@check
+def contributions(rank, device):
+    """Row i: the losses of all processes, through sample i's copy of the parameters."""
+    net, (x, t) = small(device), [v[:, 0] for v in batch(device)]
+    copies = {
+        name: p.detach().expand(7, *p.shape).clone().requires_grad_()
+        for name, p in net.named_parameters()
+    }
+    total = (with_copies(copies, x) - t).square().sum()
+    expected = torch.autograd.grad(total, list(copies.values()))
+
+    def loss_fn(out, t):
+        return (out - t).square().sum()
+
+    for update in (False, True):
+        rows = per_sample_grads(
+            net,
+            loss_fn,
+            *share(rank, x, t),
+            mode="sync",
+            update_running_stats=update,
+        )
+        for name, wanted in zip(copies, expected):
+            assert_same(rows[name], wanted[SHARES[rank]])
+    plain, _ = plain_step(small(device), x[:, None])
+    assert_same(dict(net.named_buffers()), dict(plain.named_buffers()))
+
+
+@check
+def detached_rows(rank, device):
+    """Sample by sample through the whole batch's statistics, as constants."""
+    net, (x, t) = small(device), [v[:, 0] for v in batch(device)]
+    frozen = replaced(net, batch_norm)
+    h = x
+    for layer in frozen:
+        if isinstance(layer, nn.BatchNorm1d):
+            layer.running_mean = h.mean(0).detach()
+            layer.running_var = h.var(0, unbiased=False).detach()
+            layer.eval()
+        h = layer(h)
+    rows = per_sample_grads(
+        net, F.mse_loss, *share(rank, x, t), mode="sync", rows="detached"
+    )
+    for row, i in enumerate(range(7)[SHARES[rank]]):
+        loss = F.mse_loss(frozen(x[i : i + 1]), t[i : i + 1])
+        for found, g in zip(
+            rows.values(), torch.autograd.grad(loss, frozen.parameters())
+        ):
+            assert_same(found[row], g)
+
+
+@check
+def jacobian_rows_are_refused(rank, device):
+    net, (x, t) = small(device), [v[:, 0] for v in batch(device)]
+    with pytest.raises(RuntimeError) as caught:
+        per_sample_grads(net, F.mse_loss, x, t, mode="sync", rows="jacobian")
+    assert str(caught.value) == (
+        "batch_norm of '1' (SyncBatchNorm): statistics of 2 processes, where a row of "
+        'rows="jacobian" would mix losses of all of them. Use rows="contribution", or '
+        "one process."
+    )
+
+
+@check
+def an_empty_share_is_refused(rank, device):
+    net, (x, t) = small(device), [v[:0, 0] for v in batch(device)]
+    with pytest.raises(ValueError, match="Give every process at least one sample"):
+        per_sample_grads(net, F.mse_loss, x, t, mode="sync")
+    rows = per_sample_grads(
+        replaced(net, batch_norm), F.mse_loss, x, t, mode="sync", rows="contribution"
+    )
+    assert rows["0.weight"].shape == (0, 3, 2)
+
+
+@check
+def one_slice_in_each_process(rank, device):
+    """One value a channel here, but two in all."""
+    net = nn.SyncBatchNorm(2).to(device, torch.float64)
+    x = batch(device)[0][:2, 0]
+    with vmap_safe(net, mode="sync"):
+        out = vmap(net)(x[rank : rank + 1, None])
+    assert_same(out[:, 0], batch_norm(net)(x)[rank : rank + 1])
+
+
+class Branches(nn.Module):
+    """Two layers side by side, of different sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3), nn.Linear(2, 4)
+        self.norm_a, self.norm_b = nn.SyncBatchNorm(3), nn.SyncBatchNorm(4)
+
+    def forward(self, x):
+        b = self.norm_b(self.b(x))
+        return torch.cat([b, self.norm_a(self.a(x)).sin()], -1)
+
+
+@check
+def branches(rank, device):
+    """Backward meets the layers of all processes in the same order."""
+    torch.manual_seed(1)
+    net, (x, _) = Branches().to(device, torch.float64), batch(device)
+    with vmap_safe(net, mode="sync"):
+        rows = vmap(grad(lambda x: net(x).sin().sum()))(*share(rank, x))
+    whole = replaced(net, ByFormula)
+    expected = grad(lambda x: whole(x.flatten(0, 1)).sin().sum())(x)
+    assert_same(rows, expected[SHARES[rank]])
+
+
+@check
+def ensembles(rank, device):
+    """Each member over all processes, and no two members together."""
+    members = [small(device) for _ in range(2)]
+    members[1][0].weight.data += 1
+    params, buffers = stack_module_state(members)
+    base, (x, _) = members[0], batch(device)
+
+    def call(params, buffers, x):
+        return vmap(lambda x: functional_call(base, (params, buffers), (x,)))(x)
+
+    with vmap_safe(base, mode="sync", update_running_stats=True):
+        out = vmap(call, (0, 0, None))(params, buffers, *share(rank, x))
+    for i, member in enumerate(members):
+        plain, expected = plain_step(member, x)
+        assert_same(out[i], expected[SHARES[rank]])
+        for name, b in plain.named_buffers():
+            assert_same(buffers[name][i], b)
+
+
+# -- What stays in its process ---------------------------------------------------------
+
+
+@check
+def other_layers_stay_local(rank, device):
+    net = nn.BatchNorm2d(4).to(device, torch.float64)
+    x = share(rank, batch(device, 2, 4, 3, 3)[0])[0]
+    plain = copy.deepcopy(net)
+    expected = plain(x.flatten(0, 1)).view_as(x)
+    if rank == 0:  # alone: a collective would wait for the other
+        with vmap_safe(net, mode="sync", update_running_stats=True):
+            assert_same(vmap(net)(x), expected)
+        assert_same(dict(net.named_buffers()), dict(plain.named_buffers()))
+
+
+@check
+def other_modes_stay_local(rank, device):
+    net = nn.Sequential(nn.Conv2d(2, 4, 2), nn.SyncBatchNorm(4), nn.Tanh())
+    net.to(device, torch.float64)
+    net[1].running_mean.normal_()
+    net[1].running_var.uniform_(0.5, 2)
+    net[1].num_batches_tracked.add_(1)
+    x, _ = batch(device, 2, 2, 4, 4)
+    if rank == 1:  # alone: a collective would wait for the other
+        for mode in ("eval", "no_running_stats", "group_norm"):
+            plain = switched(net, mode)
+            before = everything(net)
+            with vmap_safe(net, mode=mode, num_groups=2):
+                assert_same(vmap(net)(x), torch.stack([plain(x_) for x_ in x]))
+                rows = vmap(grad(lambda x: net(x).square().sum()))(x)
+            assert_same_state(net, before)
+            x_ = x[2].clone().requires_grad_()
+            loss = plain(x_).square().sum()
+            assert_same(rows[2], torch.autograd.grad(loss, x_)[0])
+
+
+@check
+def frozen_layers_stay_local(rank, device):
+    net, (x, _) = small(device), batch(device)
+    for layer in (net[1], net[4]):
+        layer.eval()
+        layer.num_batches_tracked.add_(1)
+    if rank == 0:
+        before = everything(net)
+        with vmap_safe(net, mode="sync", update_running_stats=True):
+            out = vmap(net)(x)
+        assert_same_state(net, before)
+        assert_same(out, torch.stack([copy.deepcopy(net).eval()(x_) for x_ in x]))
+
+
+@check
+def a_group_of_one(rank, device):
+    """The layer's own process_group counts, not the world."""
+    groups = [dist.new_group([r]) for r in range(WORLD)]
+    net = nn.SyncBatchNorm(2, process_group=groups[rank]).to(device, torch.float64)
+    x = share(rank, batch(device)[0])[0]
+    with vmap_safe(net, mode="sync"):
+        out = vmap(net)(x)
+    assert_same(out, batch_norm(net)(x.flatten(0, 1)).view_as(x))
+
+
+# -- DistributedDataParallel -----------------------------------------------------------
+
+
+@check
+def wrapped_models(rank, device):
+    """Accepted in every mode; the wrapper trains afterwards, gradients averaged."""
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(36, 2)
+    ).to(device, torch.float64)
+    net(torch.randn(8, 2, 4, 4, device=device, dtype=torch.float64))
+    plain = copy.deepcopy(net)
+    ids = None if device.type == "cpu" else [device]
+    wrapped = DistributedDataParallel(net, device_ids=ids)
+    x = share(rank, batch(device, 2, 2, 4, 4)[0])[0]
+    y = torch.arange(len(x), device=device) % 2
+    before = everything(net)
+    for mode in ("eval", "no_running_stats", "group_norm", "sync"):
+        with vmap_safe(wrapped, mode=mode, num_groups=2):
+            through = vmap(wrapped)(x)
+            direct = vmap(net)(x)
+        with vmap_safe(plain, mode=mode, num_groups=2):
+            expected = vmap(plain)(x)
+        assert_same(through, expected)
+        assert_same(direct, expected)
+        rows = [
+            per_sample_grads(
+                model, F.cross_entropy, x[:, 0], y, mode=mode, num_groups=2
+            )
+            for model in (wrapped, plain)
+        ]
+        assert_same(*rows)
+    assert_same_state(net, before)
+
+    F.cross_entropy(wrapped(x[:, 0]), y).backward()
+    F.cross_entropy(plain(x[:, 0]), y).backward()
+    for p, q in zip(wrapped.parameters(), plain.parameters()):
+        assert_same(p.grad, summed(q.grad) / WORLD)
+    with vmap_safe(wrapped, mode="sync"):  # autograd around the vmap trains it too
+        loss = vmap(wrapped)(x).square().sum()
+    wrapped.zero_grad()
+    loss.backward()
+    plain.zero_grad()
+    plain(x.flatten(0, 1)).square().sum().backward()
+    for p, q in zip(wrapped.parameters(), plain.parameters()):
+        assert_same(p.grad, summed(q.grad) / WORLD)
+
+
+# -- Two processes, all checks ---------------------------------------------------------
+
+
+def work(rank, kind, folder):
+    """One process: all checks in the same order, and what became of each."""
+    torch.set_num_threads(1)
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        BACKENDS[kind],
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+    )
+    found = {}
+    for name, function in CHECKS.items():
+        torch.manual_seed(rank)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated")
+                function(rank, device)
+            found[name] = None
+        except BaseException:
+            found[name] = traceback.format_exc()
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def outcome(request, tmp_path_factory):
+    """What each process found, by check; an error if one dies or does not end."""
+    folder = tmp_path_factory.mktemp("processes")
+    context = start_processes(
+        work, (request.param, folder), nprocs=WORLD, join=False, start_method="spawn"
+    )
+    deadline = time.monotonic() + ALL_SECONDS
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, f"still at it after {ALL_SECONDS} s"
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [json.loads((folder / f"{r}.json").read_text()) for r in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_in_two_processes(outcome, name):
+    """The check holds in each process."""
+    for rank, found in enumerate(outcome):
+        assert found[name] is None, f"process {rank}\n{found[name]}"
