@@ -39,6 +39,12 @@ def _net(*layers):
     return nn.Sequential(*layers)
 
 
+def _without_bias():
+    layer = nn.BatchNorm2d(4)
+    layer.bias = None  # bias=False, which older versions of torch do not have
+    return layer
+
+
 class Twice(nn.Module):
     """One batch norm layer, used twice in a forward."""
 
@@ -99,7 +105,7 @@ CASES = [
     ),
     Case("mlp", lambda: _net(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh()), (3,)),
     Case("no affine", lambda: nn.BatchNorm2d(4, affine=False), (4, 3, 3)),
-    Case("no bias", lambda: nn.BatchNorm2d(4, bias=False), (4, 3, 3)),
+    Case("no bias", _without_bias, (4, 3, 3)),
     Case(
         "no statistics",
         lambda: _net(nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4, track_running_stats=False)),
