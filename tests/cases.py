@@ -121,6 +121,29 @@ CASES = [
         ),
         (2, 5, 5),
     ),
+    Case(
+        "instance norm 1d, no affine",
+        lambda: _net(
+            nn.Conv1d(2, 4, 2), nn.InstanceNorm1d(4, track_running_stats=True)
+        ),
+        (2, 6),
+    ),
+    Case(
+        "instance norm 3d",
+        lambda: _net(
+            nn.Conv3d(1, 4, 2),
+            nn.InstanceNorm3d(4, affine=True, track_running_stats=True),
+        ),
+        (1, 3, 3, 3),
+    ),
+    Case(
+        "instance norm, momentum None",
+        lambda: _net(
+            nn.Conv2d(2, 4, 2),
+            nn.InstanceNorm2d(4, momentum=None, track_running_stats=True),
+        ),
+        (2, 5, 5),
+    ),
     Case("used twice", Twice, (4, 3, 3)),
     Case("tied weights", Tied, (4,)),
     Case("partly frozen", PartlyFrozen, (2, 6, 6)),

@@ -23,11 +23,10 @@ from torch.func import (
 from vmapsafe import per_sample_grads, vmap_safe
 from vmapsafe.testing import assert_same
 
-BN_CASES = [case for case in CASES if "instance" not in case.name]
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
-@pytest.fixture(params=BN_CASES, ids=str)
+@pytest.fixture(params=CASES, ids=str)
 def case(request):
     return request.param
 
@@ -627,6 +626,153 @@ def test_shared_buffers_of_members_that_are_not_merged():
         with pytest.raises(RuntimeError, match="slices that are not merged share its"):
             vmap(vmap(lambda x: net(x[None])[0]))(TASKS[0])
     assert_same_state(net, before)
+
+
+# -- Instance norm ---------------------------------------------------------------------
+
+INSTANCE_NORMS = [
+    (nn.InstanceNorm1d, (4, 3)),
+    (nn.InstanceNorm2d, (4, 3, 2)),
+    (nn.InstanceNorm3d, (4, 2, 2, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("layer,shape", INSTANCE_NORMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_instance_norm_statistics_to_the_bit(
+    layer, shape, affine, momentum, dtype, training
+):
+    """One training step on the merged batch; a model in eval mode is put in training,
+    as for batch norm. torch's own momentum None updates nothing, and nothing counts."""
+    model = layer(4, affine=affine, momentum=momentum, track_running_stats=True)
+    model.to(dtype)
+    x = (3 + 2 * torch.randn(5, 2, *shape)).to(dtype)
+    plain, expected = plain_step(model, x)
+    moved = not torch.equal(plain.running_mean, model.running_mean)
+    assert moved == (momentum is not None)
+    model.train(training)
+    before = everything(model)
+    with vmap_safe(model, mode="sync"):
+        out = vmap(model)(x)
+    assert_same_state(model, before)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6
+    assert_same(out, expected, rtol=tolerance, atol=tolerance)
+    with vmap_safe(model, mode="sync", update_running_stats=True):
+        assert torch.equal(vmap(model)(x), out)
+    assert_same_buffers(model, plain)
+    assert model.training == training
+
+
+INSTANCE_TRANSFORMS = {
+    "vmap(grad)": lambda f, x: vmap(grad(f))(x),
+    "grad(vmap)": lambda f, x: grad(lambda x: vmap(f)(x).sum())(x),
+    "vmap(jvp)": lambda f, x: vmap(lambda x: jvp(f, (x,), (x,))[1])(x),
+    "jvp(vmap)": lambda f, x: jvp(vmap(f), (x,), (x,))[1],
+    "vmap(vmap)": lambda f, x: vmap(vmap(f))(x.unflatten(0, (2, 2))).flatten(0, 1),
+    "vmap(vmap(grad))": lambda f, x: vmap(vmap(grad(f)))(
+        x.unflatten(0, (2, 2))
+    ).flatten(0, 1),
+    "grad(grad(vmap))": lambda f, x: grad(
+        lambda x: grad(lambda x: vmap(f)(x).sum())(x).square().sum()
+    )(x),
+    "jacrev(vmap)": lambda f, x: jacrev(vmap(f))(x),
+}
+
+
+@pytest.mark.parametrize("transform", INSTANCE_TRANSFORMS)
+@pytest.mark.parametrize("affine", [True, False])
+def test_instance_norm_under_transforms(transform, affine):
+    """Values are those of the formula; the running statistics step once."""
+    model = nn.InstanceNorm1d(3, affine=affine, track_running_stats=True).double()
+    for p in model.parameters():
+        p.data = torch.randn(3).double()
+    x = torch.randn(4, 2, 3, 5).double()
+    plain, _ = plain_step(model, x)
+
+    def energy(norm):
+        return lambda x: (norm(x).sin().sum((1, 2)) ** 2).sum()
+
+    derive = INSTANCE_TRANSFORMS[transform]
+    with vmap_safe(model, mode="sync", update_running_stats=True):
+        actual = derive(energy(model), x)
+    assert_same(actual, derive(energy(ByFormulaOfSamples(model)), x))
+    assert_same_buffers(model, plain)
+
+
+class ByFormulaOfSamples(nn.Module):
+    """Instance norm in plain operations, (N, C, L)."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        centred = x - x.mean(2, keepdim=True)
+        var = centred.square().mean(2, keepdim=True)
+        y = centred / (var + self.layer.eps).sqrt()
+        if self.layer.affine:
+            y = y * self.layer.weight[:, None] + self.layer.bias[:, None]
+        return y
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_through_instance_norm(rows):
+    """Samples are independent: every kind of row is one plain backward a sample."""
+    (case,) = [case for case in CASES if case.name == "instance norm 3d"]
+    model, x = case.model(), case.slices(4, 1)[:, 0]
+    y = torch.randn_like(copy.deepcopy(model)(x))
+    plain = copy.deepcopy(model)
+    plain(x)
+    slow = []
+    for i in range(len(x)):
+        one = copy.deepcopy(model)
+        loss = F.mse_loss(one(x[i : i + 1]), y[i : i + 1])
+        slow.append(torch.autograd.grad(loss, list(one.parameters())))
+    actual = per_sample_grads(
+        model, F.mse_loss, x, y, mode="sync", rows=rows, update_running_stats=True
+    )
+    assert_same(list(actual.values()), [torch.stack(parts) for parts in zip(*slow)])
+    assert_same_buffers(model, plain)
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_ensemble_with_instance_norm(update):
+    """Each member's statistics step as its own, by its own samples."""
+    members = [
+        nn.InstanceNorm1d(3, affine=True, track_running_stats=True).double()
+        for _ in range(3)
+    ]
+    for i, member in enumerate(members):
+        for t in [*member.parameters(), *member.buffers()]:
+            t.data += i
+    params, buffers = stack_module_state(members)
+    base, x = members[0], torch.randn(4, 2, 3, 5).double()
+    kept = copy.deepcopy(buffers)
+
+    def call(params, buffers, x):
+        return functional_call(base, (params, buffers), (x,))
+
+    with vmap_safe(base, mode="sync", update_running_stats=update):
+        samples = vmap(call, (None, None, 0))
+        out = vmap(samples, (0, 0, None))(params, buffers, x)
+    plain = [plain_step(member, x) for member in members]
+    assert_same(out, torch.stack([out for _, out in plain]))
+    for name, buffer in buffers.items():
+        stepped = torch.stack([dict(m.named_buffers())[name] for m, _ in plain])
+        assert_same(buffer, stepped if update else kept[name])
+
+
+def test_one_value_of_an_instance():
+    """Nothing is written before the error."""
+    model = nn.InstanceNorm1d(3, track_running_stats=True)
+    before = everything(model)
+    with vmap_safe(model, mode="sync", update_running_stats=True):
+        with pytest.raises(ValueError, match="has one value for each channel"):
+            vmap(model)(torch.randn(4, 2, 3, 1))
+    assert_same_state(model, before)
 
 
 # -- Errors ----------------------------------------------------------------------------

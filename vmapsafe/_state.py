@@ -253,9 +253,9 @@ def _wanted(module: nn.Module, original: Flags, mode: str) -> Flags:
         return Flags(False, track)
     if isinstance(module, _BatchNorm):
         return Flags(True, False)
-    if mode == "no_running_stats":
-        return Flags(True, track)
-    return original
+    if mode == "group_norm":
+        return original
+    return Flags(True, track)
 
 
 def _flags(module: nn.Module) -> Flags:

@@ -24,10 +24,10 @@ def of_a_layer(call: Call) -> bool:
 def _uses_own_statistics(call: Call) -> bool:
     """Whether a layer asks for the statistics of its input, as one that has no running
     ones does in every mode, or torch would update those."""
-    return bool(call["training"]) and of_a_layer(call) or _writes_statistics(call)
+    return bool(call["training"]) and of_a_layer(call) or writes_statistics(call)
 
 
-def _writes_statistics(call: Call) -> bool:
+def writes_statistics(call: Call) -> bool:
     """Whether torch would update running statistics that are the model's buffers."""
     mean = call["running_mean"]
     use_input = call.arguments.get("training", call.arguments.get("use_input_stats"))
@@ -128,7 +128,8 @@ register(
 )
 
 
-def _instance_norm_unwritten(call: Call) -> Tensor:
+def instance_norm_unwritten(call: Call) -> Tensor:
+    """By the statistics of each sample and channel."""
     x = call["input"]
     if x.numel() == x.size(0) * x.size(1):
         raise ValueError(
@@ -142,7 +143,8 @@ def _instance_norm_unwritten(call: Call) -> Tensor:
     )
 
 
-def _plain_instance_norm(call: Call) -> Tensor:
+def plain_instance_norm(call: Call) -> Tensor:
+    """Slow form of :func:`instance_norm_unwritten`."""
     x = call["input"]
     return _normalised(call, x, list(range(2, x.dim())))
 
@@ -152,9 +154,9 @@ register(
         name="instance_norm, statistics not written",
         functions=(F.instance_norm,),
         modes=MODES,
-        accepts=_writes_statistics,
-        batched=_instance_norm_unwritten,
-        reference=slice_by_slice(_plain_instance_norm),
+        accepts=writes_statistics,
+        batched=instance_norm_unwritten,
+        reference=slice_by_slice(plain_instance_norm),
     )
 )
 

@@ -31,14 +31,17 @@ from torch.autograd import Function
 
 from vmapsafe._call import Call, current_level, derivatives_inside, vmap_size
 from vmapsafe._errors import worded
-from vmapsafe._rule import Rule, register
+from vmapsafe._rule import Rule, register, slice_by_slice
 from vmapsafe._state import process_group
 from vmapsafe.rules.batch_norm import (
+    instance_norm_unwritten,
     of_a_layer,
     own_statistics,
     per_channel,
+    plain_instance_norm,
     scaled_and_shifted,
     wide,
+    writes_statistics,
 )
 
 Levels = tuple[int, ...]
@@ -134,7 +137,8 @@ class AsOneBatch(Function):
 class UpdateRunningStats(Function):
     """One training step's update of a layer's buffers, in place, below all transforms.
 
-    Returns a zero that stands for the effect.
+    ``function`` is the one whose kernel writes them, ``F.batch_norm`` or
+    ``F.instance_norm``. Returns a zero that stands for the effect.
     """
 
     @staticmethod
@@ -144,6 +148,7 @@ class UpdateRunningStats(Function):
         var: Tensor,
         count: Tensor | None,
         momentum: float | None,
+        function: Any,
         merged: Levels,
         group: Any,
         label: str,
@@ -155,7 +160,7 @@ class UpdateRunningStats(Function):
                 if momentum is None:
                     factor = 1.0 / float(count)
             if group is None:
-                F.batch_norm(x, mean, var, None, None, True, factor)
+                function(x, mean, var, None, None, True, factor)
             else:
                 _update_across_processes(wide(x), mean, var, factor, group)
         return x.new_zeros(())
@@ -166,7 +171,7 @@ class UpdateRunningStats(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return (None,) * 8
+        return (None,) * 9
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -182,7 +187,7 @@ class UpdateRunningStats(Function):
         count: Tensor | None,
         *rest: Any,
     ) -> tuple[Tensor, None]:
-        merged, label = rest[1], rest[3]
+        merged, label = rest[2], rest[4]
         x_dim, mean_dim = in_dims[:2]
         if x_dim is not None and current_level() + 1 in merged:
             x = x.movedim(x_dim, 0).flatten(0, 1)
@@ -307,16 +312,18 @@ def _by_sums(call: Call, merged: Levels, group: Any, detached: bool) -> Tensor:
 
 
 def _update(call: Call, merged: Levels, group: Any) -> None:
-    site, x = call.site, call["input"]
+    """As the layer itself does in training, which the block has switched off."""
+    site = call.site
     assert site is not None and site.layer is not None
     layer: Any = site.layer
     if site.tracks and layer.running_mean is not None:
         UpdateRunningStats.apply(
-            x,
+            call["input"],
             layer.running_mean,
             layer.running_var,
             layer.num_batches_tracked,
             layer.momentum,
+            F.batch_norm,
             merged,
             group,
             site.path(),
@@ -345,5 +352,44 @@ register(
         accepts=of_a_layer,
         batched=_across_slices,
         reference=_whole_batch,
+    )
+)
+
+
+# -- Instance norm ---------------------------------------------------------------------
+
+
+def _of_an_updated_layer(call: Call) -> bool:
+    return of_a_layer(call) and writes_statistics(call)
+
+
+def _instance_norm(call: Call) -> Tensor:
+    """Samples are normalised one by one: only the running statistics are merged."""
+    site, x = call.site, call["input"]
+    assert site is not None
+    y = instance_norm_unwritten(call)
+    if site.update_running_stats:
+        UpdateRunningStats.apply(
+            x,
+            call["running_mean"],
+            call["running_var"],
+            None,  # torch's instance norm does not count
+            call["momentum"],
+            F.instance_norm,
+            site.merged_levels(x),
+            None,
+            site.path(),
+        )
+    return y
+
+
+register(
+    Rule(
+        name="instance_norm, running statistics across the vmapped axis",
+        functions=(F.instance_norm,),
+        modes=("sync",),
+        accepts=_of_an_updated_layer,
+        batched=_instance_norm,
+        reference=slice_by_slice(plain_instance_norm),
     )
 )
