@@ -25,6 +25,9 @@ class Case:
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
+            for name, buffer in model.named_buffers():
+                if name.endswith("running_mean"):  # instance norm may not move it
+                    buffer.add_(0.1)
         return model.train()
 
     def slices(self, b=3, n=2, device="cpu", dtype=torch.float64):
