@@ -203,10 +203,13 @@ class Scope(TorchFunctionMode):
         """Switch the layers, listen to the modules, put the rules in force."""
         self.depth = len(self.running)
         switch(self.models, self.options)
+        self.listening = False
         try:
             self.listening = _listen(self)
             _push_mode(self)  # type: ignore[no-untyped-call]
         except BaseException:
+            if self.listening:
+                _stop_listening(self)
             put_back(self.models)
             raise
 
