@@ -335,6 +335,8 @@ def test_blocks_closed_in_the_wrong_order():
     assert_same_state(a, before[0])
     expected = vmap(b[:2])(X)
     assert expected.shape == (3, 2, 4, 3, 3)
+    a(X[0])  # nothing holds it any more
+    assert a[1].num_batches_tracked == 2
     block_b.__exit__(None, None, None)
     assert_same_state(b, before[1])
     with pytest.raises(BlockError, match="is not open in this thread"):
