@@ -160,6 +160,21 @@ def scalar(f):
     return lambda v: f(v).sin().sum()
 
 
+@pytest.mark.parametrize("transform", [*TRANSFORMS, "hessian"])
+def test_each_transform(case_with_parameters, mode, transform):
+    """Of every network by its parameters, on one batch in a block."""
+    model, x = case_with_parameters.model(), case_with_parameters.slices()[0]
+    plain = switched(model, mode)
+    derive = hessian if transform == "hessian" else TRANSFORMS[transform]
+    before = everything(model)
+    f, at = of_parameters(model, x)
+    with block(model, mode):
+        actual = derive(f)(at)
+    assert_same_state(model, before)
+    f, at = of_parameters(plain, x)
+    close(actual, derive(f)(at))
+
+
 @pytest.mark.parametrize("outer", TRANSFORMS)
 @pytest.mark.parametrize("inner", [None, *TRANSFORMS, "hessian"])
 def test_every_nesting_of_two_transforms(outer, inner, mode):
