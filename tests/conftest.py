@@ -21,4 +21,4 @@ def nothing_left():
     assert torch._C._len_torch_function_stack() == 0
     assert dict(torch_module._global_forward_pre_hooks) == hooks
     assert not _state._held
-    assert not _scope._open
+    assert not _scope._listeners

@@ -4,7 +4,7 @@ import copy
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 
 class ByFormula(nn.Module):
@@ -48,13 +48,18 @@ def switched(model, mode, num_groups=2):
     """A copy of ``model`` that does by hand what a block of ``mode`` promises."""
     model = copy.deepcopy(model)
     was_training = model.training
+    if isinstance(model, _NormBase):  # so that there is a place to put another layer
+        model = nn.Sequential(model).train(was_training)
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         batch_norm = isinstance(layer, _BatchNorm)
         if not batch_norm and getattr(layer, "running_mean", None) is None:
             continue
         if was_training and not layer.training:
             continue  # frozen by its owner
-        if mode == "eval":
+        if mode == "eval" and layer.running_mean is None:
+            # Its own statistics, and torch's kernel is wrong in a hessian there.
+            _replace(model, name, ByFormula(layer))
+        elif mode == "eval":
             layer.eval()
         elif batch_norm and mode == "no_running_stats":
             _replace(model, name, ByFormula(layer))
@@ -68,9 +73,6 @@ def switched(model, mode, num_groups=2):
 
 
 def _replace(model, name, new):
-    if not name:  # the model is the layer itself
-        model.forward = new.forward
-        return
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 

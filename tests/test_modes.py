@@ -73,8 +73,10 @@ def test_the_modes_differ(case):
     for mode in MODES:
         with block(model, mode):
             outs.append(vmap(model)(x))
-    if case.name in ("no statistics", "instance norm with statistics"):
-        outs = [outs[0], outs[-1]] if case.name == "no statistics" else outs[:2]
+    if case.name == "no statistics":  # "eval" takes those of the slice
+        outs = [outs[0], outs[-1]]
+    if "instance norm" in case.name:  # "group_norm" leaves it alone
+        outs = outs[:2]
     for a, b in itertools.combinations(outs, 2):
         assert not torch.allclose(a, b, atol=1e-4)
 
@@ -156,6 +158,21 @@ SMALL = Case(
 def scalar(f):
     """A scalar of what f gives, so that any transform can follow any other."""
     return lambda v: f(v).sin().sum()
+
+
+@pytest.mark.parametrize("transform", [*TRANSFORMS, "hessian"])
+def test_each_transform(case_with_parameters, mode, transform):
+    """Of every network by its parameters, on one batch in a block."""
+    model, x = case_with_parameters.model(), case_with_parameters.slices()[0]
+    plain = switched(model, mode)
+    derive = hessian if transform == "hessian" else TRANSFORMS[transform]
+    before = everything(model)
+    f, at = of_parameters(model, x)
+    with block(model, mode):
+        actual = derive(f)(at)
+    assert_same_state(model, before)
+    f, at = of_parameters(plain, x)
+    close(actual, derive(f)(at))
 
 
 @pytest.mark.parametrize("outer", TRANSFORMS)

@@ -87,6 +87,27 @@ def test_parameters_at_other_values(net):
     assert_same(rows, expected)
 
 
+def test_derivatives_of_rows(net):
+    """Outer derivatives pass through a dict of tensors, and stop at the model's own."""
+
+    def energy(weight):
+        params = {"3.weight": weight}
+        rows = per_sample_grads(net, F.cross_entropy, X, Y, params=params)
+        return rows["3.weight"].square().sum()
+
+    weight = net[3].weight.detach().clone()
+    actual = torch.func.grad(energy)(weight)
+    net.eval()
+    total = 0
+    for i in range(len(X)):
+        loss = F.cross_entropy(net(X[i : i + 1]), Y[i : i + 1])
+        (g,) = torch.autograd.grad(loss, net[3].weight, create_graph=True)
+        total = total + g.square().sum()
+    assert_same(actual, torch.autograd.grad(total, net[3].weight)[0])
+    rows = per_sample_grads(net, F.cross_entropy, X, Y)
+    assert not any(row.requires_grad for row in rows.values())
+
+
 def test_frozen_parameters_are_left_out_and_tied_ones_appear_once(net):
     rows = per_sample_grads(net, F.cross_entropy, X, Y)
     net[0].requires_grad_(False)

@@ -1,6 +1,7 @@
 """The law: every rule in the table is its slow form, in values and gradients."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,13 @@ def test_law(rule):
     cases = CASES[rule.name]
     batched = BATCHED.get(rule.name)
     assert check_rule(rule, cases, site=OnALayer(), batched=batched) >= 2 * len(cases)
+
+
+def test_the_readme_lists_every_rule():
+    readme = Path(__file__).parent.parent / "README.rst"
+    text = " ".join(readme.read_text().split())
+    for rule in registered():
+        assert rule.name in text, rule.name
 
 
 RULE = registered()[0]

@@ -14,7 +14,7 @@ from plain import assert_same_state, everything
 from torch import nn
 from torch.func import vmap
 
-from vmapsafe import BlockError, vmap_safe
+from vmapsafe import BlockError, _scope, vmap_safe
 
 MODES = ["eval", "no_running_stats", "group_norm"]
 
@@ -335,6 +335,8 @@ def test_blocks_closed_in_the_wrong_order():
     assert_same_state(a, before[0])
     expected = vmap(b[:2])(X)
     assert expected.shape == (3, 2, 4, 3, 3)
+    a(X[0])  # nothing holds it any more
+    assert a[1].num_batches_tracked == 2
     block_b.__exit__(None, None, None)
     assert_same_state(b, before[1])
     with pytest.raises(BlockError, match="is not open in this thread"):
@@ -397,6 +399,22 @@ def test_entry_that_fails_half_way():
     with pytest.raises(ValueError, match="lazy"):
         vmap_safe(a, lazy).__enter__()
     assert_same_state(a, before)
+
+
+@pytest.mark.parametrize("step", ["_listen", "_push_mode"])
+def test_entry_that_is_interrupted(step, monkeypatch):
+    """KeyboardInterrupt in the middle of entering: all of it is taken back."""
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    model = small()
+    before = everything(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(_scope, step, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            vmap_safe(model).__enter__()
+    assert_same_state(model, before)
 
 
 def test_rules_hold_in_the_thread_that_opened_the_block():

@@ -783,6 +783,25 @@ def test_hand_made_numbers(update, mode):
     assert_same(found, expected)
 
 
+def data_assigned(layer, mean, var):
+    layer.mu.data = 0.9 * layer.mu + 0.1 * mean
+    mean.data = mean + 1  # not a buffer: happens
+    layer.seen = mean
+
+
+def test_assignment_to_data():
+    """That of a buffer does not happen, any other does. (vmap refuses both.)"""
+    net, x = hand_made(data_assigned), batch("")[0]
+    before = [(id(b), b.tolist()) for b in net.buffers()]
+    expected = net[0](x).mean((0, 2, 3)).detach() + 1
+    with block(net, "eval"):
+        net(x)
+    assert [(id(b), b.tolist()) for b in net.buffers()] == before
+    assert_same(net[1].seen, expected)
+    net(x)
+    assert net[1].mu.tolist() != before[0][1]
+
+
 def in_place_by_usual_names(layer, mean, var):
     layer.running_mean.mul_(0.9).add_(mean, alpha=0.1)
     layer.running_var.mul_(0.9).add_(var, alpha=0.1)

@@ -223,29 +223,24 @@ def beyond_reverse_mode() -> bool:
     return "Jvp" in keys or keys.count("Grad") > 1
 
 
-def same_storage(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors share memory, as a view or ``.data`` does.
+def storage_of(tensor: Tensor) -> int | None:
+    """Which memory a tensor lies in; views and ``.data`` share it. None: in none.
 
-    Inside a transform views are wrapped, even those of tensors that are not; what is
-    compared is inside the wrappers.
+    Inside a transform views are wrapped, even those of tensors that are not; what
+    counts is inside the wrappers.
     """
+    while is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     try:
-        a, b = _unwrapped(a), _unwrapped(b)
-        return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse, or a subclass without
-        return False
+        return None
 
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether it belongs to a transform of torch.func and is dead after it."""
     # Read in torch 2.13.
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
-
-
-def _unwrapped(tensor: Tensor) -> Tensor:
-    while is_wrapped(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor
 
 
 def slices(call: Call, size: int) -> list[Call]:

@@ -53,7 +53,8 @@ def watch(layers: dict[nn.Module, str], output: Any, ended: Callable[[], None]) 
         metadata["vmapsafe"] = token
     for layer, label in layers.items():
         _watched.setdefault(layer, []).append(label)
-    weakref.finalize(token, _unwatch, tuple(layers), ended)
+    end = weakref.finalize(token, _unwatch, tuple(layers), ended)
+    end.atexit = False
     return True
 
 

@@ -62,8 +62,8 @@ def per_sample_grads(
         mode: of :func:`vmap_safe`, whose block is entered for this call.
         rows: in "sync", where samples share their statistics, what a row is; see below.
         params: the names to differentiate by, or a dict from names to the tensors at
-            which to; default every parameter that requires a gradient. Tied
-            parameters appear once.
+            which to, through which outer derivatives pass; default every parameter
+            that requires a gradient. Tied parameters appear once.
         chunk_size: samples at a time, as in ``torch.func.vmap``; None for all. In
             "sync" each chunk is a batch with statistics of its own.
         randomness: of dropout and the like: "error", "different" or "same".
@@ -193,7 +193,7 @@ def _chunks(batch: Any, chunk_size: int | None) -> list[Any]:
 def _chosen(
     net: nn.Module, params: Collection[str] | Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """The tensors to differentiate by, detached, by name; tied ones once."""
+    """The tensors to differentiate by, by name; tied ones once."""
     named = dict(net.named_parameters())
     if params is None:
         chosen = {n: p.detach() for n, p in named.items() if p.requires_grad}
@@ -220,7 +220,7 @@ def _chosen(
                 )
             )
     if isinstance(params, Mapping):
-        return {name: params[name].detach() for name in names}
+        return {name: params[name] for name in names}  # outer derivatives pass through
     return {name: known[name].detach() for name in names}
 
 

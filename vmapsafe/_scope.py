@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from vmapsafe._call import Call, batched_levels, is_wrapped, same_storage
+from vmapsafe._call import Call, batched_levels, is_wrapped, storage_of
 from vmapsafe._checkpoint import in_checkpoint, refuse_recomputation, watch
 from vmapsafe._errors import BlockError, worded
 from vmapsafe._groups import NumGroups
@@ -51,73 +51,81 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Running:
-    """A module whose forward is running, and the innermost block that covers it.
+class Place:
+    """Where a call is made: in a module of a model that a block covers.
 
-    ``buffers`` is set on the outermost module of a model: what each of its modules had
-    registered when the forward began. ``adopted`` says that the block was put in force
-    for this forward alone, as backward runs it again. ``levels`` are those of the vmaps
-    that batch a parameter or a buffer of the model, where the mode asks for them.
+    What rules ask of it is :class:`vmapsafe._call.Site`. ``levels`` are those of the
+    vmaps that batch a parameter or a buffer of the model, where the mode needs them.
     """
 
+    scope: Scope
+    model: Model
     module: nn.Module
-    scope: Scope | None
-    model: Model | None
-    buffers: dict[nn.Module, dict[str, Tensor | None]] | None
-    adopted: bool
-    levels: frozenset[int] = frozenset()
+    levels: frozenset[int]
 
     @property
     def layer(self) -> nn.Module | None:
-        assert self.model is not None
         layer = self.model.layers.get(self.module)
         return None if layer is None or layer.frozen else self.module
 
     @property
     def tracks(self) -> bool:
-        assert self.model is not None
         return bool(self.model.layers[self.module].original.track_running_stats)
 
     @property
     def num_groups(self) -> NumGroups:
-        assert self.scope is not None
         return self.scope.options.num_groups
 
     @property
     def update_running_stats(self) -> bool:
-        assert self.scope is not None
         return self.scope.options.update_running_stats
 
     @property
     def rows(self) -> str:
-        assert self.scope is not None
         return self.scope.options.rows
 
     def merged_levels(self, tensor: Tensor) -> tuple[int, ...]:
-        assert self.scope is not None
         own = self.levels | _levels_of((self.module,))
         levels = sorted(batched_levels((tensor,)) - own)
         wanted = self.scope.options.sync_levels
-        return tuple(levels if wanted is None else levels[len(levels) - wanted :])
+        return tuple(levels if wanted is None else levels[-wanted:])
 
     def path(self) -> str:
-        assert self.model is not None
         return self.model.label(self.module)
 
     def holds(self, tensor: Tensor) -> bool:
-        assert self.model is not None
-        for module in self.model.buffered:
-            for buffer in module._buffers.values():
-                if buffer is tensor:
-                    return True
-        if torch.compiler.is_compiling():
-            return False
-        return any(
-            same_storage(buffer, tensor)
+        buffers = [
+            buffer
             for module in self.model.buffered
             for buffer in module._buffers.values()
             if buffer is not None
-        )
+        ]
+        if any([buffer is tensor for buffer in buffers]):
+            return True
+        if torch.compiler.is_compiling():
+            return False
+        storage = storage_of(tensor)
+        return storage is not None and any(storage_of(b) == storage for b in buffers)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A module whose forward is running.
+
+    Attributes:
+        module: the module.
+        place: where in which model it is, for the innermost block that covers it; None
+            where no block does.
+        buffers: on the outermost module of a model, what each of its modules had
+            registered when the forward began.
+        adopted: whether the block was put in force for this forward alone, as backward
+            runs it again.
+    """
+
+    module: nn.Module
+    place: Place | None
+    buffers: dict[nn.Module, dict[str, Tensor | None]]
+    adopted: bool
 
     def put_buffers_back(self) -> None:
         """Undo ``self.mean = …`` of the forward that ends: same objects, same names.
@@ -125,7 +133,7 @@ class Running:
         A tensor of another shape stays: it is a table that was built or grown, and
         what the module keeps beside it (its size, say) would not fit the old one.
         """
-        for module, before in (self.buffers or {}).items():
+        for module, before in self.buffers.items():
             now = module._buffers
             if len(now) == len(before) and all(
                 [now.get(name) is buffer for name, buffer in before.items()]
@@ -169,17 +177,18 @@ class Scope(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         running = running_under(self)
-        if running and running[-1].scope is self:
+        place = running[-1].place if running else None
+        if place is not None and place.scope is self:
             rules = self.table.get(func)
             if rules is not None:
-                call = Call(func, bind(func, args, kwargs), running[-1])
+                call = Call(func, bind(func, args, kwargs), place)
                 for rule in rules:
                     if rule.accepts(call):
                         return rule.batched(call)
             out = kwargs.get("out")
             if out is not None:
                 targets = (out,) if isinstance(out, Tensor) else out
-                if any([running[-1].holds(target) for target in targets]):
+                if any([place.holds(target) for target in targets]):
                     return out
         return func(*args, **kwargs)
 
@@ -194,10 +203,15 @@ class Scope(TorchFunctionMode):
         """Switch the layers, listen to the modules, put the rules in force."""
         self.depth = len(self.running)
         switch(self.models, self.options)
-        self.listening = _listen()
-        if not torch.compiler.is_compiling():
-            _open.append(self)
-        _push_mode(self)  # type: ignore[no-untyped-call]
+        self.listening = False
+        try:
+            self.listening = _listen(self)
+            _push_mode(self)  # type: ignore[no-untyped-call]
+        except BaseException:
+            if self.listening:
+                _stop_listening(self)
+            put_back(self.models)
+            raise
 
     def close(self) -> None:
         """Take all of it back, whatever happened inside.
@@ -207,14 +221,14 @@ class Scope(TorchFunctionMode):
                 another thread. The model is put back all the same.
         """
         self.closed = True
-        if not torch.compiler.is_compiling():
-            _open.remove(self)
-        found = _remove(self)
-        if self.listening:
-            _stop_listening()
-        while len(self.running) > self.depth:  # left by an interrupted forward
-            self.running.pop().put_buffers_back()
-        put_back(self.models)
+        try:
+            found = _remove(self)
+            if self.listening:
+                _stop_listening(self)
+            while len(self.running) > self.depth:  # left by an interrupted forward
+                self.running.pop().put_buffers_back()
+        finally:
+            put_back(self.models)
         if found != "top":
             raise BlockError(
                 worded(
@@ -290,35 +304,32 @@ _QUIET = (
     None,
     0,
 )
-_open: list[Scope] = []
-_listeners = 0
+_listeners: list[object] = []  # the open blocks, and what _checkpoint watches
 _listeners_lock = threading.RLock()
 
 
-def _listen() -> bool:
+def _listen(listener: object) -> bool:
     """Install the hooks unless they are there; says whether to take them out again."""
-    global _listeners
     if torch.compiler.is_compiling():  # a lock cannot be traced
         if _KEY in _module._global_forward_pre_hooks:
             return False
         _install()
         return True
     with _listeners_lock:
-        _listeners += 1
-        if _listeners == 1:
+        _listeners.append(listener)
+        if len(_listeners) == 1:
             _install()
             warnings.filters.insert(0, _QUIET)  # type: ignore[attr-defined]
     return True
 
 
-def _stop_listening() -> None:
-    global _listeners
+def _stop_listening(listener: object) -> None:
     if torch.compiler.is_compiling():
         _uninstall()
         return
     with _listeners_lock:
-        _listeners -= 1
-        if _listeners == 0:
+        _listeners.remove(listener)
+        if not _listeners:
             _uninstall()
             if _QUIET in warnings.filters:
                 warnings.filters.remove(_QUIET)  # type: ignore[attr-defined]
@@ -349,7 +360,7 @@ def _begin(module: nn.Module, args: Any) -> None:
     running = running_under(scope)
     owner = scope.owner_of(module)
     if owner is None:
-        running.append(Running(module, None, None, None, adopted))
+        running.append(Running(module, None, {}, adopted))
         return
     model = owner.covers[module]
     layer = model.layers.get(module)
@@ -357,14 +368,15 @@ def _begin(module: nn.Module, args: Any) -> None:
         layer.enforce()
         if not torch.compiler.is_compiling() and in_checkpoint():
             owner.checkpointed.add(module)
-    outer = [one for one in running if one.model is model]
-    if outer:
-        buffers, levels = None, outer[0].levels
+    around = [one.place for one in running if one.place and one.place.model is model]
+    if around:
+        buffers, levels = {}, around[0].levels
     else:
-        buffers = {owner: dict(owner._buffers) for owner in model.buffered}
+        buffers = {module: dict(module._buffers) for module in model.buffered}
         sync = owner.options.mode == "sync"
         levels = _levels_of(model.modules) if sync else frozenset()
-    running.append(Running(module, owner, model, buffers, adopted, levels))
+    place = Place(owner, model, module, levels)
+    running.append(Running(module, place, buffers, adopted))
 
 
 def _levels_of(modules: Iterable[nn.Module]) -> frozenset[int]:
@@ -387,8 +399,8 @@ def _recomputing(module: nn.Module) -> Scope | None:
     """
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
         return None
-    for scope in reversed(_open):
-        if scope.checkpointed and module in scope.covers:
+    for scope in reversed(_listeners):
+        if isinstance(scope, Scope) and scope.checkpointed and module in scope.covers:
             return scope
     refuse_recomputation(module)
     return None
@@ -409,17 +421,17 @@ def _end(module: nn.Module, args: Any, output: Any) -> None:
             _remove(scope)
         if last.module is module:
             break
-    if (
-        last.model is not None
-        and last.buffers is not None
-        and last.scope is not None
-        and last.scope.checkpointed
-    ):
-        _listen()
-        labels = {
-            m: last.model.label(m)
-            for m in last.scope.checkpointed
-            if m in last.model.layers
-        }
-        if not watch(labels, output, _stop_listening):
-            _stop_listening()
+    if last.buffers and last.place and last.place.scope.checkpointed:
+        _watch_layers(last.place, output)
+
+
+def _watch_layers(place: Place, output: Any) -> None:
+    """Have the layers that ran in a checkpoint watched while the graph lives."""
+    labels = {
+        layer: place.model.label(layer)
+        for layer in place.scope.checkpointed
+        if layer in place.model.layers
+    }
+    _listen(labels)
+    if not watch(labels, output, lambda: _stop_listening(labels)):
+        _stop_listening(labels)
