@@ -9,6 +9,7 @@ from torch import nn
 
 from vmapsafe._call import batched_levels
 from vmapsafe._rule import registered
+from vmapsafe.rules import convolution
 from vmapsafe.testing import check_rule
 
 
@@ -62,6 +63,39 @@ def running(case):
     return {**case, "training": False, "running_mean": mean, "running_var": var}
 
 
+def convolution_backward(
+    x, weight, *, stride=1, padding=0, bias=True, mask=(True, True, True), dtype=None
+):
+    """A call as torch's autograd makes it."""
+    x, weight = randn(*x), randn(*weight)
+    n = weight.dim() - 2
+    stride, padding = [stride] * n, [padding] * n
+    y = torch.convolution(x, weight, None, stride, padding, [1] * n, False, [0] * n, 1)
+    return {
+        "grad_output": randn(*y.shape).to(dtype or y.dtype),
+        "input": x.to(dtype or x.dtype),
+        "weight": weight.to(dtype or x.dtype),
+        "bias_sizes": [weight.shape[0]] if bias else None,
+        "stride": stride,
+        "padding": padding,
+        "dilation": [1] * n,
+        "transposed": False,
+        "output_padding": [0] * n,
+        "groups": 1,
+        "output_mask": list(mask),
+    }
+
+
+CONVOLUTIONS = [
+    convolution_backward((1, 2, 5, 4), (3, 2, 3, 2)),
+    convolution_backward((2, 2, 5, 4), (3, 2, 3, 2), stride=2, padding=1),
+    convolution_backward((2, 3, 5, 4), (2, 3, 1, 1), stride=2),
+    convolution_backward((1, 2, 7), (3, 2, 3), stride=2, padding=1, bias=False),
+    convolution_backward((2, 2, 5), (3, 2, 1)),
+    convolution_backward((1, 2, 4, 4), (3, 2, 3, 3), mask=(False, True, False)),
+    convolution_backward((1, 2, 4, 4), (3, 2, 3, 3), dtype=torch.float32),
+    convolution_backward((1, 2, 4, 4), (3, 2, 2, 2), dtype=torch.bfloat16),
+]
 WITH_PLANES = [
     batch_norm(2, 4, 3, affine=False),
     batch_norm(2, 4, 3, 2),
@@ -77,6 +111,7 @@ CASES = {
     "instance_norm, statistics not written": INSTANCE_NORMS,
     "batch_norm, statistics across the vmapped axis": BATCH_NORMS,
     "instance_norm, running statistics across the vmapped axis": INSTANCE_NORMS,
+    "convolution_backward, weights by matrix products": CONVOLUTIONS,
     "in-place write to a buffer, left out": [{"0": randn(3), "1": 1.0}],
 }
 
@@ -87,6 +122,13 @@ BATCHED = {"batch_norm, statistics across the vmapped axis": ["input"]}
 # Uninitialised memory has no values to compare; test_zoo draws into it.
 NO_VALUES = {"memory of its own for each slice"}
 RULES = [rule for rule in registered() if rule.name not in NO_VALUES]
+
+
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch):
+    """The rules of operators take calls of any size, as small ones would not pay."""
+    regimes = convolution.Regimes(0, True, (convolution.Bounds(),), columns=50)
+    monkeypatch.setattr(convolution, "REGIMES", {"cpu": regimes})
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -127,3 +169,34 @@ def test_a_rule_that_does_not_take_the_case_is_caught():
     rule = dataclasses.replace(RULE, accepts=lambda call: False)
     with pytest.raises(AssertionError, match="does not accept"):
         check_rule(rule, BATCH_NORMS, site=OnALayer())
+
+
+(OPERATOR,) = [rule for rule in registered() if rule.of_operator]
+WRONG_OPERATOR = {
+    "a value off": lambda outs: (outs[0], outs[1] * 1.001, outs[2]),
+    "a gradient cut": lambda outs: (outs[0], outs[1].detach(), outs[2]),
+    "an output left out": lambda outs: (outs[0], outs[1], None),
+    "the first slice for all": lambda outs: (
+        outs[0],
+        outs[1][:1].expand_as(outs[1]),
+        outs[2],
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_OPERATOR)
+def test_a_wrong_rule_of_an_operator_is_caught(wrong):
+    """The law holds operators to the same."""
+
+    def batched(call):
+        return WRONG_OPERATOR[wrong](OPERATOR.batched(call))
+
+    with pytest.raises(AssertionError):
+        check_rule(dataclasses.replace(OPERATOR, batched=batched), CONVOLUTIONS[:1])
+
+
+def test_a_rule_of_an_operator_that_takes_nothing_is_caught():
+    """Torch's own rule would pass for it."""
+    rule = dataclasses.replace(OPERATOR, accepts=lambda call: False)
+    with pytest.raises(AssertionError, match="does not take"):
+        check_rule(rule, CONVOLUTIONS[:1])

@@ -8,6 +8,7 @@ The map of the package, bottom up; each file imports only from those above it:
 ``_rule``        what a torch call means when it sees a slice   <- start reading here
 ``_state``       the flags of a model's layers: found, switched, put back
 ``rules/``       the rules, a file a family
+``_operators``   faster batching rules of operators, while a block is open
 ``_checkpoint``  a forward that backward runs again
 ``_scope``       a block in force: which rules, which models, which thread
 ``_advice``      notes for errors of torch's vmap

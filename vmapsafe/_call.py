@@ -90,6 +90,12 @@ class Parameters:
     @staticmethod
     def of(function: Function) -> Parameters:
         """Read them off the signature; empty where a function has none of its own."""
+        if isinstance(function, torch._ops.OpOverload):
+            arguments = function._schema.arguments
+            return Parameters(
+                tuple(a.name for a in arguments),
+                {a.name: a.default_value for a in arguments if a.has_default_value()},
+            )
         try:
             parameters = inspect.signature(function).parameters.values()
         except ValueError:
@@ -221,6 +227,64 @@ def beyond_reverse_mode() -> bool:
         return True
     keys = [one.key().name for one in _transforms()]
     return "Jvp" in keys or keys.count("Grad") > 1
+
+
+# What a batching rule does between one vmap and what is outside it. Read in torch 2.13
+# (custom_function_call_vmap_helper).
+_BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
+
+
+def whole_batches(
+    arguments: Mapping[str, Any], level: int
+) -> tuple[dict[str, Any], dict[str, int | None]]:
+    """The arguments without the vmap of ``level``, and the batch dimensions of the
+    tensors among them."""
+    values: dict[str, Any] = {}
+    in_dims: dict[str, int | None] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            value, in_dims[name] = torch._C._functorch._unwrap_batched(value, level)
+        values[name] = value
+    return values, in_dims
+
+
+# For the length of a kernel: a mode would see each of its steps, and does cost (5 us).
+unseen_by_modes = torch._C.DisableTorchFunction
+
+
+def below_vmap() -> Any:
+    """A context: what is computed in it is computed on whole batches."""
+    return torch._C._ExcludeDispatchKeyGuard(_BATCHED)
+
+
+def would_be_cast(call: Call) -> bool:
+    """Whether autocast would change the dtype of what a kernel computes from ``call``.
+
+    Switching it off inside a kernel has no effect: below vmap each operation gets back
+    the state in which the call was made (torch 2.13).
+    """
+    tensors = [call[name] for name in call.in_dims]
+    device = tensors[0].device.type
+    return torch.is_autocast_enabled(device) and any(
+        [t.dtype != torch.get_autocast_dtype(device) for t in tensors]
+    )
+
+
+def wrapped_again(outputs: tuple[Tensor | None, ...], level: int) -> Any:
+    """Batches, batch dimension first, as the vmap of ``level`` shows them."""
+    return tuple(
+        [
+            None if out is None else torch._C._functorch._add_batch_dim(out, 0, level)
+            for out in outputs
+        ]
+    )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether nothing watches what is computed from it: no transform, no autograd, no
+    tracing. Results may then be written in place."""
+    watched = tensor.requires_grad or is_wrapped(tensor)
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not watched
 
 
 def storage_of(tensor: Tensor) -> int | None:

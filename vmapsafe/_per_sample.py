@@ -34,6 +34,7 @@ def per_sample_grads(
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
+    fast: bool | None = None,
 ) -> Any:
     r"""Every sample's gradient of the loss with respect to the model's parameters.
 
@@ -71,6 +72,7 @@ def per_sample_grads(
         num_groups: of :func:`vmap_safe`.
         update_running_stats: of :func:`vmap_safe`.
         sync_levels: of :func:`vmap_safe`.
+        fast: of :func:`vmap_safe`.
 
     Returns:
         A dict from parameter names to tensors (B, *parameter.shape), in the dtype of
@@ -110,7 +112,7 @@ def per_sample_grads(
     """
     _check_rows(rows, mode)
     options = checked(
-        Options(mode, num_groups, update_running_stats, sync_levels, rows)
+        Options(mode, num_groups, update_running_stats, sync_levels, rows, fast)
     )
     net = unwrapped(model)
     values = _chosen(net, params)

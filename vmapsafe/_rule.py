@@ -12,14 +12,19 @@ What happens to a call inside a block, in this order:
 3. the first rule of the function whose ``accepts`` says yes: its ``batched``. Rules
    that hold in fewer modes come first, then the order is that of registration;
 4. none says yes: torch's own behaviour.
+
+A rule may also stand for an operator, ``torch.ops.aten.…``. It is then a faster
+batching rule with the same meaning, see ``_operators``, and 2. does not apply.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vmapsafe._call import Call, Function, Parameters, batch_size, slices, stacked
@@ -35,9 +40,11 @@ class Rule:
         name: for tables and test ids.
         functions: the torch function it stands for, e.g. ``F.batch_norm``, or
             several where they differ in name only, as in-place methods do.
-        modes: the modes in which it holds.
+        modes: the modes in which it holds; that of an operator holds in all.
         accepts: whether it takes this call; otherwise torch's own behaviour.
-        batched: the meaning that runs, on the tensors the call sees under vmap.
+        batched: the meaning that runs, on the tensors the call sees under vmap. That of
+            an operator sees whole batches (``call.in_dims``), as do its ``accepts``
+            and ``reference``, and returns a tuple of them, batch dimension first.
         reference: the same meaning on the whole batch (``call.in_dims``), batch
             dimension first, in plain torch without vmap and without ``batched``'s code.
     """
@@ -48,6 +55,11 @@ class Rule:
     accepts: Callable[[Call], bool]
     batched: Callable[[Call], Any]
     reference: Callable[[Call], Any]
+
+    @property
+    def of_operator(self) -> bool:
+        """Whether it changes speed only."""
+        return isinstance(self.functions[0], torch._ops.OpOverload)
 
 
 Table = Mapping[Function, tuple[Rule, ...]]
@@ -69,6 +81,7 @@ def register(rule: Rule) -> Rule:
         check_mode("register(...)", mode)
     _rules.append(rule)
     _tables.clear()
+    _by_operator.cache_clear()
     for function in rule.functions:
         _parameters.setdefault(function, Parameters.of(function))
     return rule
@@ -85,11 +98,26 @@ def table(mode: str) -> Table:
         found: dict[Function, tuple[Rule, ...]] = {}
         # A rule of this mode is asked before one that holds in several.
         for rule in sorted(_rules, key=lambda rule: len(rule.modes)):
-            if mode in rule.modes:
+            if mode in rule.modes and not rule.of_operator:
                 for function in rule.functions:
                     found[function] = (*found.get(function, ()), rule)
         _tables[mode] = found
     return _tables[mode]
+
+
+def speed_rules() -> Table:
+    """The rules of operators, by operator."""
+    return _by_operator()
+
+
+@cache
+def _by_operator() -> Table:
+    found: dict[Function, tuple[Rule, ...]] = {}
+    for rule in _rules:
+        if rule.of_operator:
+            for operator in rule.functions:
+                found[operator] = (*found.get(operator, ()), rule)
+    return found
 
 
 def bind(

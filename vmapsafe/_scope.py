@@ -25,6 +25,7 @@ from vmapsafe._call import Call, batched_levels, is_wrapped, storage_of
 from vmapsafe._checkpoint import in_checkpoint, refuse_recomputation, watch
 from vmapsafe._errors import BlockError, worded
 from vmapsafe._groups import NumGroups
+from vmapsafe._operators import enter, leave
 from vmapsafe._rule import Table, bind, table
 from vmapsafe._state import Model, find, put_back, switch
 
@@ -38,6 +39,7 @@ class Options:
     update_running_stats: bool = False
     sync_levels: int | None = None
     rows: str = "contribution"  # of per_sample_grads
+    fast: bool | None = None
 
     def __str__(self) -> str:
         given = [f'mode="{self.mode}"']
@@ -47,6 +49,8 @@ class Options:
             given.append("update_running_stats=True")
         if self.sync_levels is not None:
             given.append(f"sync_levels={self.sync_levels}")
+        if self.fast is not None:
+            given.append(f"fast={self.fast}")
         return ", ".join(given)
 
 
@@ -206,8 +210,10 @@ class Scope(TorchFunctionMode):
         self.listening = False
         try:
             self.listening = _listen(self)
+            enter(self, self.options.fast)
             _push_mode(self)  # type: ignore[no-untyped-call]
         except BaseException:
+            leave(self)
             if self.listening:
                 _stop_listening(self)
             put_back(self.models)
@@ -228,6 +234,7 @@ class Scope(TorchFunctionMode):
             while len(self.running) > self.depth:  # left by an interrupted forward
                 self.running.pop().put_buffers_back()
         finally:
+            leave(self)
             put_back(self.models)
         if found != "top":
             raise BlockError(

@@ -31,6 +31,7 @@ def vmap_safe(  # type: ignore[overload-overlap]
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
+    fast: bool | None = None,
 ) -> Block: ...
 
 
@@ -44,6 +45,7 @@ def vmap_safe(
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
+    fast: bool | None = None,
 ) -> Any:
     """Make batch norm networks work under ``torch.func`` for the length of a block.
 
@@ -104,6 +106,10 @@ def vmap_safe(
         sync_levels: in "sync", how many nested vmaps are merged, counted from the
             innermost; None for all. Merged are those that batch a layer's input and no
             parameter or buffer of the model.
+        fast: True puts faster batching rules in the place of torch's own, in all
+            threads while the block is open; so far for convolutions on a CPU. False
+            switches them off in blocks around this one too. None, for now, is torch's
+            own unless another open block asks.
 
     Returns:
         A block for ``with`` (``as`` gives the model, or a tuple of them) that is also
@@ -119,7 +125,9 @@ def vmap_safe(
     It does not copy the model: a copy made inside carries the flags it finds. It does
     not make clipped per-sample gradients differentially private by itself.
     """
-    options = checked(Options(mode, num_groups, update_running_stats, sync_levels))
+    options = checked(
+        Options(mode, num_groups, update_running_stats, sync_levels, fast=fast)
+    )
     if len(models) == 1 and _is_function(models[0]):
         return Block((), options)(models[0])
     for model in models:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vmapsafe._call import (
     tree_map,
     tree_unflatten,
 )
+from vmapsafe._operators import only
 from vmapsafe._rule import Rule
 
 __all__ = ["assert_same", "check_rule", "loop"]
@@ -98,7 +100,8 @@ def check_rule(
     For every case and every choice of which of its tensors are batched, along the
     first dimension or the last, the rule under ``vmap`` and under two nested ones is
     compared with its reference: values, dtype, and the gradients of every floating
-    tensor for a random cotangent.
+    tensor for a random cotangent. The rule of an operator is put in the place of
+    torch's batching rule, and must take each case for some choice of what is batched.
 
     >>> import torch
     >>> import torch.nn.functional as F
@@ -136,19 +139,28 @@ def check_rule(
             for name, value in case.items()
             if isinstance(value, Tensor) and (batched is None or name in batched)
         ]
-        assert rule.accepts(
-            Call(rule.functions[0], case, site)
-        ), f"{rule.name}: does not accept {_shapes(case)}"
+        taken: list[Call] = []
+        counted = replace(rule, batched=lambda call: _noted(taken, rule, call))
+        if not rule.of_operator:
+            assert rule.accepts(
+                Call(rule.functions[0], case, site)
+            ), f"{rule.name}: does not accept {_shapes(case)}"
         choices = itertools.product((None, 0, -1), repeat=len(tensors))
         for choice in choices:
             in_dims = dict(zip(tensors, choice))
             if all(dim is None for dim in choice):
                 continue
-            _compare(rule, case, in_dims, site, nested=False)
-            _compare(rule, case, in_dims, site, nested=True)
+            _compare(counted, case, in_dims, site, nested=False)
+            _compare(counted, case, in_dims, site, nested=True)
             compared += 2
+        assert taken, f"{rule.name}: does not take {_shapes(case)}, whatever is batched"
     assert compared, f"{rule.name}: no case with a tensor to batch"
     return compared
+
+
+def _noted(taken: list[Call], rule: Rule, call: Call) -> Any:
+    taken.append(call)
+    return rule.batched(call)
 
 
 def _compare(
@@ -171,7 +183,12 @@ def _compare(
     at_front = {n: None if d is None else 0 for n, d in in_dims.items()}
 
     def fast(values: Mapping[str, Tensor]) -> Any:
-        return rule.batched(Call(rule.functions[0], {**case, **values}, site))
+        arguments = {**case, **values}
+        if not rule.of_operator:
+            return rule.batched(Call(rule.functions[0], arguments, site))
+        with only(rule):
+            outputs = rule.functions[0](*arguments.values())
+        return tuple(out for out in outputs if out is not None)
 
     if nested:
         spec = {n: d for n, d in at_front.items()}
@@ -179,7 +196,8 @@ def _compare(
             n: v if at_front[n] is None else v.unflatten(0, (2, _BATCH))
             for n, v in batched.items()
         }
-        actual = vmap(vmap(fast, (spec,)), (spec,))(split).flatten(0, 1)
+        actual = vmap(vmap(fast, (spec,)), (spec,))(split)
+        actual = tree_map(lambda out: out.flatten(0, 1), actual)
     else:
         moved = {
             n: v if in_dims[n] is None else v.movedim(0, in_dims[n] or 0)
@@ -189,28 +207,41 @@ def _compare(
     expected = rule.reference(
         Call(rule.functions[0], {**case, **batched}, site, at_front)
     )
+    if rule.of_operator:
+        expected = tuple(out for out in expected if out is not None)
     where = f"{rule.name}, in_dims {dict(in_dims)}, {_shapes(case)}"
-    _same(actual, expected, f"values of {where}")
+    actual, expected = tree_flatten(actual)[0], tree_flatten(expected)[0]
+    assert len(actual) == len(expected), where
     leaves = [v for v in batched.values() if v.requires_grad]
-    if not (leaves and expected.requires_grad):
-        return
-    cotangent = torch.randn(
-        expected.shape, generator=generator, dtype=torch.float64
-    ).to(expected)
-    grads = [
-        torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
-        for output in (actual, expected)
-    ]
-    for a, e, leaf in zip(*grads, leaves):
-        zero = torch.zeros_like(leaf)
-        _same(
-            zero if a is None else a, zero if e is None else e, f"gradients of {where}"
-        )
+    for one, other in zip(actual, expected):
+        _same(one, other, f"values of {where}")
+        if not (leaves and other.requires_grad):
+            continue
+        assert one.requires_grad, f"no gradients of {where}"
+        cotangent = torch.randn(
+            other.shape, generator=generator, dtype=torch.float64
+        ).to(other)
+        grads = [
+            torch.autograd.grad(
+                out, leaves, cotangent, retain_graph=True, allow_unused=True
+            )
+            for out in (one, other)
+        ]
+        for a, e, leaf in zip(*grads, leaves):
+            zero = torch.zeros_like(leaf)
+            a, e = zero if a is None else a, zero if e is None else e
+            _same(a, e, f"gradients of {where}")
+
+
+# What the dtype leaves of equality, relative to the largest entry.
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def _same(actual: Tensor, expected: Tensor, what: str) -> None:
+    relative = _TOLERANCES.get(expected.dtype, 1e-8)
+    largest = float(expected.detach().abs().max()) if expected.numel() else 0.0
     try:
-        assert_same(actual, expected)
+        assert_same(actual, expected, rtol=relative, atol=relative * max(1.0, largest))
     except AssertionError as error:
         raise AssertionError(f"{what}: {error}") from None
 

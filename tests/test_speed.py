@@ -1,0 +1,404 @@
+"""Speed rules: the same numbers with and without, under every transform; nothing of
+them outside a block."""
+
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+from vmapsafe import _operators, per_sample_grads, vmap_safe
+from vmapsafe._rule import registered
+from vmapsafe.rules import convolution
+from vmapsafe.testing import assert_same
+
+(RULE,) = [rule for rule in registered() if convolution._backward in rule.functions]
+
+# torch's own jvp rules, at their first use
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch):
+    """Small calls are taken too; windows are copied in several parts."""
+    regimes = convolution.Regimes(0, True, (convolution.Bounds(),), columns=100)
+    monkeypatch.setattr(convolution, "REGIMES", {"cpu": regimes})
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The calls that the rule took while a block was open."""
+    calls = []
+
+    def noted(call):
+        calls.append(call)
+        return RULE.batched(call)
+
+    rules = {convolution._backward: (replace(RULE, batched=noted),)}
+    monkeypatch.setattr(_operators, "speed_rules", lambda: rules)
+    return calls
+
+
+@pytest.fixture
+def net():
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.BatchNorm2d(3),
+        nn.Tanh(),
+        nn.Conv2d(3, 2, 1, stride=2),
+        nn.Tanh(),
+        nn.Flatten(2),
+        nn.Conv1d(2, 2, 2, stride=2, bias=False),
+        nn.Flatten(),
+    ).double()
+    net(torch.randn(6, 2, 4, 4, dtype=torch.float64))
+    return net
+
+
+X = torch.randn(3, 2, 2, 4, 4, dtype=torch.float64)  # three slices of two samples
+
+
+def tensors(net):
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
+def loss_of(net):
+    return lambda params, x: functional_call(net, params, (x,)).square().sum()
+
+
+def rows(net, params, x, **options):
+    return vmap(grad(loss_of(net), (0, 1)), (None, 0), **options)(params, x)
+
+
+def squares(net, params, x):
+    return sum(row.square().sum() for row in rows(net, params, x)[0].values())
+
+
+def like(tree):
+    torch.manual_seed(3)
+    return {name: torch.randn_like(t) for name, t in tree.items()}
+
+
+def plain_double_backward(net, params, x):
+    leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(squares(net, leaves, x), [*leaves.values(), x])
+
+
+def forward_over_reverse(net, params, x):
+    derive, tangent = grad(loss_of(net)), like(params)
+    return vmap(lambda x: jvp(lambda p: derive(p, x), (params,), (tangent,))[1])(x)
+
+
+def reverse_over_reverse(net, params, x):
+    derive, cotangent = grad(loss_of(net)), like(params)
+    return vmap(lambda x: vjp(lambda p: derive(p, x), params)[1](cotangent))(x)
+
+
+def ensemble(net, params, x):
+    members = {n: torch.stack([p, p + 0.1, p - 0.2]) for n, p in params.items()}
+    each = vmap(grad(loss_of(net)), (None, 0))
+    return vmap(each, (0, None))(members, x), vmap(grad(loss_of(net)))(members, x)
+
+
+def nested(net, params, x):
+    x = torch.stack([x, 2 * x], 1)
+    return vmap(vmap(grad(loss_of(net)), (None, 0)), (None, 1))(params, x)
+
+
+TRANSFORMS = {
+    "vmap(grad)": rows,
+    "chunk_size": lambda net, p, x: rows(net, p, x, chunk_size=2),
+    "in_dims": lambda net, p, x: vmap(grad(loss_of(net)), (None, 3))(
+        p, x.movedim(0, 3)
+    ),
+    "channels_last": lambda net, p, x: rows(
+        net,
+        {
+            n: t.contiguous(memory_format=CL) if t.dim() == 4 else t
+            for n, t in p.items()
+        },
+        x.flatten(0, 1).contiguous(memory_format=CL).unflatten(0, (3, 2)),
+    ),
+    "grad(vmap(grad))": lambda net, p, x: grad(lambda p, x: squares(net, p, x), (0, 1))(
+        p, x
+    ),
+    "autograd(vmap(grad))": plain_double_backward,
+    "jvp(vmap(grad))": lambda net, p, x: jvp(
+        lambda p: rows(net, p, x)[0], (p,), (like(p),)
+    ),
+    "vmap(hvp), forward over reverse": forward_over_reverse,
+    "vmap(hvp), reverse over reverse": reverse_over_reverse,
+    "jacrev(vmap(grad))": lambda net, p, x: jacrev(
+        lambda x: rows(net, p, x)[0]["0.weight"].sum((0, 3, 4))
+    )(x),
+    "vmap(jacrev)": lambda net, p, x: vmap(
+        jacrev(lambda p, x: functional_call(net, p, (x,))), (None, 0)
+    )(p, x),
+    "vmap(jacfwd)": lambda net, p, x: vmap(
+        jacfwd(lambda p, x: functional_call(net, p, (x,))), (None, 0)
+    )(p, x),
+    "vmap(hessian)": lambda net, p, x: vmap(
+        hessian(lambda w, x: loss_of(net)({**p, "3.weight": w}, x)), (None, 0)
+    )(p["3.weight"], x),
+    "ensemble": ensemble,
+    "nested vmap": nested,
+}
+CL = torch.channels_last
+UNUSED = {"vmap(jacfwd)"}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_same_as_torchs_own(name, net, taken):
+    """fast=True and fast=False give the same in float64, and the rule was there."""
+    with vmap_safe(net, fast=False):
+        expected = TRANSFORMS[name](net, tensors(net), X)
+    assert not taken
+    with vmap_safe(net, fast=True):
+        actual = TRANSFORMS[name](net, tensors(net), X)
+    assert_same(actual, expected)
+    assert bool(taken) == (name not in UNUSED)
+
+
+@pytest.mark.parametrize("name", ["vmap(grad)", "grad(vmap(grad))"])
+def test_compiled(name, net, taken):
+    """The same through torch.compile, and the graph has the rule in it."""
+    torch._dynamo.reset()
+
+    def function(params, x):
+        return TRANSFORMS[name](net, params, x)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with vmap_safe(net, fast=False):
+        expected = function(tensors(net), X)
+    with vmap_safe(net, fast=True):
+        assert_same(compiled(tensors(net), X), expected)
+    assert taken
+
+
+def test_compiled_around_the_block(net):
+    """A block inside a compiled function: torch's own rules, the same numbers."""
+    torch._dynamo.reset()
+
+    def function(params, x):
+        with vmap_safe(net, fast=True):
+            return rows(net, params, x)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(tensors(net), X), function(tensors(net), X))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast(net, taken, dtype):
+    """Inside autocast the dtypes of the rows are those without the rule."""
+    net = net.float()
+    x = X.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with vmap_safe(net, fast=False):
+            expected = rows(net, tensors(net), x)
+        with vmap_safe(net, fast=True):
+            actual = rows(net, tensors(net), x)
+    assert taken
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    assert_same(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_backward_inside_autocast_is_not_rounded(taken):
+    """A convolution in float32 whose backward runs under autocast stays float32:
+    torch's own rule takes it."""
+    w, x = torch.randn(3, 2, 1, 1), torch.randn(4, 1, 2, 6, 6)
+
+    def loss(w, x):
+        with torch.autocast("cpu", enabled=False):
+            return F.conv2d(x, w).tanh().sum()
+
+    with vmap_safe(nn.ReLU(), fast=True), torch.autocast("cpu", torch.bfloat16):
+        actual = vmap(grad(loss), (None, 0))(w, x)
+    expected = vmap(grad(loss), (None, 0))(w, x)
+    assert not taken
+    assert_same(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+# -- What the rule does not take ------------------------------------------------------
+
+
+REFUSED = {
+    "groups": nn.Conv2d(2, 4, 3, groups=2),
+    "dilation": nn.Conv2d(2, 4, 2, dilation=2),
+    "transposed": nn.ConvTranspose2d(2, 3, 3),
+    "three dimensions": nn.Conv3d(2, 3, 2),
+    "padding around one position": nn.Conv2d(2, 3, 1, padding=1),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_torchs_own_where_the_rule_does_not_accept(name, taken):
+    """The numbers are torch's own, and the rule did not run."""
+    layer = REFUSED[name].double()
+    x = torch.randn(3, 2, 2, 5, 5, 5, dtype=torch.float64)
+    if not isinstance(layer, nn.Conv3d):
+        x = x[..., 0]
+    expected = rows(layer, tensors(layer), x)
+    with vmap_safe(layer, fast=True):
+        actual = rows(layer, tensors(layer), x)
+    assert not taken
+    assert_same(actual, expected)
+
+
+def test_other_devices_and_precisions_are_left_alone(net, taken, monkeypatch):
+    """A type of device without regimes, and matrix products that may be rounded."""
+    net = net.float()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with vmap_safe(net, fast=True):
+            rows(net, tensors(net), X.float())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(convolution, "REGIMES", {})
+    with vmap_safe(net, fast=True):
+        rows(net, tensors(net), X.float())
+    assert not taken
+
+
+def test_small_calls_are_left_alone(net, taken, monkeypatch):
+    """The regimes are asked."""
+    regimes = convolution.Regimes(10**9, True, (convolution.Bounds(),), columns=100)
+    monkeypatch.setattr(convolution, "REGIMES", {"cpu": regimes})
+    with vmap_safe(net, fast=True):
+        rows(net, tensors(net), X)
+    assert not taken
+
+
+# -- When rules are in force ----------------------------------------------------------
+
+
+def test_nothing_outside_a_block(net, taken):
+    """Before the first block and after the last one torch's own rules run."""
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
+    rows(net, tensors(net), X)
+    with vmap_safe(net, fast=True), vmap_safe(net, fast=True):
+        pass
+    rows(net, tensors(net), X)
+    assert not taken
+
+
+def test_an_inner_block_does_not_end_an_outer_one(net, taken):
+    with vmap_safe(net, fast=True):
+        with vmap_safe(net, fast=True):
+            pass
+        rows(net, tensors(net), X)
+    assert taken
+
+
+def test_a_slow_block_inside_a_fast_one(net, taken):
+    """fast=False wins while it is open, and no longer."""
+    with vmap_safe(net, fast=True):
+        with vmap_safe(net, fast=False), vmap_safe(net, fast=True):
+            rows(net, tensors(net), X)
+        assert not taken
+        rows(net, tensors(net), X)
+    assert taken
+
+
+def test_an_entry_that_fails_counts_for_nothing(taken):
+    """A block that was refused leaves no rule in force."""
+    with pytest.raises(ValueError), vmap_safe(nn.LazyBatchNorm1d(), fast=True):
+        pass
+    assert not _operators._fast and not _operators._slow
+
+
+def test_other_threads_get_the_rules_too(net, taken):
+    """A block is open in this thread, the other one computes."""
+    w, x = torch.randn(3, 2, 3, 3), torch.randn(4, 1, 2, 6, 6)
+    found = []
+
+    def compute():
+        loss = lambda w, x: F.conv2d(x, w).tanh().sum()  # noqa: E731
+        found.append(vmap(grad(loss), (None, 0))(w, x))
+
+    with vmap_safe(net, fast=True):
+        thread = threading.Thread(target=compute)
+        thread.start()
+        thread.join()
+    assert taken and found
+    compute()
+    assert_same(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_come_and_go_while_another_thread_computes():
+    """No error, no wrong number: the operator's table is never touched again."""
+    w, x = torch.randn(3, 2, 3, 3), torch.randn(4, 1, 2, 6, 6)
+    derive = vmap(grad(lambda w, x: F.conv2d(x, w).tanh().sum()), (None, 0))
+    model = nn.ReLU()
+    with vmap_safe(model, fast=True):
+        expected = derive(w, x)
+    done, wrong = threading.Event(), []
+
+    def compute():
+        while not done.is_set():
+            if not torch.allclose(derive(w, x), expected, atol=1e-5):
+                wrong.append(True)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    for _ in range(2000):
+        with vmap_safe(model, fast=True):
+            pass
+    done.set()
+    thread.join()
+    assert not wrong
+
+
+def test_no_warning_and_no_filter_left():
+    """The first block of a process says nothing and leaves the filters as they are."""
+    program = """
+import warnings
+import torch
+from vmapsafe import vmap_safe, _operators
+filters = list(warnings.filters)
+assert not _operators._installed
+with vmap_safe(torch.nn.ReLU(), fast=True):
+    assert _operators._installed
+assert warnings.filters == filters
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+def test_per_sample_grads(net, taken):
+    """The helper passes the option on; an empty batch has no rows."""
+
+    def loss(out, y):
+        return (out - y).square().sum()
+
+    y = torch.randn(2, 4, dtype=torch.float64)
+    expected = per_sample_grads(net, loss, X[0], y, fast=False)
+    assert not taken
+    assert_same(per_sample_grads(net, loss, X[0], y, fast=True), expected)
+    assert taken
+    empty = per_sample_grads(net, loss, X[0][:0], y[:0], fast=True)
+    assert empty["0.weight"].shape == (0, 3, 2, 3, 3)
+
+
+def test_slices_without_samples(net, taken):
+    """A slice of none has no gradient, as in torch."""
+    with vmap_safe(net, fast=True):
+        actual = rows(net, tensors(net), X[:, :0])[0]
+    assert not taken
+    assert_same(actual, {n: t.new_zeros(3, *t.shape) for n, t in tensors(net).items()})
+
+
+def test_no_rule_unless_asked_for(net, taken):
+    """fast=None, the default, leaves torch's own rules where they are."""
+    with vmap_safe(net):
+        rows(net, tensors(net), X)
+    assert not taken
+    with vmap_safe(net, fast=True), vmap_safe(net):
+        rows(net, tensors(net), X)
+    assert taken

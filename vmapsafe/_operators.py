@@ -1,0 +1,143 @@
+"""Operators' own batching rules, replaced by faster ones while a block is open.
+
+A rule of an aten operator changes speed, never meaning, so it may hold in the whole
+process: in the other threads that compute while a block is open somewhere, and in
+backward on a GPU, which runs in a thread of its own. It needs no derivative: autograd
+differentiates what it does.
+
+A kernel is put in place at the first block of the process and stays there. With no
+block open it hands the call on to torch's own rule, as it does with a call that no rule
+takes, at the price of a few microseconds. It is not taken out again, for an operator's
+table may not change while another thread calls it: kernels put in and taken out in one
+thread under ``vmap(grad)`` in another end in an internal error of torch within seconds
+(torch 2.13; the memory of a kernel is freed while it runs). It would have been cheap
+(0.02 ms).
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vmapsafe._call import (
+    Call,
+    Function,
+    Parameters,
+    below_vmap,
+    current_level,
+    unseen_by_modes,
+    whole_batches,
+    would_be_cast,
+    wrapped_again,
+)
+from vmapsafe._rule import Rule, speed_rules
+
+
+def enter(block: object, fast: bool | None) -> None:
+    """A block opens: ``fast`` True asks for the rules, False switches them off for all
+    threads, None leaves the choice to the other blocks.
+
+    What torch.compile traces does not count: its graphs are made after the block.
+    """
+    if fast is None or torch.compiler.is_compiling():  # a lock cannot be traced
+        return
+    with _lock:
+        # Older versions of torch cannot give their own rule back: no speed rules there.
+        if fast and not _installed and hasattr(torch.library, "get_kernel"):
+            for operator in speed_rules():
+                _install(operator)
+        (_fast if fast else _slow).add(block)
+
+
+def leave(block: object) -> None:
+    """A block closes; one that is not open does nothing."""
+    if torch.compiler.is_compiling():
+        return
+    with _lock:
+        _fast.discard(block)
+        _slow.discard(block)
+
+
+@contextmanager
+def only(rule: Rule) -> Iterator[None]:
+    """Put ``rule`` in force in the place of all others, blocks or no blocks.
+
+    For tests, one at a time; the rule need not be registered.
+    """
+    global _alone
+    with _lock:
+        for operator in rule.functions:
+            if operator not in _installed:
+                _install(operator)
+    before, _alone = _alone, {operator: (rule,) for operator in rule.functions}
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+_KEY = "FuncTorchBatched"
+_lock = threading.Lock()
+_fast: set[object] = set()  # open blocks, by their option ``fast``
+_slow: set[object] = set()
+_alone: Mapping[Function, tuple[Rule, ...]] | None = None
+_installed: dict[Function, torch.library.Library] = {}
+
+# torch says so once a process. The filter is put in and taken out by hand, see _scope.
+_QUIET = (
+    "ignore",
+    re.compile("Warning only once for all operators"),
+    UserWarning,
+    None,
+    0,
+)
+
+
+def _install(operator: Any) -> None:
+    kernel = _kernel(operator)
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    warnings.filters.insert(0, _QUIET)  # type: ignore[attr-defined]
+    try:
+        library.impl(  # type: ignore[no-untyped-call]
+            operator, kernel, _KEY, with_keyset=True
+        )
+    finally:
+        if _QUIET in warnings.filters:
+            warnings.filters.remove(_QUIET)  # type: ignore[attr-defined]
+    _installed[operator] = library
+
+
+def _kernel(operator: Any) -> Callable[..., Any]:
+    parameters = Parameters.of(operator)
+    torchs_own = torch.library.get_kernel(operator, _KEY)
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        rules = _in_force(operator)
+        if rules:
+            with unseen_by_modes():
+                level = current_level()
+                given = parameters.bind(args, kwargs)
+                values, in_dims = whole_batches(given, level)
+                call = Call(operator, values, None, in_dims)
+                for rule in rules:
+                    if rule.accepts(call) and not would_be_cast(call):
+                        with below_vmap():
+                            outputs = rule.batched(call)
+                        return wrapped_again(outputs, level)
+        return torchs_own.call_boxed(keyset, *args, **kwargs)
+
+    return kernel
+
+
+def _in_force(operator: Function) -> tuple[Rule, ...]:
+    if _alone is not None:
+        return _alone.get(operator, ())
+    if _fast and not _slow:
+        return speed_rules()[operator]
+    return ()
