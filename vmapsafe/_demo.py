@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
 
     if not check(model, x, y):
         return 1
-    compare_times(model, x, y, rounds=1 if options.quick else 5)
+    compare_times(model, x, y, rounds=1 if options.quick else 3)
     return 0
 
 
