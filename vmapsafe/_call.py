@@ -328,11 +328,6 @@ def batch_size(call: Call) -> int:
     return int(size)
 
 
-def stacked(outputs: list[Tensor]) -> Tensor:
-    """Outputs of slices as one tensor, batch dimension first."""
-    return torch.stack(outputs)
-
-
 def broadcast_to_leaves(spec: Any, tree: Any) -> list[int | None] | None:
     """One of ``spec``'s dimensions for each leaf of ``tree``; None if it has another
     structure."""

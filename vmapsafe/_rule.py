@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmapsafe._call import Call, Function, Parameters, batch_size, slices, stacked
+from vmapsafe._call import Call, Function, Parameters, batch_size, slices
 
 MODES = ("eval", "no_running_stats", "group_norm", "sync")
 
@@ -138,6 +138,6 @@ def slice_by_slice(plain: Callable[[Call], Tensor]) -> Callable[[Call], Tensor]:
     """A reference that is a Python loop of ``plain`` over the slices."""
 
     def reference(call: Call) -> Tensor:
-        return stacked([plain(one) for one in slices(call, batch_size(call))])
+        return torch.stack([plain(one) for one in slices(call, batch_size(call))])
 
     return reference

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmapsafe._call import Call, slices_draw_their_own
+from vmapsafe._call import Call, Function, slices_draw_their_own
 from vmapsafe._rule import MODES, Rule, register
 
 _OPTIONS = {"size", "dtype", "device", "requires_grad"}
@@ -25,16 +25,20 @@ def _may_take_random_numbers(call: Call) -> bool:
 
 def _one_a_slice(call: Call) -> Tensor:
     """torch.empty has one memory for all slices, torch.rand one for each."""
-    sizes = [value for name, value in call.arguments.items() if name.isdigit()]
-    options = {n: v for n, v in call.arguments.items() if not n.isdigit()}
-    return torch.rand(*sizes, **options)
+    return _by(torch.rand, call)
 
 
 def _memory(call: Call) -> Tensor:
     """What is in it has no meaning; its shape, dtype and device have."""
+    return _by(torch.empty, call)
+
+
+def _by(function: Function, call: Call) -> Tensor:
+    """What ``function`` makes of the arguments of ``call``."""
     sizes = [value for name, value in call.arguments.items() if name.isdigit()]
     options = {n: v for n, v in call.arguments.items() if not n.isdigit()}
-    return torch.empty(*sizes, **options)
+    made: Tensor = function(*sizes, **options)
+    return made
 
 
 register(
