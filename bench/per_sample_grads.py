@@ -17,97 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from networks import NETWORKS
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import vmapsafe
-
-
-class Residual(nn.Module):
-    def __init__(self, norm, channels, outputs, stride):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, outputs, 3, stride, 1, bias=False),
-            norm(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            norm(outputs),
-        )
-        self.short = nn.Sequential()
-        if stride > 1:
-            self.short = nn.Sequential(
-                nn.Conv2d(channels, outputs, 1, stride, bias=False), norm(outputs)
-            )
-
-    def forward(self, x):
-        return F.relu(self.body(x) + self.short(x))
-
-
-def resnet18(norm):
-    """As for CIFAR: 3 x 3 stem, no pooling before the first stage."""
-    widths = [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]
-    stages = [
-        block
-        for before, after, stride in widths
-        for block in (
-            Residual(norm, before, after, stride),
-            Residual(norm, after, after, 1),
-        )
-    ]
-    stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), norm(64), nn.ReLU()]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)]
-    return nn.Sequential(*stem, *stages, *head)
-
-
-def group_norm(channels):
-    return nn.GroupNorm(32, channels)
-
-
-def small_cnn():
-    return nn.Sequential(
-        *(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
-        nn.MaxPool2d(2),
-        *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
-        nn.MaxPool2d(2),
-        *(nn.Conv2d(64, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)),
-    )
-
-
-def conv1d_net():
-    return nn.Sequential(
-        *(nn.Conv1d(2, 32, 7, 2, 3), nn.BatchNorm1d(32), nn.ReLU()),
-        *(nn.Conv1d(32, 64, 5, 2, 2), nn.BatchNorm1d(64), nn.ReLU()),
-        *(nn.Conv1d(64, 128, 3, 2, 1), nn.BatchNorm1d(128), nn.ReLU()),
-        *(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, 10)),
-    )
-
-
-def mlp():
-    return nn.Sequential(
-        *(nn.Linear(784, 1024), nn.BatchNorm1d(1024), nn.ReLU()),
-        *(nn.Linear(1024, 512), nn.BatchNorm1d(512), nn.ReLU()),
-        nn.Linear(512, 10),
-    )
-
-
-def tiny():
-    return nn.Sequential(
-        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
-        *(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(64, 3)),
-    )
-
-
-# name: (network, shape of the batch)
-NETS = {
-    "ResNet-18": (lambda: resnet18(nn.BatchNorm2d), (16, 3, 32, 32)),
-    "small CNN": (small_cnn, (32, 3, 32, 32)),
-    "conv1d net": (conv1d_net, (32, 2, 512)),
-    "GroupNorm ResNet-18": (lambda: resnet18(group_norm), (16, 3, 32, 32)),
-    "BN MLP": (mlp, (32, 784)),
-    "tiny net": (tiny, (8, 1, 8, 8)),
-}
 
 
 def switched_by_hand(model):
@@ -197,13 +111,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--nets", nargs="*", default=list(NETS), choices=list(NETS))
+    parser.add_argument(
+        "--nets", nargs="*", default=list(NETWORKS), choices=list(NETWORKS)
+    )
     parser.add_argument("--save", type=Path, help="a folder for the numbers, as JSON")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
     for net in asked.nets:
-        make, shape = NETS[net]
+        make, shape = NETWORKS[net]
         assert_equal(make, shape, asked.device)
         model, x, y = prepared(make, shape, asked.device, torch.float32)
         few = net == "tiny net"
