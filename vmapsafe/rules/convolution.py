@@ -165,8 +165,11 @@ def _merged(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return of_input, weight_gradient(call, grad, x), of_bias
 
 
-def weight_gradient(call: Call, grad: Tensor, x: Tensor) -> Tensor:
-    """(B, O, C, *K) from (B, N, O, *L) and (B, N, C, *S)."""
+def weight_gradient(
+    call: Call, grad: Tensor, x: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """(B, O, C, *K) from (B, N, O, *L) and (B, N, C, *S); in ``out``, contiguous and
+    only for plain tensors, if given."""
     weight = call["weight"]
     if _is_pointwise(weight):
         windows = _strided(x, call["stride"])
@@ -174,8 +177,19 @@ def weight_gradient(call: Call, grad: Tensor, x: Tensor) -> Tensor:
     else:
         windows = _windows(x, call, grad.shape[3:])
         limit = REGIMES[weight.device.type].columns
-    product = _products(grad.movedim(1, 2).flatten(2), windows, limit)
+    if out is not None:
+        out = out.view(len(out), len(weight), -1)
+    product = _products(grad.movedim(1, 2).flatten(2), windows, limit, out)
     return product.view(-1, *weight.shape)
+
+
+def seen_by_kernel(call: Call, x: Tensor) -> Tensor:
+    """(B, C * K, N * L): what the kernel sees at each output position; no groups, no
+    dilation."""
+    if _is_pointwise(call["weight"]) and not any(call["padding"]):
+        return _strided(x, call["stride"]).flatten(2)
+    windows = _windows(x, call, ())
+    return windows.reshape(len(x), call["weight"][0].numel(), -1)
 
 
 def _strided(x: Tensor, stride: list[int]) -> Tensor:
@@ -205,7 +219,9 @@ def _windows(x: Tensor, call: Call, lengths: Sequence[int]) -> Tensor:
     return windows.reshape(*windows.shape[:2], *kernel, *windows.shape[3:])
 
 
-def _products(grad: Tensor, windows: Tensor, limit: int | None) -> Tensor:
+def _products(
+    grad: Tensor, windows: Tensor, limit: int | None, out: Tensor | None
+) -> Tensor:
     """(B, O, C * K) from (B, O, N * L) and (B, C, *K, N, *L).
 
     Plain tensors a few samples at a time, so that the windows' copies stay in the
@@ -214,8 +230,11 @@ def _products(grad: Tensor, windows: Tensor, limit: int | None) -> Tensor:
     batch, outputs, positions = grad.shape
     columns = windows[0].numel()
     if limit is None or not (is_plain(grad) and is_plain(windows)):
-        return grad @ windows.reshape(batch, -1, positions).mT
-    result = grad.new_empty(batch, outputs, columns // positions)
+        windows = windows.reshape(batch, -1, positions)
+        return torch.matmul(grad, windows.mT, out=out)
+    result = out
+    if result is None:
+        result = grad.new_empty(batch, outputs, columns // positions)
     step = max(1, limit // columns)
     for i in range(0, batch, step):
         part = windows[i : i + step]
