@@ -30,6 +30,8 @@ from vmapsafe._convert import convert as convert
 from vmapsafe._convert import norm_layer as norm_layer
 from vmapsafe._errors import BlockError as BlockError
 from vmapsafe._errors import NeverUpdatedWarning as NeverUpdatedWarning
+from vmapsafe._norms import clipped_grad_sum as clipped_grad_sum
+from vmapsafe._norms import per_sample_grad_norms as per_sample_grad_norms
 from vmapsafe._per_sample import per_sample_grads as per_sample_grads
 from vmapsafe._wrap import vmap_safe as vmap_safe
 
@@ -39,8 +41,10 @@ __all__ = [
     "NeverUpdatedWarning",
     "batched",
     "check",
+    "clipped_grad_sum",
     "convert",
     "norm_layer",
+    "per_sample_grad_norms",
     "per_sample_grads",
     "vmap_safe",
 ]

@@ -159,7 +159,10 @@ class Convolution(_Products):
     def rows(self, x: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
         call = self._call(x, grad)
         rules = speed_rules()[call.function]
-        if any([rule.accepts(call) for rule in rules]):
+        positions = grad[0].numel() // self.shape[0]
+        windows = self.groups == 1 and set(self.dilation) == {1}
+        few = windows and positions * self.shape.numel() < _ONE_CALL
+        if few or any([rule.accepts(call) for rule in rules]):
             return weight_gradient(call, grad, x, out)
         if x.device.type != "cpu":  # torch's own batching rule
             rows = vmap(self._ordinary)(x, grad)
@@ -244,8 +247,10 @@ class Embedding(Formula):
         return grad.masked_fill((x == padding).unsqueeze(-1), 0)
 
 
-# Numbers that are worked on at a time, at most; read off bench/convolution.py.
+# Numbers that are worked on at a time, at most, and products of one sample from which on
+# a call a sample beats matrix products; read off bench/convolution.py on a CPU.
 _CACHED = 2**19
+_ONE_CALL = 2**23
 
 
 def _scaled(x: Tensor, grad: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:

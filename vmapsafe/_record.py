@@ -51,7 +51,7 @@ LEVEL = 1  # of the one vmap
 
 
 class Unrecordable(Exception):
-    """What the loss does cannot be followed; ``vmap(grad)`` can."""
+    """The function named, of which only ``vmap(grad)`` can follow a call in the loss."""
 
 
 class Collector(Protocol):
@@ -515,8 +515,11 @@ def _layer_norm(
 _FUSED = 8
 
 
-def _refused(recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
-    raise Unrecordable
+def _refused(name: str) -> Callable[..., Any]:
+    def refuse(recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
+        raise Unrecordable(name)
+
+    return refuse
 
 
 def _requires_grad(recorder: Recorder, tensor: Tensor) -> Any:
@@ -539,7 +542,7 @@ _KNOWN: Mapping[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.group_norm: _group_norm,
     F.layer_norm: _layer_norm,
-    torch.autograd.grad: _refused,
-    Tensor.backward: _refused,
+    torch.autograd.grad: _refused("torch.autograd.grad"),
+    Tensor.backward: _refused("Tensor.backward"),
     Tensor.requires_grad.__get__: _requires_grad,  # type: ignore[attr-defined]
 }
