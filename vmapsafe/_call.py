@@ -291,14 +291,14 @@ def wrapped_again(outputs: tuple[Tensor | None, ...], level: int) -> Any:
     )
 
 
-def batch_behind(slice_: Tensor, level: int) -> Tensor | None:
-    """The batch (B, ...) of which the vmap of ``level``, and no other transform, shows
-    slices; a tensor that no transform knows as it is. None for others.
+def batch_behind(slice_: Tensor, level: int, size: int) -> Tensor | None:
+    """The batch (size, ...) of which the vmap of ``level``, and no other transform,
+    shows slices, be they all the same tensor; None for others.
 
     To be called in :func:`below_innermost`.
     """
     if not is_wrapped(slice_):
-        return slice_.expand(vmap_size(level), *slice_.shape)
+        return slice_.expand(size, *slice_.shape)
     batch, dim = torch._C._functorch._unwrap_batched(slice_, level)
     return None if dim is None or is_wrapped(batch) else batch.movedim(dim, 0)
 

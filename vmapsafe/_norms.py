@@ -178,10 +178,11 @@ def clipped_grad_sum(
     its sample: in "sync", which warns, and in "eval" unless the running statistics
     come from public data.
     """
-    _check_clipping(max_grad_norm, reduce, mode)
+    _check_reduce(reduce)
     failed: BaseException | None = None
     found: Any = None
     try:
+        _check_clipping(max_grad_norm, mode)
         options = Options(
             mode, num_groups, update_running_stats, sync_levels, rows, fast
         )
@@ -281,15 +282,7 @@ def _by_chunk(samples: Samples, chunk_size: ChunkSize, function: Any) -> list[An
     return parts
 
 
-def _check_clipping(most: float, reduce: str | None, mode: str) -> None:
-    if not most > 0:
-        raise ValueError(
-            worded(
-                _CLIPPED,
-                f"max_grad_norm is {most!r}",
-                "Pass the largest norm a row may keep, above 0",
-            )
-        )
+def _check_reduce(reduce: str | None) -> None:
     if reduce not in (None, "all"):
         raise ValueError(
             worded(
@@ -306,13 +299,24 @@ def _check_clipping(most: float, reduce: str | None, mode: str) -> None:
                 "Call torch.distributed.init_process_group first, or leave reduce out",
             )
         )
+
+
+def _check_clipping(most: float, mode: str) -> None:
+    if not most > 0:
+        raise ValueError(
+            worded(
+                _CLIPPED,
+                f"max_grad_norm is {most!r}",
+                "Pass the largest norm a row may keep, above 0",
+            )
+        )
     if mode == "sync":
         warnings.warn(
             worded(
                 f'{_CLIPPED} in mode "sync"',
                 "samples share their statistics there, so that a row depends on all "
                 "samples and clipping it bounds no sample's influence",
-                'Use another mode if that is what clipping is for',
+                "Use another mode if that is what clipping is for",
             ),
             UserWarning,
             stacklevel=3,
@@ -339,7 +343,7 @@ def _agree(failed: BaseException | None, model: nn.Module) -> None:
 def _summed(total: dict[str, Tensor]) -> dict[str, Tensor]:
     """Over all processes, in one message a dtype."""
     found = dict(total)
-    for dtype in {t.dtype for t in total.values()}:
+    for dtype in dict.fromkeys([t.dtype for t in total.values()]):
         names = [name for name, t in total.items() if t.dtype == dtype]
         message = torch.cat([total[name].flatten() for name in names])
         dist.all_reduce(message)

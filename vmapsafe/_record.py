@@ -86,7 +86,6 @@ class Recorded:
         block: Any,
     ) -> None:
         """Run ``loss(values, *batch)`` on every sample, inside ``block``."""
-        self._size = size
         self._recorder = recorder = Recorder(values, size)
 
         def one(copies: Mapping[str, Tensor], *sample: Any) -> Any:
@@ -185,6 +184,7 @@ class Recorder(TorchFunctionMode):
             name: value.expand(size, *value.shape).requires_grad_()
             for name, value in self._plain.items()
         }
+        self._size = size
         self.uses = {name: 0 for name in values}
         self.anchor = torch.zeros((), requires_grad=True)
         self.receive: Callable[[str, Formula, Tensor, Tensor], None]
@@ -225,6 +225,10 @@ class Recorder(TorchFunctionMode):
             ]
         )
 
+    def batch(self, slice_: Tensor) -> Tensor | None:
+        """(B, ...), if no transform but ours knows the slice."""
+        return batch_behind(slice_, LEVEL, self._size)
+
     def plain(self, parameter: Tensor | None) -> Any:
         """The parameter without the samples' copies, and without a derivative."""
         name = self.name(parameter)
@@ -235,7 +239,7 @@ class Recorder(TorchFunctionMode):
         name = self.name(parameter)
         if name is not None:
             return self.leaves[name]
-        batch = batch_behind(parameter, LEVEL)
+        batch = self.batch(parameter)
         assert batch is not None
         return batch
 
@@ -306,7 +310,7 @@ def _linear(
     if not recorder.takes(weight, bias) or weight.dim() != 2:
         return NotImplemented
     with below_innermost():
-        x = batch_behind(input, LEVEL)
+        x = recorder.batch(input)
         if x is None or x.dim() < 2:
             return NotImplemented
         y = F.linear(x, recorder.plain(weight), recorder.plain(bias))
@@ -336,7 +340,7 @@ def _convolution(
         padding = [width // 2 for width in widths]
     padding = _each(0 if padding == "valid" else padding, dims)
     with below_innermost():
-        x = batch_behind(input, LEVEL)
+        x = recorder.batch(input)
         if x is None:
             return NotImplemented
         plain = recorder.plain(weight)
@@ -376,7 +380,7 @@ def _embedding(
     if not recorder.takes(weight):
         return NotImplemented
     with below_innermost():
-        x = batch_behind(input, LEVEL)
+        x = recorder.batch(input)
         if x is None:
             return NotImplemented
         y = F.embedding(x, recorder.plain(weight), padding_idx)
@@ -458,7 +462,7 @@ def _as_channels(
     """A norm of one sample with B x N x C channels, each with a weight of its own: the
     kernel's gradient by the weights is the rows."""
     with below_innermost():
-        x = batch_behind(input, LEVEL)
+        x = recorder.batch(input)
         if x is None or x.dim() < 3:
             return NotImplemented
         shape = x.shape[:3]  # B, N, C
@@ -499,7 +503,7 @@ def _layer_norm(
     if not recorder.takes(weight, bias):
         return NotImplemented
     with below_innermost():
-        x = batch_behind(input, LEVEL)
+        x = recorder.batch(input)
         if x is None:
             return NotImplemented
         y = F.layer_norm(x, normalized_shape, None, None, eps)
@@ -529,7 +533,7 @@ def _requires_grad(recorder: Recorder, tensor: Tensor) -> Any:
     if not is_wrapped(tensor):
         return NotImplemented
     with below_innermost():
-        batch = batch_behind(tensor, LEVEL)
+        batch = recorder.batch(tensor)
         return NotImplemented if batch is None else batch.requires_grad
 
 

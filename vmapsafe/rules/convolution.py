@@ -171,7 +171,7 @@ def weight_gradient(
     """(B, O, C, *K) from (B, N, O, *L) and (B, N, C, *S); in ``out``, contiguous and
     only for plain tensors, if given."""
     weight = call["weight"]
-    if _is_pointwise(weight):
+    if _is_pointwise(weight) and not any(call["padding"]):
         windows = _strided(x, call["stride"])
         limit = None
     else:
