@@ -194,7 +194,8 @@ def clipped_grad_sum(
         def clipped(batch: tuple[Any, ...]) -> Any:
             into = _Kept()
             aux = samples.collect(batch, into)
-            return into.clipped_sum(samples, max_grad_norm), aux
+            with torch.autocast(samples.device.type, enabled=False):
+                return into.clipped_sum(samples, max_grad_norm), aux
 
         parts = _by_chunk(samples, chunk_size, clipped)
         total = {

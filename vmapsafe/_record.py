@@ -135,11 +135,12 @@ class Recorded:
         # Under autocast backward runs in the dtypes of forward, and our sums in those
         # of the parameters.
         with torch.autocast(device, enabled=False):
-            grads = (
-                torch.autograd.grad(self.losses.sum(), inputs, allow_unused=True)
-                if inputs
-                else ()
-            )
+            grads: Sequence[Tensor | None] = ()
+            if inputs:
+                ones = torch.ones_like(self.losses)
+                grads = torch.autograd.grad(
+                    self.losses, inputs, ones, allow_unused=True
+                )
             for name, grad in zip(rest, grads):
                 if grad is not None:
                     add(name, grad)
