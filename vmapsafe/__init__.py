@@ -33,6 +33,7 @@ from vmapsafe._errors import NeverUpdatedWarning as NeverUpdatedWarning
 from vmapsafe._norms import clipped_grad_sum as clipped_grad_sum
 from vmapsafe._norms import per_sample_grad_norms as per_sample_grad_norms
 from vmapsafe._per_sample import per_sample_grads as per_sample_grads
+from vmapsafe._sketch import per_sample_sketch as per_sample_sketch
 from vmapsafe._wrap import vmap_safe as vmap_safe
 
 __version__ = "0.1.0"
@@ -46,5 +47,6 @@ __all__ = [
     "norm_layer",
     "per_sample_grad_norms",
     "per_sample_grads",
+    "per_sample_sketch",
     "vmap_safe",
 ]

@@ -10,7 +10,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-# A context in which the innermost transform is not there (torch 2.13).
+# Contexts in which all transforms, or the innermost, are not there (torch 2.13).
+from torch._functorch.pyfunctorch import (
+    temporarily_clear_interpreter_stack as below_all,
+)
 from torch._functorch.pyfunctorch import (
     temporarily_pop_interpreter_stack as below_innermost,
 )
