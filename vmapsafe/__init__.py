@@ -14,7 +14,12 @@ The map of the package, bottom up; each file imports only from those above it:
 ``_advice``      notes for errors of torch's vmap
 ``_wrap``        ``vmap_safe``
 ``_batched``     ``batched``
+``_formulas``    rows of a weight, their norms and sums, from input and output gradient
+``_record``      one forward and backward that finds those, layer by layer
+``_samples``     model, loss and batch of a call, checked and bound
+``_chunks``      samples a few at a time, as many as the memory takes
 ``_per_sample``  per-sample gradients
+``_norms``       their norms and clipped sums
 ``_convert``     permanent conversions, ``norm_layer``
 ``_report``      the findings of ``check``, and how they print
 ``_trial``       a copy of a model run on an example, and what that shows

@@ -9,11 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-
-# A context in which the innermost transform is not there (torch 2.13).
-from torch._functorch.pyfunctorch import (
-    temporarily_pop_interpreter_stack as below_innermost,
-)
+from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode as TorchFunctionMode
 
@@ -289,6 +285,10 @@ def wrapped_again(outputs: tuple[Tensor | None, ...], level: int) -> Any:
             for out in outputs
         ]
     )
+
+
+# A context in which the innermost transform is not there (torch 2.13).
+below_innermost = pyfunctorch.temporarily_pop_interpreter_stack
 
 
 def batch_behind(slice_: Tensor, level: int, size: int) -> Tensor | None:
