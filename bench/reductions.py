@@ -9,8 +9,8 @@ process of its own.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -86,11 +86,16 @@ def print_peak(net, run, device):
     small = prepared(*NETWORKS["tiny net"], device, torch.float32)
     contenders(*small)[run]()  # what torch loads at first use
     function = contenders(model, x, y)[run]
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (before,) = [int(line.split()[1]) for line in lines if line.startswith("VmRSS")]
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system (glibc)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now (Linux)
+    before = resident("VmRSS")
     function()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print((after - before) / 1024)
+    print((resident("VmHWM") - before) / 1024)
+
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(name)))
 
 
 def main():

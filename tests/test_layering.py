@@ -28,9 +28,28 @@ LAYERS = {
     "_advice": {"_state"},
     "_wrap": {"_advice", "_errors", "_groups", "_rule", "_scope"},
     "_batched": {"_call", "_errors"},
-    "_per_sample": {
-        *("_batched", "_call", "_errors", "_groups", "_scope", "_state", "_wrap"),
+    "_formulas": {"_call", "_rule", "rules.batch_norm", "rules.convolution"},
+    "_record": {"_call", "_formulas", "rules.batch_norm"},
+    "_chunks": {"_errors"},
+    "_samples": {
+        *("_batched", "_call", "_chunks", "_errors", "_record", "_scope", "_state"),
+        "_wrap",
     },
+    "_processes": {"_errors"},
+    "_per_sample": {
+        *("_call", "_chunks", "_errors", "_formulas", "_groups", "_record"),
+        *("_samples", "_scope"),
+    },
+    "_norms": {
+        *("_call", "_chunks", "_errors", "_formulas", "_groups", "_processes"),
+        *("_samples", "_scope"),
+    },
+    "_sketch": {
+        *("_call", "_chunks", "_errors", "_formulas", "_groups", "_processes"),
+        *("_samples", "_scope", "rules.batch_norm"),
+    },
+    "_disk": {"_errors"},
+    "_over": {"_call", "_disk", "_errors", "_state"},
     "_convert": {"_groups"},
     "_report": {"_rule"},
     "_trial": {"_call", "_scope"},
@@ -40,7 +59,9 @@ LAYERS = {
     },
     "testing": {"_call", "_operators", "_rule"},
     "__init__": {
-        *("_batched", "_check", "_convert", "_errors", "_per_sample", "_wrap", "rules"),
+        *("_batched", "_check", "_convert", "_errors", "_norms", "_over"),
+        *("_per_sample", "_sketch"),
+        *("_wrap", "rules"),
     },
     # Users of the public names, as anybody's code is.
     "_demo": {"vmap_safe"},

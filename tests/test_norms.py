@@ -249,8 +249,6 @@ CASES = [
 ]
 
 
-
-
 def problem(name):
     torch.manual_seed(3)
     make, inputs = NETS[name]
@@ -598,9 +596,7 @@ def test_half_precision():
     exact = per_sample_grads(model, F.cross_entropy, X.float(), Y)
     half = copy.deepcopy(model).bfloat16()
     norms = per_sample_grad_norms(half, F.cross_entropy, X.bfloat16(), Y)
-    total = clipped_grad_sum(
-        half, F.cross_entropy, X.bfloat16(), Y, max_grad_norm=1e6
-    )
+    total = clipped_grad_sum(half, F.cross_entropy, X.bfloat16(), Y, max_grad_norm=1e6)
     assert norms.dtype == torch.float32
     assert all(t.dtype == torch.bfloat16 for t in total.values())
     assert_same(norms, norm_of(exact), rtol=0.05, atol=0.05)
@@ -713,9 +709,7 @@ def test_autograd_inside():
     found = per_sample_grads(model, mse, X, y, params=params, out=like(rows))
     assert_same(found, rows)
     with pytest.raises(RuntimeError, match="calls torch.autograd.grad, and a second"):
-        per_sample_grad_norms(
-            model, mse, X, y, mode="sync", update_running_stats=True
-        )
+        per_sample_grad_norms(model, mse, X, y, mode="sync", update_running_stats=True)
 
 
 def test_functional_transforms_inside():
@@ -861,6 +855,4 @@ def test_errors(mlp, call, text):
 
 def test_reduce_without_a_process_group(mlp):
     with pytest.raises(RuntimeError, match="init_process_group first"):
-        clipped_grad_sum(
-            mlp, F.cross_entropy, X, Y, max_grad_norm=1.0, reduce="all"
-        )
+        clipped_grad_sum(mlp, F.cross_entropy, X, Y, max_grad_norm=1.0, reduce="all")

@@ -9,14 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-
-# Contexts in which all transforms, or the innermost, are not there (torch 2.13).
-from torch._functorch.pyfunctorch import (
-    temporarily_clear_interpreter_stack as below_all,
-)
-from torch._functorch.pyfunctorch import (
-    temporarily_pop_interpreter_stack as below_innermost,
-)
+from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode as TorchFunctionMode
 
@@ -292,6 +285,11 @@ def wrapped_again(outputs: tuple[Tensor | None, ...], level: int) -> Any:
             for out in outputs
         ]
     )
+
+
+# Contexts in which all transforms, or the innermost, are not there (torch 2.13).
+below_all = pyfunctorch.temporarily_clear_interpreter_stack
+below_innermost = pyfunctorch.temporarily_pop_interpreter_stack
 
 
 def batch_behind(slice_: Tensor, level: int, size: int) -> Tensor | None:

@@ -71,12 +71,14 @@ class Formula:
 def squared_norms(rows: Tensor) -> Tensor:
     """(B,) of (B, ...); half precision in float32."""
     rows = wide(rows).flatten(1)
-    return torch.linalg.vector_norm(rows, dim=1).square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.square()
 
 
 def weighted_sum(rows: Tensor, factors: Tensor) -> Tensor:
     """(...) of (B, ...) and (B,)."""
-    return torch.tensordot(factors.to(rows.dtype), rows, 1)
+    total: Tensor = torch.tensordot(factors.to(rows.dtype), rows, 1)
+    return total
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class Linear(_Products):
     def columns(self, x: Tensor) -> Tensor:
         return x.reshape(len(x), -1, x.size(-1)).mT
 
-    outputs = columns
+    def outputs(self, grad: Tensor) -> Tensor:
+        return self.columns(grad)
 
     def rows(self, x: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
         a, b = self.outputs(grad), self.columns(x)
@@ -185,7 +188,9 @@ class Convolution(_Products):
     def _ordinary(self, x: Tensor, grad: Tensor) -> Tensor:
         """The weight gradient of one batch: x (N, C, *S), grad (N, O, *L)."""
         arguments = self._call(x, grad).arguments
-        return torch.ops.aten.convolution_backward(*arguments.values())[1]
+        _, found, _ = torch.ops.aten.convolution_backward(*arguments.values())
+        assert isinstance(found, Tensor)
+        return found
 
     def _call(self, x: Tensor, grad: Tensor) -> Call:
         arguments = {
@@ -247,8 +252,8 @@ class Embedding(Formula):
         return grad.masked_fill((x == padding).unsqueeze(-1), 0)
 
 
-# Numbers that are worked on at a time, at most, and products of one sample from which on
-# a call a sample beats matrix products; read off bench/convolution.py on a CPU.
+# Numbers that are worked on at a time, at most, and products of one sample from which
+# on a call a sample beats matrix products; measured on a CPU.
 _CACHED = 2**19
 _ONE_CALL = 2**23
 

@@ -50,9 +50,10 @@ def per_sample_grad_norms(
     >>> x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
     >>> per_sample_grad_norms(model, F.cross_entropy, x, y).shape
     torch.Size([5])
-    >>> by_name = per_sample_grad_norms(model, F.cross_entropy, x, y, per_parameter=True)
-    >>> by_name["0.weight"].shape
-    torch.Size([5])
+    >>> names = {"per_parameter": True, "params": ["0.weight", "2.bias"]}
+    >>> by_name = per_sample_grad_norms(model, F.cross_entropy, x, y, **names)
+    >>> {name: tuple(norms.shape) for name, norms in by_name.items()}
+    {'0.weight': (5,), '2.bias': (5,)}
 
     Args:
         model: as in :func:`per_sample_grads`, like all that is not named here.
@@ -144,8 +145,9 @@ def clipped_grad_sum(
 
     .. math:: \sum_i g_i \min(1, c / \|g_i\|), \quad c = \text{max\_grad\_norm}
 
-    (Abadi et al., https://arxiv.org/abs/1607.00133, algorithm 1, without its noise). The
-    factor of a row that is 0 is 1. Opacus adds 1e-6 to the norm; nothing is added here.
+    (Abadi et al., https://arxiv.org/abs/1607.00133, algorithm 1, without its noise).
+    The factor of a row that is 0 is 1. Opacus adds 1e-6 to the norm; nothing is added
+    here.
 
     >>> import torch
     >>> import torch.nn.functional as F
@@ -186,14 +188,14 @@ def clipped_grad_sum(
         ValueError: as :func:`per_sample_grads`; ``max_grad_norm`` not above 0.
         RuntimeError: ``reduce`` without process group, or another process failed.
 
-    A row with NaN, or with a norm that is not finite, makes the whole sum NaN: it is not
-    left out in silence. The result carries no derivatives, transforms of torch.func
+    A row with NaN, or with a norm that is not finite, makes the whole sum NaN: it is
+    not left out in silence. The result carries no derivatives, transforms of torch.func
     around it excepted.
 
     It is not differentially private by itself: no noise is added and no batch is drawn
-    at random. Neither can it be a part of such a scheme where a row depends on more than
-    its sample: in "sync", which warns, and in "eval" unless the running statistics
-    come from public data.
+    at random. Neither can it be a part of such a scheme where a row depends on more
+    than its sample: in "sync", which warns, and in "eval" unless the running
+    statistics come from public data.
     """
     check_all_or_none(_CLIPPED, "reduce", reduce, "the sum")
     _warn_of_sync(mode)
@@ -279,8 +281,8 @@ class _Kept(_Squares):
             if name in self._rows:
                 found[name] = weighted_sum(self._rows.pop(name), factors)
             else:
-                formula, *use = self._uses.pop(name)
-                found[name] = formula.weighted(*use, factors)
+                formula, x, grad = self._uses.pop(name)
+                found[name] = formula.weighted(x, grad, factors)
         return found
 
 

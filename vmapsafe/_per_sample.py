@@ -63,14 +63,19 @@ def per_sample_grads(
         params: the names to differentiate by, or a dict from names to the tensors at
             which to, through which outer derivatives pass; default every parameter
             that requires a gradient. Tied parameters appear once.
-        chunk_size: samples at a time, as in ``torch.func.vmap``; None for all. In
-            "sync" each chunk is a batch with statistics of its own.
+        chunk_size: samples at a time, as in ``torch.func.vmap``; None for all; "auto"
+            for what fits into half of the free memory, found by trying. In "sync"
+            each chunk is a batch with statistics of its own, and "auto" is refused.
         randomness: of dropout and the like: "error", "different" or "same".
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+        out: a dict such as an earlier call returned, to be filled and returned, as in
+            ``rows = per_sample_grads(..., out=rows)``: fresh memory is what takes
+            most of the time in small networks. The earlier rows are overwritten,
+            also by a call that raises half-way.
         num_groups: of :func:`vmap_safe`.
         update_running_stats: of :func:`vmap_safe`.
         sync_levels: of :func:`vmap_safe`.
-        fast: of :func:`vmap_safe`.
+        fast: of :func:`vmap_safe`; False for ``vmap(grad)`` and nothing else.
 
     Returns:
         A dict from parameter names to tensors (B, *parameter.shape), in the dtype of
@@ -79,7 +84,14 @@ def per_sample_grads(
 
     Raises:
         ValueError: batch sizes that disagree, a loss that has dimensions, parameters
-            that do not exist, none that requires a gradient.
+            that do not exist, none that requires a gradient, ``out`` of other names,
+            shapes, dtypes or devices.
+
+    A loss that does not depend on a parameter has rows of zeros, as in torch.func.grad.
+    The rows are computed layer by layer from one backward pass
+    (``vmapsafe/_record.py``), or by ``vmap(grad)`` where their derivatives could be
+    wanted: under transforms, and where the batch, a parameter that is not chosen, or a
+    tensor the loss knows of requires a gradient. With ``out=`` they carry none.
 
     In "eval", "no_running_stats" and "group_norm" samples are independent, and there is
     one gradient of sample i. In "sync" the field knows three. With :math:`\theta^{(i)}`
@@ -105,7 +117,8 @@ def per_sample_grads(
 
     The formula is that of torch's tutorial on per-sample gradients
     (https://pytorch.org/tutorials/intermediate/per_sample_grads.html). The rows are
-    not clipped, and clipping them is not differentially private by itself. It writes
+    not clipped (:func:`clipped_grad_sum` does that, :func:`per_sample_grad_norms` gives
+    their norms), and clipping them is not differentially private by itself. It writes
     nothing on the model, ``.grad`` included.
     """
     options = Options(mode, num_groups, update_running_stats, sync_levels, rows, fast)
@@ -173,7 +186,9 @@ def _into(
 ) -> Any:
     """Fill ``rows``; returns aux."""
     if samples.size == 0 and not derivatives:
-        rows = {n: v.new_empty(samples.count, *v.shape) for n, v in samples.values.items()}
+        rows = {
+            n: v.new_empty(samples.count, *v.shape) for n, v in samples.values.items()
+        }
     parts: list[Any] = []
 
     def run(start: int, stop: int) -> None:
@@ -187,7 +202,7 @@ def _into(
 
 def _by_vmap(samples: Samples, chunk_size: ChunkSize) -> Any:
     """(rows, aux), through which outer derivatives pass."""
-    if chunk_size != "auto":
+    if not isinstance(chunk_size, str):
         return samples.rows(samples.batch, chunk_size)
     parts: list[Any] = []
 

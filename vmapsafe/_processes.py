@@ -82,7 +82,7 @@ def summed(total: dict[str, Tensor]) -> dict[str, Tensor]:
         names = [name for name, t in total.items() if t.dtype == dtype]
         message = torch.cat([total[name].flatten() for name in names])
         dist.all_reduce(message)
-        pieces = message.split([total[name].numel() for name in names])
+        pieces = torch.split(message, [total[name].numel() for name in names])
         for name, piece in zip(names, pieces):
             found[name] = piece.view_as(total[name])
     return found

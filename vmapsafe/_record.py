@@ -51,7 +51,7 @@ LEVEL = 1  # of the one vmap
 
 
 class Unrecordable(Exception):
-    """The function named, of which only ``vmap(grad)`` can follow a call in the loss."""
+    """What is named; only ``vmap(grad)`` can follow it in the loss."""
 
 
 class Collector(Protocol):
@@ -280,7 +280,8 @@ class _Tap(Function):
         ctx.recorder, ctx.uses = recorder, uses
         ctx.shape = y.shape
         ctx.save_for_backward(x)  # says so where it was written over since
-        return torch.ops.aten._unsafe_view(y, shape)
+        shown: Tensor = torch.ops.aten._unsafe_view(y, shape)
+        return shown
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -347,7 +348,7 @@ def _convolution(
         plain = recorder.plain(weight)
         options = (stride, padding, dilation, groups)
         merged = function(x.flatten(0, 1), plain, recorder.plain(bias), *options)
-        y = merged.unflatten(0, x.shape[:2])
+        y = merged.view(*x.shape[:2], *merged.shape[1:])
         uses = (
             (weight, lambda shape: Convolution(shape, plain, *options)),
             (bias, lambda shape: Bias(shape, 2)),
@@ -486,7 +487,8 @@ class _Contiguous(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, shape: torch.Size) -> Tensor:
         ctx.shape = y.shape
-        return torch.ops.aten._unsafe_view(y.contiguous(), shape)
+        shown: Tensor = torch.ops.aten._unsafe_view(y.contiguous(), shape)
+        return shown
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
