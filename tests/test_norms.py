@@ -278,7 +278,7 @@ def mse(output, target):
 def slow(model, mode, x, y):
     """{name: (B, *shape)} by a loop, of what the parameters are called in ``model``."""
     plain = switched(model, mode, 2)
-    for module in plain.modules():  # see PERFORMANCE: a kernel of torch's
+    for module in plain.modules():  # torch's kernel is wrong for one sample else
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.register_forward_hook(contiguous_gradient)
     wanted = [n for n, p in plain.named_parameters() if p.requires_grad]
