@@ -10,6 +10,7 @@ from plain import per_sample_grads as slow_rows
 from plain import switched
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from vmapsafe import (
     clipped_grad_sum,
@@ -190,6 +191,14 @@ NETS = {
         ),
         batch(4, 5, 5),
     ),
+    "conv2d, groups, few positions": (
+        lambda: image(conv(2, 8, 32, 3, groups=2, stride=2), channels=32),
+        batch(8, 5, 5),
+    ),
+    "conv2d, dilation, few positions": (
+        lambda: image(conv(2, 8, 16, 3, dilation=2), channels=16),
+        batch(8, 6, 6),
+    ),
     "conv1d": (
         lambda: image(
             conv(1, 2, 4, 3, stride=2, padding=1), nn.BatchNorm1d(4), channels=4
@@ -269,7 +278,7 @@ def mse(output, target):
 def slow(model, mode, x, y):
     """{name: (B, *shape)} by a loop, of what the parameters are called in ``model``."""
     plain = switched(model, mode, 2)
-    for module in plain.modules():  # see PERFORMANCE: a kernel of torch's
+    for module in plain.modules():  # torch's kernel is wrong for one sample else
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.register_forward_hook(contiguous_gradient)
     wanted = [n for n, p in plain.named_parameters() if p.requires_grad]
@@ -572,7 +581,8 @@ def test_autocast():
     torch.manual_seed(3)
     model = image(
         *(conv(2, 2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.GroupNorm(2, 4)),
-        channels=4,
+        conv(2, 4, 16, 3),
+        channels=16,
     )
     x, y = torch.randn(5, 2, 6, 6), torch.randn(5, 3)
     model(x)
@@ -588,6 +598,7 @@ def test_autocast():
         size = float(row.abs().max())
         assert_same(rows[name], row, rtol=0.05, atol=0.05 * size)
         assert_same(total[name], row.sum(0), rtol=0.05, atol=0.2 * size)
+    assert_same(norms, norm_of(rows), rtol=1e-4)  # products in full precision
 
 
 def test_half_precision():
@@ -661,6 +672,11 @@ def test_derivatives_stay_where_somebody_wants_them(mlp):
             for fast in (None, False)
         )
         assert_same(*found, *expected)
+        mlp.requires_grad_(False)
+        own = {"3.weight": weight}
+        rows = per_sample_grads(mlp, F.cross_entropy, X, Y, params=own)
+        assert rows["3.weight"].requires_grad
+        mlp.requires_grad_(True)
         assert heat.grad is None
         norms = per_sample_grad_norms(mlp, *args, **options)
         assert not norms.requires_grad
@@ -724,7 +740,11 @@ def test_functional_transforms_inside():
             def energy(h):
                 return torch.tanh(self.b(h)).sum()
 
+            scales = torch.arange(3, dtype=x.dtype)
             h = torch.func.vmap(self.a)(x)
+            h = h + torch.func.vmap(lambda s: self.a(s * x) + s * self.a(x))(
+                scales
+            ).sum(0)
             return self.b(h + torch.func.vmap(torch.func.grad(energy))(h))
 
     model = Inner().double()
@@ -732,6 +752,64 @@ def test_functional_transforms_inside():
     rows = per_sample_grads(model, mse, X, y, fast=False)
     assert_same(per_sample_grad_norms(model, mse, X, y), norm_of(rows))
     assert_same(per_sample_grads(model, mse, X, y, out=like(rows)), rows)
+
+
+class Asks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        asked = (x, h, self.a.weight)
+        return self.b(h) * sum(2**i for i, t in enumerate(asked) if t.requires_grad)
+
+
+def test_what_a_slice_says_of_itself():
+    """A network that asks whether tensors require a gradient is told the truth."""
+    model, y = Asks().double(), torch.randn(5, 3, dtype=torch.float64)
+    rows = slow_rows(model, mse, X, y, ["a.weight", "b.weight"])
+    by_name = per_sample_grad_norms(model, mse, X, y, per_parameter=True)
+    for name, row in rows.items():
+        assert_same(by_name[name], row.flatten(1).norm(dim=1))
+
+
+class Checkpoints(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return checkpoint(lambda x: torch.tanh(self.a(x)), x, use_reentrant=False)
+
+
+def test_checkpoints_raise():
+    """As under vmap(grad): a forward run again in backward would be past the vmap."""
+    with pytest.raises(RuntimeError, match="don't support saved tensor hooks"):
+        per_sample_grad_norms(Checkpoints().double(), F.cross_entropy, X, Y)
+
+
+def test_a_gradient_that_is_not_contiguous():
+    """One sample, whose batch norm gets a transposed gradient."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)).flatten(2).transpose(1, 2)
+
+    torch.manual_seed(3)
+    model, x = Tokens().double(), torch.randn(4, 2, 5, 5, dtype=torch.float64)
+    y = torch.randn(4, 16, 4, dtype=torch.float64)
+    model(x)
+    whole = per_sample_grad_norms(model, mse, x, y)
+    single = [
+        per_sample_grad_norms(model, mse, x[i, None], y[i, None]) for i in range(4)
+    ]
+    assert_same(torch.cat(single), whole)
+    assert_same(whole, norm_of(slow(model, "eval", x, y)))
 
 
 class WritesOver(nn.Module):

@@ -167,7 +167,7 @@ class Convolution(_Products):
         few = windows and positions * self.shape.numel() < _ONE_CALL
         if few or any([rule.accepts(call) for rule in rules]):
             return weight_gradient(call, grad, x, out)
-        if x.device.type != "cpu":  # torch's own batching rule
+        if x.device.type != "cpu" or self.groups > 1:  # torch's own batching rule
             rows = vmap(self._ordinary)(x, grad)
             return rows if out is None else out.copy_(rows)
         if out is None:
