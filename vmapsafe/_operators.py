@@ -39,13 +39,13 @@ from vmapsafe._call import (
 from vmapsafe._rule import Rule, speed_rules
 
 
-def enter(block: object, fast: bool | None) -> None:
+def enter(block: object, fast: bool) -> None:
     """A block opens: ``fast`` True asks for the rules, False switches them off for all
-    threads, None leaves the choice to the other blocks.
+    threads.
 
     What torch.compile traces does not count: its graphs are made after the block.
     """
-    if fast is None or torch.compiler.is_compiling():  # a lock cannot be traced
+    if torch.compiler.is_compiling():  # a lock cannot be traced
         return
     with _lock:
         # Older versions of torch cannot give their own rule back: no speed rules there.
@@ -139,5 +139,5 @@ def _in_force(operator: Function) -> tuple[Rule, ...]:
     if _alone is not None:
         return _alone.get(operator, ())
     if _fast and not _slow:
-        return speed_rules()[operator]
+        return speed_rules().get(operator, ())
     return ()

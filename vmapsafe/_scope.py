@@ -39,7 +39,7 @@ class Options:
     update_running_stats: bool = False
     sync_levels: int | None = None
     rows: str = "contribution"  # of per_sample_grads
-    fast: bool | None = None
+    fast: bool = True
 
     def __str__(self) -> str:
         given = [f'mode="{self.mode}"']
@@ -49,8 +49,8 @@ class Options:
             given.append("update_running_stats=True")
         if self.sync_levels is not None:
             given.append(f"sync_levels={self.sync_levels}")
-        if self.fast is not None:
-            given.append(f"fast={self.fast}")
+        if not self.fast:
+            given.append("fast=False")
         return ", ".join(given)
 
 

@@ -94,6 +94,7 @@ def check_rule(
     *,
     site: Site | None = None,
     batched: Collection[str] | None = None,
+    derived: Mapping[str, Callable[[Mapping[str, Any]], Tensor]] | None = None,
 ) -> int:
     """Hold a rule to the law: ``batched ≈ reference``, in values and in gradients.
 
@@ -125,6 +126,9 @@ def check_rule(
         site: where the calls claim to be made, for rules that ask.
         batched: the names of the arguments that are batched, for rules with no meaning
             for others; default every tensor.
+        derived: arguments that follow from the others, as statistics saved by a forward
+            do, by name: functions of the arguments of one slice. The reference does
+            without them.
 
     Returns:
         The number of comparisons made.
@@ -139,8 +143,7 @@ def check_rule(
             for name, value in case.items()
             if isinstance(value, Tensor) and (batched is None or name in batched)
         ]
-        taken: list[Call] = []
-        counted = replace(rule, batched=lambda call: _noted(taken, rule, call))
+        taken = 0
         if not rule.of_operator:
             assert rule.accepts(
                 Call(rule.functions[0], case, site)
@@ -150,17 +153,12 @@ def check_rule(
             in_dims = dict(zip(tensors, choice))
             if all(dim is None for dim in choice):
                 continue
-            _compare(counted, case, in_dims, site, nested=False)
-            _compare(counted, case, in_dims, site, nested=True)
-            compared += 2
+            for nested in (False, True):
+                taken += _compare(rule, case, in_dims, site, derived or {}, nested)
         assert taken, f"{rule.name}: does not take {_shapes(case)}, whatever is batched"
+        compared += taken
     assert compared, f"{rule.name}: no case with a tensor to batch"
     return compared
-
-
-def _noted(taken: list[Call], rule: Rule, call: Call) -> Any:
-    taken.append(call)
-    return rule.batched(call)
 
 
 def _compare(
@@ -168,9 +166,13 @@ def _compare(
     case: Mapping[str, Any],
     in_dims: Mapping[str, int | None],
     site: Site | None,
+    derived: Mapping[str, Callable[[Mapping[str, Any]], Tensor]],
     nested: bool,
-) -> None:
-    """One comparison; nested, an outer vmap runs over the innermost batch of two."""
+) -> bool:
+    """One comparison, unless the rule leaves the call to torch; says so.
+
+    Nested, an outer vmap runs over the innermost batch of two.
+    """
     generator = torch.Generator().manual_seed(0)
     size = 2 * _BATCH if nested else _BATCH
     batched = {}
@@ -181,12 +183,23 @@ def _compare(
         floating = value.is_floating_point()
         batched[name] = value.detach().clone().requires_grad_(floating)
     at_front = {n: None if d is None else 0 for n, d in in_dims.items()}
+    whole = Call(rule.functions[0], {**case, **batched}, site, at_front)
+    saved = {name: 0 for name in derived}
+    if rule.of_operator and not rule.accepts(replace(whole, in_dims=at_front | saved)):
+        return False
+    taken: list[Call] = []
+
+    def noted(call: Call) -> Any:
+        taken.append(call)
+        return rule.batched(call)
 
     def fast(values: Mapping[str, Tensor]) -> Any:
         arguments = {**case, **values}
+        for name, function in derived.items():
+            arguments[name] = function(arguments)
         if not rule.of_operator:
             return rule.batched(Call(rule.functions[0], arguments, site))
-        with only(rule):
+        with only(replace(rule, batched=noted)):
             outputs = rule.functions[0](*arguments.values())
         return tuple(out for out in outputs if out is not None)
 
@@ -204,12 +217,11 @@ def _compare(
             for n, v in batched.items()
         }
         actual = vmap(fast, (dict(in_dims),))(moved)
-    expected = rule.reference(
-        Call(rule.functions[0], {**case, **batched}, site, at_front)
-    )
-    if rule.of_operator:
-        expected = tuple(out for out in expected if out is not None)
+    expected = rule.reference(whole)
     where = f"{rule.name}, in_dims {dict(in_dims)}, {_shapes(case)}"
+    if rule.of_operator:
+        assert taken, f"never called: {where}"
+        expected = tuple(out for out in expected if out is not None)
     actual, expected = tree_flatten(actual)[0], tree_flatten(expected)[0]
     assert len(actual) == len(expected), where
     leaves = [v for v in batched.values() if v.requires_grad]
@@ -231,6 +243,7 @@ def _compare(
             zero = torch.zeros_like(leaf)
             a, e = zero if a is None else a, zero if e is None else e
             _same(a, e, f"gradients of {where}")
+    return True
 
 
 # What the dtype leaves of equality, relative to the largest entry.
