@@ -84,8 +84,8 @@ def _affine_backward(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor |
             # Another layout than this is wrong for batches of one in torch 2.13.
             "grad_out": grad.reshape(1, batch * n * channels, -1).contiguous(),
             "input": x.reshape(1, batch * n * channels, -1),
-            "save_mean": None,
-            "save_invstd": None,
+            "save_mean": x.new_empty(0),  # what a forward in eval mode saves
+            "save_invstd": x.new_empty(0),
         }
         repeated = {
             name: _repeated(call[name], batch * n)
