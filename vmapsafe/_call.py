@@ -135,6 +135,16 @@ def constant_while_compiling(function: C) -> C:
     return function
 
 
+def run_while_compiling(function: C) -> C:
+    """A decorator for functions that torch.compile, where it meets their frames, runs
+    as they are, with all that they call."""
+    compiler = torch._C._dynamo.eval_frame
+    skip = compiler._FrameAction.SKIP
+    strategy = compiler._FrameExecStrategy(skip, skip)
+    compiler.set_code_exec_strategy(function.__code__, strategy)
+    return function
+
+
 _whole: list[Any] = []
 
 

@@ -31,6 +31,7 @@ from vmapsafe._call import (
     Parameters,
     below_vmap,
     current_level,
+    run_while_compiling,
     unseen_by_modes,
     whole_batches,
     would_be_cast,
@@ -117,6 +118,7 @@ def _kernel(operator: Any) -> Callable[..., Any]:
     parameters = Parameters.of(operator)
     torchs_own = torch.library.get_kernel(operator, _KEY)
 
+    @run_while_compiling
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         rules = _in_force(operator)
         if rules:
