@@ -1,11 +1,11 @@
 """Batch norm's operators: faster batching rules.
 
 torch (2.13) takes batch norm apart under vmap: it normalises without weight and bias,
-and multiplies and adds afterwards, forward and backward, an intermediate of the size of
-the input each. Here the fused kernel runs once for all samples: on the samples one after
-another where running statistics normalise, and with a channel for each sample and
-channel where each slice's own do. Weights and statistics that are batched themselves, as
-an ensemble's, stay with torch.
+and multiplies and adds afterwards, forward and backward, an intermediate of the size
+of the input each. Here the fused kernel runs once for all samples: on the samples one
+after another where running statistics normalise, and with a channel for each sample
+and channel where each slice's own do. Weights and statistics that are batched
+themselves, as an ensemble's, stay with torch.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from vmapsafe._rule import MODES, Rule, register
 _forward = torch.ops.aten.native_batch_norm.default
 _backward = torch.ops.aten.native_batch_norm_backward.default
 
-# From how many values per sample and channel on the fused backward by running statistics
-# wins over plain operations, by type of device, read off bench/batch_norm.py. A device
-# that is not here has torch's own rules.
-FUSED = {"cpu": 128}
+# From how many values per sample and channel on the fused backward by running
+# statistics wins over plain operations, by type of device, read off
+# bench/batch_norm.py. A device that is not here has torch's own rules.
+FUSED = {"cpu": 256}
 
 _CHANNELWISE = ("weight", "bias", "running_mean", "running_var")
 
@@ -183,9 +183,9 @@ def _normalised_backward(
 # -- The slow forms ------------------------------------------------------------------
 
 
-def _slice_by_slice(plain: Callable[[Call], tuple[Tensor | None, ...]]) -> Callable[
-    [Call], tuple[Tensor | None, ...]
-]:
+def _slice_by_slice(
+    plain: Callable[[Call], tuple[Tensor | None, ...]],
+) -> Callable[[Call], tuple[Tensor | None, ...]]:
     def reference(call: Call) -> tuple[Tensor | None, ...]:
         rows = [plain(one) for one in slices(call, batch_size(call))]
         return tuple(
