@@ -346,7 +346,11 @@ def _completed(arguments: Mapping[str, Any], derived: Derived) -> dict[str, Any]
 
 def _whole(rule: Rule, trial: _Trial, values: Mapping[str, Tensor]) -> Call:
     """The call with its batches, batch dimension first."""
-    at_front = {n: None if d is None else 0 for n, d in trial.in_dims.items()}
+    at_front: dict[str, int | None] = {
+        name: 0 if trial.in_dims.get(name) is not None else None
+        for name, value in trial.case.items()
+        if isinstance(value, Tensor)
+    }
     call = Call(rule.functions[0], {**trial.case, **values}, trial.site, at_front)
     if not trial.derived:
         return call
