@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 from vmapsafe import _operators, per_sample_grads, vmap_safe
 from vmapsafe._rule import registered
-from vmapsafe.rules import convolution
+from vmapsafe.rules import convolution, regimes
 from vmapsafe.testing import assert_same
 
 (RULE,) = [rule for rule in registered() if convolution._backward in rule.functions]
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch):
     """Small calls are taken too; windows are copied in several parts."""
-    regimes = convolution.Regimes(0, True, (convolution.Bounds(),), columns=100)
-    monkeypatch.setattr(convolution, "REGIMES", {"cpu": regimes})
+    table = regimes.Regimes((regimes.Convolution("products"),), columns=100)
+    monkeypatch.setitem(regimes.REGIMES, "cpu", table)
 
 
 @pytest.fixture

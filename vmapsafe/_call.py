@@ -257,6 +257,17 @@ def below_vmap() -> Any:
     return torch._C._ExcludeDispatchKeyGuard(_BATCHED)
 
 
+# What takes each operation of a kernel on to the transforms outside the vmap, and to
+# autograd. Read in torch 2.13 (dynamicLayerBackFallback).
+_TAKEN_ON = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerBackMode)
+
+
+def unwatched() -> Any:
+    """A context for plain tensors in a kernel, see :func:`is_plain`: what is computed
+    in it goes straight to the device, which saves about 10 us an operation."""
+    return torch._C._ExcludeDispatchKeyGuard(_TAKEN_ON)
+
+
 def would_be_cast(call: Call) -> bool:
     """Whether autocast would change the dtype of what a kernel computes from ``call``.
 

@@ -90,7 +90,9 @@ def _group_norm(call: Call) -> Tensor:
             )
         )
     x = x.contiguous()  # group_norm asks vmap for a layout it cannot tell
-    return F.group_norm(x, groups, call["weight"], call["bias"], call["eps"])
+    y = F.group_norm(x, groups, call["weight"], call["bias"], call["eps"])
+    # Of an empty batch vmap forgets the length of the slices (torch 2.13).
+    return y if y.shape == x.shape else x.to(y.dtype, copy=True)
 
 
 def _plain_group_norm(call: Call) -> Tensor:

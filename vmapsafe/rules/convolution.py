@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import Call, batch_size, is_plain, slices
+from vmapsafe._call import Call, batch_size, is_plain, slices, unwatched
 from vmapsafe._rule import MODES, Rule, register
 from vmapsafe.rules.regimes import REGIMES
 
@@ -96,48 +96,69 @@ def _by_torch(call: Call, grad: Tensor, x: Tensor, wanted: str) -> Tensor:
 def _products(call: Call, grad: Tensor, x: Tensor, turned: bool = False) -> Tensor:
     """A matrix product a sample, of output gradients and what the kernel saw there.
 
-    Plain tensors a few samples at a time, so that the windows' copies stay in the
-    cache, and into the result, as fresh memory is dear. ``turned`` computes transposes.
+    ``turned`` computes transposes, which is faster where a kernel sees little.
     """
     if call["transposed"]:
         grad, x = x, grad  # the backward of a convolution the other way
-    weight, groups = call["weight"], call["groups"]
-    lengths = grad.shape[3:]
-    # Channels that lie next to each other are copied together.
-    last = groups == 1 and x.size(2) > 1 and x.stride(2) == 1
-    # (B * G, O, N * L), where O and C are those of a group
+    weight, groups, lengths = call["weight"], call["groups"], grad.shape[3:]
+    # (B * G, O, N * L), where O is that of a group
     grads = grad.movedim(1, 2).reshape(len(x) * groups, len(weight) // groups, -1)
-    if not (is_plain(grad) and is_plain(x)):
-        windows = _watched_windows(x, call, lengths)
-        product = grads @ windows.reshape(len(grads), -1, grads.size(2)).mT
-        return product.view(-1, *weight.shape)
-    columns = weight.numel() // len(weight)
-    result = grad.new_empty(*grads.shape[:2], columns)
-    limit = REGIMES[x.device.type].columns
-    step = max(1, limit // (groups * columns * grads.size(2)))
+    if is_plain(grad) and is_plain(x):
+        with unwatched():
+            return _plain_products(call, grads, x, lengths, turned)
+    seen = _watched_windows(call, x, lengths).reshape(len(grads), -1, grads.size(2))
+    return (grads @ seen.mT).view(-1, *weight.shape)
+
+
+def _plain_products(
+    call: Call, grads: Tensor, x: Tensor, lengths: torch.Size, turned: bool
+) -> Tensor:
+    """A few samples at a time, so that the copies of windows stay in the cache, in
+    memory that is used again and into the result, as fresh memory is dear."""
+    groups, (outputs, channels, *kernel) = call["groups"], call["weight"].shape
+    columns, positions = channels * math.prod(kernel), grads.size(2)
+    # Channels that lie next to each other are copied together.
+    last = groups == 1 and channels > 1 and x.stride(2) == 1
+    shape = (-1, positions, columns) if last else (-1, columns, positions)
+    result = grads.new_empty(*grads.shape[:2], columns)
+    padding = call["padding"]
+    step = max(1, REGIMES[x.device.type].columns // (groups * columns * positions))
+    copies = room = None
+    if x.size(1) * columns == channels and x[0].numel() == groups * columns * positions:
+        step = len(x)  # a kernel of one position sees the input as it is
+    else:
+        step = min(step, len(x))
+        copies = x.new_empty(step * groups, *shape[1:])
+        if any(padding):
+            room = _padded(call, x[:step])
+    inside = (..., *[slice(p, -p or None) for p in padding])
     for i in range(0, len(x), step):
-        windows = _windows(x[i : i + step], call, lengths, last)
-        part = slice(i * groups, (i + step) * groups)
-        shape = (-1, grads.size(2), columns) if last else (-1, columns, grads.size(2))
-        seen = windows.reshape(shape)
+        part = x[i : i + step]
+        if room is not None:
+            room[: len(part)][inside] = part
+            part = room[: len(part)]
+        seen = _windows(call, part, lengths, last)
+        if copies is not None:
+            seen = copies[: len(part) * groups].view(seen.shape).copy_(seen)
+        seen = seen.reshape(shape)
+        these = slice(i * groups, i * groups + len(seen))
         if not last:
             seen = seen.mT
         if turned:
-            result[part] = torch.bmm(seen.mT, grads[part].mT).mT
+            result[these] = torch.bmm(seen.mT, grads[these].mT).mT
         else:
-            torch.bmm(grads[part], seen, out=result[part])
+            torch.bmm(grads[these], seen, out=result[these])
     if last:
-        outputs, channels, *kernel = weight.shape
         return result.view(-1, outputs, *kernel, channels).movedim(-1, 2)
-    return result.view(-1, *weight.shape)
+    return result.view(-1, outputs, channels, *kernel)
 
 
-def _windows(x: Tensor, call: Call, lengths: torch.Size, last: bool) -> Tensor:
-    """What the kernel sees at each output position, a view if nothing is padded:
+def _windows(call: Call, x: Tensor, lengths: torch.Size, last: bool) -> Tensor:
+    """What the kernel sees at each output position, a view of padded samples:
     (B, G, C, *K, N, *L), or with the channels last (B, G, N, *L, *K, C)."""
-    x = _padded(x, call)
     groups, (_, channels, *kernel) = call["groups"], call["weight"].shape
     of_sample, of_slice, of_channel, *steps = x.stride()
+    # of groups, channels, the kernel, slices and positions
     sizes = [groups], [channels], kernel, [x.size(1)], lengths
     strides = (
         *([of_channel * channels], [of_channel]),
@@ -152,12 +173,12 @@ def _windows(x: Tensor, call: Call, lengths: torch.Size, last: bool) -> Tensor:
     )
 
 
-def _watched_windows(x: Tensor, call: Call, lengths: torch.Size) -> Tensor:
+def _watched_windows(call: Call, x: Tensor, lengths: torch.Size) -> Tensor:
     """The same by slices, whose backward has batching rules: (B, C, K, N, *L)."""
-    x = _padded(x, call)
-    kernel = call["weight"].shape[2:]
+    if any(call["padding"]):
+        x = _padded(call, x)
     seen = []
-    for offset in itertools.product(*[range(size) for size in kernel]):
+    for offset in itertools.product(*map(range, call["weight"].shape[2:])):
         index: list[Any] = [...]
         for at, size, s, d in zip(offset, lengths, call["stride"], call["dilation"]):
             index.append(slice(at * d, at * d + s * (size - 1) + 1, s))
@@ -165,9 +186,7 @@ def _watched_windows(x: Tensor, call: Call, lengths: torch.Size) -> Tensor:
     return torch.stack(seen, 3).movedim(1, 3)
 
 
-def _padded(x: Tensor, call: Call) -> Tensor:
-    if not any(call["padding"]):
-        return x
+def _padded(call: Call, x: Tensor) -> Tensor:
     sizes = [p for size in reversed(call["padding"]) for p in (size, size)]
     # As a batch of images it keeps the order of its dimensions in memory.
     return F.pad(x.flatten(0, 1), sizes).unflatten(0, x.shape[:2])
@@ -207,7 +226,7 @@ def _by_autograd(call: Call) -> tuple[Tensor | None, ...]:
     values = [
         call["input"],
         call["weight"],
-        call["input"].new_zeros(len(call["weight"])),
+        call["input"].new_zeros(call["grad_output"].size(1)),
     ]
     leaves = [v if v.requires_grad else v.detach().requires_grad_() for v in values]
     y = torch.ops.aten.convolution(
