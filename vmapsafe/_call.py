@@ -164,7 +164,7 @@ def _transforms() -> Any:
 @constant_while_compiling
 def current_level() -> int:
     """The level of the innermost transform, 0 outside all."""
-    return len(_transforms())
+    return torch._C._functorch.maybe_current_level() or 0
 
 
 @constant_while_compiling
@@ -294,7 +294,8 @@ def wrapped_again(outputs: tuple[Tensor | None, ...], level: int) -> Any:
 def is_plain(tensor: Tensor) -> bool:
     """Whether nothing watches what is computed from it: no transform, no autograd, no
     tracing. Results may then be written in place."""
-    watched = tensor.requires_grad or is_wrapped(tensor)
+    recorded = tensor.requires_grad and torch.is_grad_enabled()
+    watched = recorded or forward_ad._current_level >= 0 or is_wrapped(tensor)
     return type(tensor) in (Tensor, torch.nn.Parameter) and not watched
 
 

@@ -290,8 +290,7 @@ def _with_gradients(
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
         if leaves and out.requires_grad:
             grads = torch.autograd.grad(
-                *(out, leaves, cotangent.to(out)),
-                **{"retain_graph": True, "allow_unused": True},
+                out, leaves, cotangent.to(out), retain_graph=True, allow_unused=True
             )
             for grad, leaf in zip(grads, leaves):
                 zero = torch.zeros_like(leaf)
@@ -333,7 +332,11 @@ def _actual(rule: Rule, trial: _Trial, values: Mapping[str, Tensor]) -> list[Ten
     if trial.nested:
         spec = {name: 0 if name in batched else None for name in values}
         split = {
-            name: value.unflatten(0, (2, trial.size)) if name in batched else value
+            name: (
+                value.view(2, trial.size, *value.shape[1:])
+                if name in batched
+                else value
+            )
             for name, value in values.items()
         }
         outputs = vmap(vmap(fast, (spec,)), (spec,))(split)

@@ -70,10 +70,47 @@ class Regimes:
     columns: int = 2**19
 
 
+ONE, MANY = (1, 1), float("inf")
+
 REGIMES = {
     # An x86 server core, float32, torch 2.13.
     "cpu": Regimes(
-        convolutions=(Convolution("products"),),
+        convolutions=(
+            Convolution("products", kernel=ONE, groups=ONE, channels=(12, MANY)),
+            # The first layer of a network.
+            Convolution(
+                "turned products",
+                dims=(1, 2),
+                groups=ONE,
+                channels=(1, 4),
+                outputs=(8, 128),
+                positions=(200, MANY),
+            ),
+            # Its last ones: the fewer positions, the fewer channels it takes.
+            *[
+                Convolution(
+                    "products",
+                    dims=(1, 2),
+                    groups=ONE,
+                    channels=(channels, MANY),
+                    outputs=(outputs, MANY),
+                    positions=(1, positions),
+                )
+                for channels, outputs, positions in (
+                    *((24, 48, 16), (48, 96, 64), (96, 48, 64)),
+                    *((96, 96, 256), (48, 192, 256)),
+                )
+            ],
+            # Depthwise in one dimension, where torch has no fast kernel for long ones.
+            Convolution(
+                "products",
+                dims=ONE,
+                kernel=(15, MANY),
+                groups=(2, MANY),
+                channels=ONE,
+                outputs=ONE,
+            ),
+        ),
         columns=2**19,
     ),
 }
