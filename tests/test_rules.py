@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from vmapsafe._call import batched_levels
-from vmapsafe._rule import registered
-from vmapsafe.rules import convolution, native_batch_norm
+from vmapsafe._rule import MODES, Rule, registered, slice_by_slice
+from vmapsafe.rules import convolution, native_batch_norm, regimes
 from vmapsafe.testing import check_rule
 
 
@@ -64,24 +64,38 @@ def running(case):
 
 
 def convolution_backward(
-    x, weight, *, stride=1, padding=0, bias=True, mask=(True, True, True), dtype=None
+    x,
+    weight,
+    *,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    transposed=False,
+    output_padding=0,
+    bias=True,
+    mask=(True, True, True),
+    dtype=torch.float64,
 ):
     """A call as torch's autograd makes it."""
     x, weight = randn(*x), randn(*weight)
-    n = weight.dim() - 2
-    stride, padding = [stride] * n, [padding] * n
-    y = torch.convolution(x, weight, None, stride, padding, [1] * n, False, [0] * n, 1)
+    stride, padding, dilation, output_padding = (
+        [value] * (weight.dim() - 2) if isinstance(value, int) else value
+        for value in (stride, padding, dilation, output_padding)
+    )
+    rest = stride, padding, dilation, transposed, output_padding, groups
+    y = torch.convolution(x, weight, None, *rest)
     return {
-        "grad_output": randn(*y.shape).to(dtype or y.dtype),
-        "input": x.to(dtype or x.dtype),
-        "weight": weight.to(dtype or x.dtype),
-        "bias_sizes": [weight.shape[0]] if bias else None,
+        "grad_output": randn(*y.shape).to(dtype),
+        "input": x.to(dtype),
+        "weight": weight.to(dtype),
+        "bias_sizes": [y.shape[1]] if bias else None,
         "stride": stride,
         "padding": padding,
-        "dilation": [1] * n,
-        "transposed": False,
-        "output_padding": [0] * n,
-        "groups": 1,
+        "dilation": dilation,
+        "transposed": transposed,
+        "output_padding": output_padding,
+        "groups": groups,
         "output_mask": list(mask),
     }
 
@@ -89,9 +103,24 @@ def convolution_backward(
 CONVOLUTIONS = [
     convolution_backward((1, 2, 5, 4), (3, 2, 3, 2)),
     convolution_backward((2, 2, 5, 4), (3, 2, 3, 2), stride=2, padding=1),
+    convolution_backward((2, 2, 5, 6), (3, 2, 3, 2), stride=[2, 1], padding=[0, 1]),
     convolution_backward((2, 3, 5, 4), (2, 3, 1, 1), stride=2),
+    convolution_backward((1, 2, 3, 3), (3, 2, 1, 1), padding=1),
     convolution_backward((1, 2, 7), (3, 2, 3), stride=2, padding=1, bias=False),
     convolution_backward((2, 2, 5), (3, 2, 1)),
+    convolution_backward((1, 2, 9), (2, 2, 3), stride=2, padding=2, dilation=3),
+    convolution_backward((2, 1, 6, 7), (2, 1, 2, 3), dilation=2),
+    convolution_backward((1, 2, 3, 4, 3), (2, 2, 2, 3, 2), padding=[0, 1, 1]),
+    convolution_backward((2, 4, 4, 4), (6, 2, 3, 3), groups=2, padding=1),
+    convolution_backward((1, 3, 4, 4), (3, 1, 3, 3), groups=3, padding=1),
+    convolution_backward((2, 2, 5, 5), (4, 1, 2, 2), groups=2, stride=2),
+    convolution_backward((2, 2, 3, 4), (2, 3, 3, 2), transposed=True),
+    convolution_backward(
+        *((1, 4, 3, 3), (4, 3, 3, 3)),
+        **{"transposed": True, "groups": 2, "dilation": 2, "padding": 1},
+        **{"stride": 3, "output_padding": [2, 1]},
+    ),
+    convolution_backward((2, 2, 3), (2, 2, 4), transposed=True, stride=2, padding=1),
     convolution_backward((1, 2, 4, 4), (3, 2, 3, 3), mask=(False, True, False)),
     convolution_backward((1, 2, 4, 4), (3, 2, 3, 3), dtype=torch.float32),
     convolution_backward((1, 2, 4, 4), (3, 2, 2, 2), dtype=torch.bfloat16),
@@ -198,11 +227,16 @@ NO_VALUES = {"memory of its own for each slice"}
 RULES = [rule for rule in registered() if rule.name not in NO_VALUES]
 
 
+def force(monkeypatch, algorithm):
+    """Calls of all shapes go to one algorithm; windows are copied in several parts."""
+    table = regimes.Regimes((regimes.Convolution(algorithm),), columns=50)
+    monkeypatch.setitem(regimes.REGIMES, "cpu", table)
+
+
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch):
     """The rules of operators take calls of any size, as small ones would not pay."""
-    regimes = convolution.Regimes(0, True, (convolution.Bounds(),), columns=50)
-    monkeypatch.setattr(convolution, "REGIMES", {"cpu": regimes})
+    force(monkeypatch, "products")
     monkeypatch.setattr(native_batch_norm, "FUSED", {"cpu": 3})
 
 
@@ -215,6 +249,13 @@ def test_law(rule):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # float64 stays
         compared = check_rule(rule, cases, site=OnALayer(), **options)
     assert compared >= 2 * len(cases)
+
+
+@pytest.mark.parametrize("algorithm", convolution.ALGORITHMS)
+def test_law_of_each_algorithm(algorithm, monkeypatch):
+    """Whichever algorithm a shape is given to, the gradients are the same."""
+    force(monkeypatch, algorithm)
+    check_rule(OPERATOR, CONVOLUTIONS, batched=["grad_output", "input"])
 
 
 def test_the_readme_lists_every_rule():
@@ -241,6 +282,76 @@ def test_a_wrong_rule_is_caught(wrong):
     rule = dataclasses.replace(RULE, batched=WRONG[wrong])
     with pytest.raises(AssertionError):
         check_rule(rule, BATCH_NORMS, site=OnALayer())
+
+
+SQUARE = Rule(
+    name="square",
+    functions=(torch.square,),
+    modes=MODES,
+    accepts=lambda call: True,
+    batched=lambda call: call["input"].square(),
+    reference=slice_by_slice(lambda call: call["input"] * call["input"]),
+)
+IMAGES = [{"input": randn(2, 3, 4, 5)}]
+
+
+def whole(x):
+    """The batch inside vmap's wrappers."""
+    while batched_levels((x,)):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def with_a_check(condition):
+    """The square, and an error where the condition holds."""
+
+    def batched(call):
+        if condition(whole(call["input"])):
+            raise RuntimeError("not this one")
+        return call["input"].square()
+
+    return batched
+
+
+WRONG_SOMETIMES = {
+    "float32": lambda x: x.dtype == torch.float32,
+    "bfloat16": lambda x: x.dtype == torch.bfloat16,
+    "channels last": lambda x: x.stride(-3) == 1,
+    "an empty batch": lambda x: x.size(0) == 0,
+}
+
+
+@pytest.mark.parametrize("when", WRONG_SOMETIMES)
+def test_a_rule_that_is_wrong_there_is_caught(when):
+    """Cases in float64 are tried in other forms too: off by ten percent, another shape
+    and an error are all seen, as torch's own square runs in each."""
+    assert check_rule(SQUARE, IMAGES) == 7
+    condition = WRONG_SOMETIMES[when]
+
+    def off(call):
+        y = call["input"].square()
+        if not condition(whole(call["input"])):
+            return y
+        return y.flatten() if when == "an empty batch" else 1.1 * y
+
+    with pytest.raises(AssertionError, match="square, in_dims"):
+        check_rule(dataclasses.replace(SQUARE, batched=off), IMAGES)
+    raising = dataclasses.replace(SQUARE, batched=with_a_check(condition))
+    with pytest.raises(RuntimeError, match="not this one"):
+        check_rule(raising, IMAGES)
+    declining = dataclasses.replace(
+        raising, accepts=lambda call: not condition(call["input"][None])
+    )
+    if when in ("float32", "bfloat16"):  # what a call inside vmap shows
+        assert check_rule(declining, IMAGES) == 6
+
+
+def test_a_rule_may_fail_where_torch_fails():
+    """Batch norm of torch refuses an empty batch, ours may."""
+    with pytest.raises(RuntimeError, match="at least one element"):
+        torch.func.vmap(nn.BatchNorm1d(4, track_running_stats=False))(randn(0, 2, 4))
+    case = batch_norm(2, 4, affine=False)
+    assert check_rule(RULE, [case], site=OnALayer(), batched=["input"]) == 2 + 1 + 2
 
 
 def test_a_rule_that_does_not_take_the_case_is_caught():
