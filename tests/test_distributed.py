@@ -22,7 +22,7 @@ from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from vmapsafe import per_sample_grads, vmap_safe
+from vmapsafe import clipped_grad_sum, per_sample_grads, vmap_safe
 from vmapsafe.testing import assert_same
 
 WORLD = 2
@@ -483,6 +483,49 @@ def wrapped_models(rank, device):
     plain(x.flatten(0, 1)).square().sum().backward()
     for p, q in zip(wrapped.parameters(), plain.parameters()):
         assert_same(p.grad, summed(q.grad) / WORLD)
+
+
+# -- Clipped sums ----------------------------------------------------------------------
+
+
+def clip(model, x, t, **options):
+    return clipped_grad_sum(model, F.mse_loss, x, t, max_grad_norm=1.0, **options)
+
+
+@check
+def clipped_sums_of_all_processes(rank, device):
+    """That of the whole batch in one process; the wrapper's model too, and a share
+    that is empty."""
+    net, (x, t) = small(device), [v[:, 0] for v in batch(device)]
+    net = replaced(net, batch_norm)
+    net(x)
+    expected = clip(net, x, t)
+    mine = share(rank, x, t)
+    assert_same(clip(net, *mine, reduce="all"), expected)
+    assert_same(clip(net, *mine, reduce="all", chunk_size=2), expected)
+    ids = None if device.type == "cpu" else [device]
+    wrapped = DistributedDataParallel(net, device_ids=ids)
+    assert_same(clip(wrapped, *mine, reduce="all"), expected)
+    all_or_none = (x, t) if rank else (x[:0], t[:0])
+    assert_same(clip(net, *all_or_none, reduce="all"), expected)
+    with pytest.raises(AssertionError):
+        assert_same(clip(net, *mine), expected)
+
+
+@check
+def one_that_fails_leaves_none_waiting(rank, device):
+    """Its own error there, and one that tells of it in the others; then all go on."""
+    net, (x, t) = small(device), [v[:, 0] for v in batch(device)]
+    net = replaced(net, batch_norm)
+    net(x)
+    mine = share(rank, x, t)
+    for what in ({"max_grad_norm": -1.0}, {"params": ["nope"]}, {"chunk_size": 0}):
+        options = {"max_grad_norm": 1.0, **(what if rank else {})}
+        with pytest.raises(ValueError if rank else RuntimeError) as caught:
+            clipped_grad_sum(net, F.mse_loss, *mine, reduce="all", **options)
+        if not rank:
+            assert "1 of 2 processes failed. See their errors" in str(caught.value)
+    assert_same(clip(net, *mine, reduce="all"), clip(net, x, t))
 
 
 # -- Two processes, all checks ---------------------------------------------------------

@@ -30,8 +30,18 @@ LAYERS = {
     "_advice": {"_state"},
     "_wrap": {"_advice", "_errors", "_groups", "_rule", "_scope"},
     "_batched": {"_call", "_errors"},
+    "_formulas": {"_call", "_rule", "rules.batch_norm", "rules.convolution"},
+    "_record": {"_call", "_formulas", "rules.batch_norm"},
+    "_samples": {
+        *("_batched", "_call", "_errors", "_record", "_scope", "_state", "_wrap"),
+    },
+    "_chunks": {"_errors"},
     "_per_sample": {
-        *("_batched", "_call", "_errors", "_groups", "_scope", "_state", "_wrap"),
+        *("_call", "_chunks", "_errors", "_formulas", "_groups", "_record"),
+        *("_samples", "_scope"),
+    },
+    "_norms": {
+        *("_call", "_chunks", "_errors", "_formulas", "_groups", "_samples", "_scope"),
     },
     "_convert": {"_groups"},
     "_report": {"_rule"},
@@ -42,7 +52,8 @@ LAYERS = {
     },
     "testing": {"_call", "_operators", "_rule"},
     "__init__": {
-        *("_batched", "_check", "_convert", "_errors", "_per_sample", "_wrap", "rules"),
+        *("_batched", "_check", "_convert", "_errors", "_norms", "_per_sample"),
+        *("_wrap", "rules"),
     },
     # Users of the public names, as anybody's code is.
     "_demo": {"vmap_safe"},

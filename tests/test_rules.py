@@ -21,6 +21,7 @@ class OnALayer:
     buffers = []
     update_running_stats = False
     rows = "contribution"
+    copies_at = None
 
     def merged_levels(self, tensor):
         return tuple(sorted(batched_levels((tensor,))))

@@ -466,7 +466,8 @@ assert warnings.filters == filters
 
 
 def test_per_sample_grads(net, taken):
-    """The helper passes the option on; an empty batch has no rows."""
+    """The helper passes the option on where it uses vmap(grad), as for an input that
+    requires a gradient; an empty batch has no rows."""
 
     def loss(out, y):
         return (out - y).square().sum()
@@ -474,8 +475,10 @@ def test_per_sample_grads(net, taken):
     y = torch.randn(2, 4, dtype=torch.float64)
     expected = per_sample_grads(net, loss, X[0], y, fast=False)
     assert not taken
-    assert_same(per_sample_grads(net, loss, X[0], y, fast=True), expected)
+    x = X[0].clone().requires_grad_()
+    assert_same(per_sample_grads(net, loss, x, y, fast=True), expected)
     assert taken
+    assert_same(per_sample_grads(net, loss, X[0], y, fast=True), expected)
     empty = per_sample_grads(net, loss, X[0][:0], y[:0], fast=True)
     assert empty["0.weight"].shape == (0, 3, 2, 3, 3)
 

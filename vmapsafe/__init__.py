@@ -14,7 +14,12 @@ The map of the package, bottom up; each file imports only from those above it:
 ``_advice``      notes for errors of torch's vmap
 ``_wrap``        ``vmap_safe``
 ``_batched``     ``batched``
+``_formulas``    rows of a weight, their norms and sums, from input and output gradient
+``_record``      one forward and backward that finds those, layer by layer
+``_samples``     model, loss and batch of a call, checked and bound
+``_chunks``      samples a few at a time, as many as the memory takes
 ``_per_sample``  per-sample gradients
+``_norms``       their norms and clipped sums
 ``_convert``     permanent conversions, ``norm_layer``
 ``_report``      the findings of ``check``, and how they print
 ``_trial``       a copy of a model run on an example, and what that shows
@@ -30,6 +35,8 @@ from vmapsafe._convert import convert as convert
 from vmapsafe._convert import norm_layer as norm_layer
 from vmapsafe._errors import BlockError as BlockError
 from vmapsafe._errors import NeverUpdatedWarning as NeverUpdatedWarning
+from vmapsafe._norms import clipped_grad_sum as clipped_grad_sum
+from vmapsafe._norms import per_sample_grad_norms as per_sample_grad_norms
 from vmapsafe._per_sample import per_sample_grads as per_sample_grads
 from vmapsafe._wrap import vmap_safe as vmap_safe
 
@@ -39,8 +46,10 @@ __all__ = [
     "NeverUpdatedWarning",
     "batched",
     "check",
+    "clipped_grad_sum",
     "convert",
     "norm_layer",
+    "per_sample_grad_norms",
     "per_sample_grads",
     "vmap_safe",
 ]

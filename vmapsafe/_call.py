@@ -9,7 +9,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode as TorchFunctionMode
 
 # The trees torch.func itself uses, and how it spreads in_dims over them (torch 2.13).
 from torch.utils._pytree import _broadcast_to_and_flatten
@@ -45,6 +47,11 @@ class Site(Protocol):
     @property
     def rows(self) -> str:
         """What the rows of ``per_sample_grads`` are to be, "contribution" elsewhere."""
+
+    @property
+    def copies_at(self) -> int | None:
+        """The vmap level whose slices have copies of the parameters to themselves, to
+        get per-sample gradients from; None elsewhere."""
 
     def merged_levels(self, tensor: Tensor) -> tuple[int, ...]:
         """The vmap levels that "sync" merges for this input, the outermost first."""
@@ -311,6 +318,28 @@ def wrapped_again(outputs: tuple[Tensor | None, ...], level: int) -> Any:
             for out in outputs
         ]
     )
+
+
+# A context in which the innermost transform is not there (torch 2.13).
+below_innermost = pyfunctorch.temporarily_pop_interpreter_stack
+
+
+def batch_behind(slice_: Tensor, level: int, size: int) -> Tensor | None:
+    """The batch (size, ...) of which the vmap of ``level``, and no other transform,
+    shows slices, be they all the same tensor; None for others.
+
+    To be called in :func:`below_innermost`.
+    """
+    if not is_wrapped(slice_):
+        return slice_.expand(size, *slice_.shape)
+    batch, dim = torch._C._functorch._unwrap_batched(slice_, level)
+    return None if dim is None or is_wrapped(batch) else batch.movedim(dim, 0)
+
+
+def slices_of(batch: Tensor, level: int) -> Tensor:
+    """(B, ...) as the vmap of ``level`` shows it."""
+    shown: Tensor = torch._C._functorch._add_batch_dim(batch, 0, level)
+    return shown
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -1,24 +1,21 @@
-"""Per-sample gradients in one call: ``vmap(grad)`` inside a block."""
+"""Per-sample gradients in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vmap
 
-from vmapsafe._batched import without_batch_dim
-from vmapsafe._call import tree_flatten, tree_map
+from vmapsafe._call import current_level, tree_map
+from vmapsafe._chunks import ChunkSize, check_chunk_size, in_chunks
 from vmapsafe._errors import worded
+from vmapsafe._formulas import Formula
 from vmapsafe._groups import NumGroups
+from vmapsafe._record import Unrecordable
+from vmapsafe._samples import Loss, Samples, part_of
 from vmapsafe._scope import Options
-from vmapsafe._state import process_group, unwrapped
-from vmapsafe._wrap import Block, checked
-
-Loss = Callable[..., Any]
 
 
 def per_sample_grads(
@@ -28,9 +25,10 @@ def per_sample_grads(
     mode: str = "eval",
     rows: str = "contribution",
     params: Collection[str] | Mapping[str, Tensor] | None = None,
-    chunk_size: int | None = None,
+    chunk_size: int | str | None = None,
     randomness: str = "error",
     has_aux: bool = False,
+    out: Mapping[str, Tensor] | None = None,
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
@@ -65,14 +63,19 @@ def per_sample_grads(
         params: the names to differentiate by, or a dict from names to the tensors at
             which to, through which outer derivatives pass; default every parameter
             that requires a gradient. Tied parameters appear once.
-        chunk_size: samples at a time, as in ``torch.func.vmap``; None for all. In
-            "sync" each chunk is a batch with statistics of its own.
+        chunk_size: samples at a time, as in ``torch.func.vmap``; None for all; "auto"
+            for what fits into half of the free memory, found by trying. In "sync"
+            each chunk is a batch with statistics of its own, and "auto" is refused.
         randomness: of dropout and the like: "error", "different" or "same".
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+        out: a dict such as an earlier call returned, to be filled and returned, as in
+            ``rows = per_sample_grads(..., out=rows)``: fresh memory is what takes
+            most of the time in small networks. The earlier rows are overwritten,
+            also by a call that raises half-way.
         num_groups: of :func:`vmap_safe`.
         update_running_stats: of :func:`vmap_safe`.
         sync_levels: of :func:`vmap_safe`.
-        fast: of :func:`vmap_safe`.
+        fast: of :func:`vmap_safe`; False for ``vmap(grad)`` and nothing else.
 
     Returns:
         A dict from parameter names to tensors (B, *parameter.shape), in the dtype of
@@ -81,7 +84,14 @@ def per_sample_grads(
 
     Raises:
         ValueError: batch sizes that disagree, a loss that has dimensions, parameters
-            that do not exist, none that requires a gradient.
+            that do not exist, none that requires a gradient, ``out`` of other names,
+            shapes, dtypes or devices.
+
+    A loss that does not depend on a parameter has rows of zeros, as in torch.func.grad.
+    The rows are computed layer by layer from one backward pass
+    (``vmapsafe/_record.py``), or by ``vmap(grad)`` where their derivatives could be
+    wanted: under transforms, and where the batch, a parameter that is not chosen, or a
+    tensor the loss knows of requires a gradient. With ``out=`` they carry none.
 
     In "eval", "no_running_stats" and "group_norm" samples are independent, and there is
     one gradient of sample i. In "sync" the field knows three. With :math:`\theta^{(i)}`
@@ -107,188 +117,143 @@ def per_sample_grads(
 
     The formula is that of torch's tutorial on per-sample gradients
     (https://pytorch.org/tutorials/intermediate/per_sample_grads.html). The rows are
-    not clipped, and clipping them is not differentially private by itself. It writes
+    not clipped (:func:`clipped_grad_sum` does that, :func:`per_sample_grad_norms` gives
+    their norms), and clipping them is not differentially private by itself. It writes
     nothing on the model, ``.grad`` included.
     """
-    _check_rows(rows, mode)
-    options = checked(
-        Options(mode, num_groups, update_running_stats, sync_levels, rows, fast)
+    options = Options(mode, num_groups, update_running_stats, sync_levels, rows, fast)
+    check_chunk_size(_CALLED, chunk_size, mode)
+    samples = Samples.of(
+        _CALLED, model, loss_fn, batch, params, options, randomness, has_aux
     )
-    net = unwrapped(model)
-    values = _chosen(net, params)
-    places = _places(net, values)
-    size = _batch_size(batch)
-    if size == 0:  # made-up samples, whose rows are thrown away
-        _check_one_process(net, mode)
-        options = replace(options, update_running_stats=False)
-        batch = tree_map(lambda t: t.new_zeros(2, *t.shape[1:]), batch)
-
-    def loss(values: Mapping[str, Tensor], inputs: Any, *rest: Any) -> Any:
-        inputs, rest = tree_map(lambda t: t.unsqueeze(0), (inputs, rest))
-        args, kwargs = _as_call(inputs)
-        placed = {place: values[name] for place, name in places}
-        output = functional_call(net, placed, args, kwargs, tie_weights=False)
-        result = loss_fn(output, *rest)
-        if not has_aux:
-            return _scalar(result)
-        value, aux = result
-        return _scalar(value), tree_map(lambda t: without_batch_dim(_CALLED, t), aux)
-
-    in_dims = (None, *[0 for _ in batch])
-    with Block((model,), options):
-        if rows == "jacobian":
-            losses = vmap(loss, in_dims, randomness=randomness)
-            derive = jacrev(losses, has_aux=has_aux)
-            parts = [derive(values, *chunk) for chunk in _chunks(batch, chunk_size)]
-            found = tree_map(lambda *chunks: torch.cat(chunks), *parts)
-        else:
-            found = vmap(
-                grad(loss, has_aux=has_aux),
-                in_dims,
-                randomness=randomness,
-                chunk_size=chunk_size,
-            )(values, *batch)
-    return tree_map(lambda t: t[:0], found) if size == 0 else found
+    found: tuple[Any, Any] | None
+    if out is None:
+        found = _quickly(samples, chunk_size) or _by_vmap(samples, chunk_size)
+    else:
+        _check_out(out, samples)
+        found = out, _into(out, samples, chunk_size)
+    if samples.size == 0:
+        found = tree_map(lambda t: t[:0], found) if out is None else (out, found[1])
+    return found if has_aux else found[0]
 
 
-ROWS = ("contribution", "jacobian", "detached")
 _CALLED = "per_sample_grads(...)"
 
 
-def _check_rows(rows: str, mode: str) -> None:
-    if rows not in ROWS:
-        listed = ", ".join(f'"{r}"' for r in ROWS)
-        raise ValueError(f"{_CALLED}: unknown rows {rows!r}. Choose one of {listed}.")
-    if rows != "contribution" and mode != "sync":
-        raise ValueError(
-            worded(
-                _CALLED,
-                f'rows="{rows}" has a meaning in "sync" only, and mode is "{mode}", '
-                "where samples are independent and all rows are the same",
-                "Leave rows out",
-            )
-        )
+class _Rows:
+    """Collects rows into memory that is there."""
+
+    def __init__(self, into: Mapping[str, Tensor]) -> None:
+        self._into = into
+
+    def storage(self, name: str) -> Tensor:
+        return self._into[name]
+
+    def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
+        formula.rows(x, grad, self._into[name])
+
+    def whole(self, name: str, rows: Tensor) -> None:
+        if rows is not self._into[name]:
+            self._into[name].copy_(rows)
 
 
-def _check_one_process(net: nn.Module, mode: str) -> None:
-    if mode == "sync" and any([process_group(m) is not None for m in net.modules()]):
-        raise ValueError(
-            worded(
-                _CALLED,
-                "an empty batch in one of several processes, whose SyncBatchNorm "
-                "statistics are taken together",
-                "Give every process at least one sample",
-            )
-        )
+def _quickly(samples: Samples, chunk_size: ChunkSize) -> Any:
+    """(rows, aux) from a record, or None where only vmap(grad) will do.
 
-
-def _chunks(batch: Any, chunk_size: int | None) -> list[Any]:
-    if chunk_size is None:
-        return [batch]
-    size = _batch_size(batch)
-    return [
-        tree_map(lambda t: t[start : start + chunk_size], batch)
-        for start in range(0, size, chunk_size)
-    ]
-
-
-def _chosen(
-    net: nn.Module, params: Collection[str] | Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """The tensors to differentiate by, by name; tied ones once."""
-    named = dict(net.named_parameters())
-    if params is None:
-        chosen = {n: p.detach() for n, p in named.items() if p.requires_grad}
-        if not chosen:
-            raise ValueError(
-                worded(
-                    _CALLED,
-                    f"no parameter of {type(net).__name__} requires a gradient",
-                    "Unfreeze some, or name the ones you want with params=",
-                )
-            )
-        return chosen
-    known = dict(net.named_parameters(remove_duplicate=False))
-    names = list(params)
-    if isinstance(params, str):
-        names = [params]
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                worded(
-                    _CALLED,
-                    f"{type(net).__name__} has no parameter {name!r}",
-                    "Names are those of model.named_parameters()",
-                )
-            )
-    if isinstance(params, Mapping):
-        return {name: params[name] for name in names}  # outer derivatives pass through
-    return {name: known[name].detach() for name in names}
-
-
-def _places(net: nn.Module, values: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Every place of the parameters in ``values``, once, with the name given.
-
-    Left to tie weights, functional_call (torch 2.13) leaves plain tensors in the place
-    of parameters behind in a module that has two names.
+    The record's rows carry no derivatives; that some are wanted may show only when the
+    loss has been computed.
     """
-    known = dict(net.named_parameters(remove_duplicate=False))
-    given = {known[name]: name for name in values}
-    return [
-        (f"{path}.{name}".lstrip("."), given[parameter])
-        for path, module in net.named_modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter in given
-    ]
+    options = samples.options
+    if not options.fast or options.update_running_stats:
+        return None
+    if not samples.recordable() or samples.watched():
+        return None
+    rows = {
+        name: value.new_empty(samples.count, *value.shape)
+        for name, value in samples.values.items()
+    }
+    try:
+        return rows, _into(rows, samples, chunk_size, derivatives=True)
+    except Unrecordable:
+        return None
 
 
-def _batch_size(batch: tuple[Any, ...]) -> int:
-    """The first dimension of every tensor of the batch, which must agree."""
-    shapes = []
-    for i, part in enumerate(batch):
-        leaves, _ = tree_flatten(part)
-        for leaf in leaves:
-            if not isinstance(leaf, Tensor) or leaf.dim() == 0:
-                raise ValueError(
-                    worded(
-                        _CALLED,
-                        f"batch[{i}] holds {leaf!r}, which has no batch dimension",
-                        "Pass tensors (B, ...); what all samples share belongs into "
-                        "loss_fn",
-                    )
-                )
-            shapes.append((i, tuple(leaf.shape)))
-    if not shapes:
-        raise ValueError(
-            worded(_CALLED, "got no batch", "Pass the inputs, then the targets")
-        )
-    if len({shape[0] for _, shape in shapes}) > 1:
-        found = ", ".join(f"batch[{i}] has shape {shape}" for i, shape in shapes)
+def _into(
+    rows: Mapping[str, Tensor],
+    samples: Samples,
+    chunk_size: ChunkSize,
+    derivatives: bool = False,
+) -> Any:
+    """Fill ``rows``; returns aux."""
+    if samples.size == 0 and not derivatives:
+        rows = {
+            n: v.new_empty(samples.count, *v.shape) for n, v in samples.values.items()
+        }
+    parts: list[Any] = []
+
+    def run(start: int, stop: int) -> None:
+        into = _Rows({name: row[start:stop] for name, row in rows.items()})
+        batch = part_of(samples.batch, start, stop)
+        parts.append(samples.collect(batch, into, derivatives))
+
+    in_chunks(samples.count, chunk_size, samples.device, run)
+    return tree_map(lambda *chunks: torch.cat(chunks), *parts)
+
+
+def _by_vmap(samples: Samples, chunk_size: ChunkSize) -> Any:
+    """(rows, aux), through which outer derivatives pass."""
+    if not isinstance(chunk_size, str):
+        return samples.rows(samples.batch, chunk_size)
+    parts: list[Any] = []
+
+    def run(start: int, stop: int) -> None:
+        parts.append(samples.rows(part_of(samples.batch, start, stop)))
+
+    in_chunks(samples.count, chunk_size, samples.device, run)
+    return tree_map(lambda *chunks: torch.cat(chunks), *parts)
+
+
+def _check_out(out: Mapping[str, Tensor], samples: Samples) -> None:
+    """Raise a ValueError unless rows can be written into ``out``."""
+    if current_level() > 0:
         raise ValueError(
             worded(
-                _CALLED,
-                f"batch sizes disagree: {found}",
-                "The first dimension is the batch, and each has one row a sample",
+                f"{_CALLED} with out=",
+                "a transform of torch.func around it, whose results may not be written "
+                "into given memory",
+                "Leave out= out",
             )
         )
-    return int(shapes[0][1][0])
-
-
-def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, dict):
-        return (), inputs
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
-
-
-def _scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.dim() > 0:
-        found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    if set(out) != set(samples.values):
         raise ValueError(
             worded(
-                _CALLED,
-                f"loss_fn gave {found} for a batch of one instead of a tensor without "
-                "dimensions",
-                'Let it return the mean or the sum, e.g. reduction="sum"',
+                f"{_CALLED} with out=",
+                f"out has the names {sorted(out)}, the parameters are "
+                f"{sorted(samples.values)}",
+                "Give one tensor for each, such as an earlier call returned",
             )
         )
-    return loss
+    for name, value in samples.values.items():
+        given, shape = out[name], (samples.size, *value.shape)
+        wanted = f"{shape}, {value.dtype}, on {value.device}"
+        if not isinstance(given, Tensor):
+            found = f"is a {type(given).__name__}"
+        elif (tuple(given.shape), given.dtype, given.device) != (
+            shape,
+            value.dtype,
+            value.device,
+        ):
+            found = f"is {tuple(given.shape)}, {given.dtype}, on {given.device}"
+        elif not given.is_contiguous():
+            found = f"has strides {given.stride()}"
+        elif given.requires_grad:
+            found = "requires a gradient"
+        else:
+            continue
+        raise ValueError(
+            worded(
+                f"{_CALLED} with out=",
+                f"out[{name!r}] {found}",
+                f"It is to be a plain contiguous tensor {wanted}",
+            )
+        )

@@ -46,6 +46,7 @@ class Options:
     sync_levels: int | None = None
     rows: str = "contribution"  # of per_sample_grads
     fast: bool = True
+    copies_at: int | None = None  # of per-sample gradients, see Site
 
     def __str__(self) -> str:
         given = [f'mode="{self.mode}"']
@@ -94,8 +95,12 @@ class Place:
     def rows(self) -> str:
         return self.scope.options.rows
 
+    @property
+    def copies_at(self) -> int | None:
+        return self.scope.options.copies_at
+
     def merged_levels(self, tensor: Tensor) -> tuple[int, ...]:
-        own = self.levels | _levels_of((self.module,))
+        own = (self.levels | _levels_of((self.module,))) - {self.copies_at}
         levels = sorted(batched_levels((tensor,)) - own)
         wanted = self.scope.options.sync_levels
         return tuple(levels if wanted is None else levels[-wanted:])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import Call, beyond_reverse_mode
+from vmapsafe._call import Call, batched_levels, beyond_reverse_mode
 from vmapsafe._errors import worded
 from vmapsafe._groups import groups_for
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
@@ -37,6 +37,14 @@ def writes_statistics(call: Call) -> bool:
         and call.site is not None
         and call.site.holds(mean)
     )
+
+
+def has_own_weights(call: Call) -> bool:
+    """Whether each slice has a copy of the layer's weights, to get rows from."""
+    if call.site is None or call.site.copies_at is None:
+        return False
+    given = [p for p in (call["weight"], call["bias"]) if p is not None]
+    return call.site.copies_at in batched_levels(given)
 
 
 # -- "no_running_stats": the statistics of the slice ---------------------------------
@@ -175,10 +183,12 @@ def _reads_statistics(call: Call) -> bool:
         torch.compiler.is_compiling()
         or call["input"].dtype != mean.dtype
         or torch.is_autocast_enabled(call["input"].device.type)
-    )
+    ) and not has_own_weights(
+        call
+    )  # left to _record
 
 
-def _by_running_statistics(call: Call) -> Tensor:
+def by_running_statistics(call: Call) -> Tensor:
     """An affine map."""
     x = wide(call["input"])
     scale = torch.rsqrt(wide(call["running_var"]) + call["eps"])
@@ -205,7 +215,7 @@ register(
         functions=(F.batch_norm,),
         modes=MODES,
         accepts=_reads_statistics,
-        batched=_by_running_statistics,
+        batched=by_running_statistics,
         reference=slice_by_slice(_plain_by_running_statistics),
     )
 )

@@ -81,13 +81,39 @@ def _merged(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if wants_bias:
         rest = [d for d in range(grad.dim()) if d not in (0, 2)]
         of_bias = grad.sum(rest, dtype=grad.dtype)  # autocast widens a plain sum
-    return of_input, ALGORITHMS[_algorithm(call)](call, grad, x), of_bias
+    return of_input, weight_gradient(call, grad, x), of_bias
+
+
+def weight_gradient(
+    call: Call, grad: Tensor, x: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """(B, O, C, *K) from (B, N, O, *L) and (B, N, C, *S), by the algorithm that wins,
+    or by products where none does; in ``out``, contiguous and only for plain tensors,
+    if given."""
+    return ALGORITHMS.get(_algorithm(call), _products)(call, grad, x, out)
+
+
+def seen_by_kernel(call: Call, x: Tensor) -> Tensor:
+    """(B, C * K, N * L) from plain (B, N, C, *S): what the kernel sees at each output
+    position; no groups."""
+    if any(call["padding"]):
+        x = _padded(call, x)
+    sizes = zip(x.shape[3:], call["weight"].shape[2:], call["stride"], call["dilation"])
+    lengths = torch.Size([(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in sizes])
+    seen = _windows(call, x, lengths, last=False)
+    return seen.reshape(len(x), call["weight"][0].numel(), -1)
 
 
 # -- Algorithms: (B, O, C, *K) from (B, N, O, *L) and (B, N, C, *S) -------------------
 
 
-def _products(call: Call, grad: Tensor, x: Tensor, turned: bool = False) -> Tensor:
+def _products(
+    call: Call,
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor | None = None,
+    turned: bool = False,
+) -> Tensor:
     """A matrix product a sample, of output gradients and what the kernel saw there.
 
     ``turned`` computes transposes, which is faster where a kernel sees little.
@@ -99,22 +125,31 @@ def _products(call: Call, grad: Tensor, x: Tensor, turned: bool = False) -> Tens
     grads = grad.movedim(1, 2).reshape(len(x) * groups, len(weight) // groups, -1)
     if is_plain(grad) and is_plain(x):
         with unwatched():
-            return _plain_products(call, grads, x, lengths, turned)
+            return _plain_products(call, grads, x, lengths, out, turned)
     seen = _watched_windows(call, x, lengths).reshape(len(grads), -1, grads.size(2))
     return (grads @ seen.mT).view(-1, *weight.shape)
 
 
 def _plain_products(
-    call: Call, grads: Tensor, x: Tensor, lengths: torch.Size, turned: bool
+    call: Call,
+    grads: Tensor,
+    x: Tensor,
+    lengths: torch.Size,
+    out: Tensor | None,
+    turned: bool,
 ) -> Tensor:
     """A few samples at a time, so that the copies of windows stay in the cache, in
     memory that is used again and into the result, as fresh memory is dear."""
     groups, (outputs, channels, *kernel) = call["groups"], call["weight"].shape
     columns, positions = channels * math.prod(kernel), grads.size(2)
     # Channels that lie next to each other are copied together.
-    last = groups == 1 and channels > 1 and x.stride(2) == 1
+    last = out is None and groups == 1 and channels > 1 and x.stride(2) == 1
     shape = (-1, positions, columns) if last else (-1, columns, positions)
-    result = grads.new_empty(*grads.shape[:2], columns)
+    shape_of_result = (*grads.shape[:2], columns)
+    if out is None:
+        result = grads.new_empty(shape_of_result)
+    else:
+        result = out.view(shape_of_result)
     padding = call["padding"]
     step = max(1, REGIMES[x.device.type].columns // (groups * columns * positions))
     copies = room = None
@@ -187,11 +222,13 @@ def _padded(call: Call, x: Tensor) -> Tensor:
     return padded.view(*x.shape[:2], *padded.shape[1:])
 
 
-def _turned_products(call: Call, grad: Tensor, x: Tensor) -> Tensor:
-    return _products(call, grad, x, turned=True)
+def _turned_products(
+    call: Call, grad: Tensor, x: Tensor, out: Tensor | None = None
+) -> Tensor:
+    return _products(call, grad, x, out, turned=True)
 
 
-ALGORITHMS: Mapping[str, Callable[[Call, Tensor, Tensor], Tensor]] = {
+ALGORITHMS: Mapping[str, Callable[..., Tensor]] = {
     "products": _products,
     "turned products": _turned_products,
 }

@@ -45,6 +45,7 @@ from vmapsafe._errors import worded
 from vmapsafe._rule import Rule, register, slice_by_slice
 from vmapsafe._state import process_group
 from vmapsafe.rules.batch_norm import (
+    has_own_weights,
     instance_norm_unwritten,
     of_a_layer,
     own_statistics,
@@ -304,7 +305,10 @@ def _across_slices(call: Call) -> Tensor:
     inside = merged and derivatives_inside(merged[0]) > 0
     detached = site.rows == "detached"
     if group is None and not inside and not detached:
-        return _as_one_batch(x, call["weight"], call["bias"], call["eps"], merged)
+        if not has_own_weights(call):
+            return _as_one_batch(x, call["weight"], call["bias"], call["eps"], merged)
+        y = wide(_as_one_batch(x, None, None, call["eps"], merged))
+        return scaled_and_shifted(y, call["weight"], call["bias"]).to(x.dtype)
     return _by_sums(call, merged, group, detached)
 
 

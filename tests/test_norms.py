@@ -1,0 +1,936 @@
+"""Norms, clipped sums and out=, against a Python loop of plain backward passes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plain import assert_same_state, everything
+from plain import per_sample_grads as slow_rows
+from plain import switched
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from vmapsafe import (
+    clipped_grad_sum,
+    per_sample_grad_norms,
+    per_sample_grads,
+    vmap_safe,
+)
+from vmapsafe.testing import assert_same
+
+# -- Networks: everything a parameter may go through -----------------------------------
+
+
+class Twice(nn.Module):
+    """One weight used twice, once through F.linear and once by an operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.a(x))
+        return self.out(torch.tanh(self.a(x)) @ self.a.weight + x * self.a.bias)
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is also the last layer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4, padding_idx=2)
+        self.mix = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 7, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.mix(self.embed(x)))).mean(1)
+
+
+class Direct(nn.Module):
+    """A module that uses its parameters without any layer, and one unused."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4))
+        self.matrix = nn.Parameter(torch.randn(4, 3))
+        self.idle = nn.Parameter(torch.randn(2))
+
+    def forward(self, x):
+        return torch.einsum("ni,ij->nj", x.sin() * self.scale, self.matrix)
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm = nn.LayerNorm(4)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.norm(x + self.attend(x, x, x)[0])).mean(1)
+
+
+class Places(nn.Module):
+    """Embeddings of input and position, the latter the same for all samples."""
+
+    def __init__(self, tokens=5, words=30):
+        super().__init__()
+        self.words = nn.Embedding(words, 4, padding_idx=-1)
+        self.places = nn.Embedding(tokens, 4)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.words(x) + self.places(torch.arange(x.size(1)))
+        return self.out(torch.tanh(h)).mean(1)
+
+
+class Folded(nn.Module):
+    """Makes several rows of one sample before a convolution and batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x):
+        n = len(x)
+        h = torch.tanh(self.norm(self.conv(x.flatten(0, 1))))
+        return self.out(h.mean((2, 3)).view(n, -1, 4).mean(1))
+
+
+class Halves(nn.Module):
+    """Two branches, of which the second part of a sample goes through one only."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x):
+        self.unused(self.a(x[:, :4]))
+        return self.a(x[:, :4]) * self.b(x[:, 4:].detach())
+
+
+def net(*layers):
+    return nn.Sequential(*layers)
+
+
+def image(*layers, channels, classes=3):
+    return net(*layers, nn.Tanh(), nn.Flatten(2), Mean(), nn.Linear(channels, classes))
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(2)
+
+
+def conv(dims, channels, outputs, kernel, **options):
+    return getattr(nn, f"Conv{dims}d")(channels, outputs, kernel, **options)
+
+
+def normed():
+    layer = nn.Linear(4, 3)
+    return net(parametrizations.weight_norm(layer), nn.Tanh(), nn.Linear(3, 3))
+
+
+def frozen():
+    model = net(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    model[0].weight.requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    return model
+
+
+def batch(*shape):
+    return lambda: torch.randn(5, *shape, dtype=torch.float64)
+
+
+def words(count, *shape):
+    return lambda: torch.randint(count, (5, *shape))
+
+
+# name: (network, inputs)
+NETS = {
+    "conv2d": (
+        lambda: image(conv(2, 2, 3, 3), nn.BatchNorm2d(3), channels=3),
+        batch(2, 6, 5),
+    ),
+    "conv2d, stride and padding": (
+        lambda: image(
+            conv(2, 2, 8, 3, stride=2, padding=1),
+            *(nn.BatchNorm2d(8), nn.ReLU(inplace=True)),
+            conv(2, 8, 9, (2, 3), padding="valid"),
+            channels=9,
+        ),
+        batch(2, 7, 6),
+    ),
+    "conv2d, same, dilation": (
+        lambda: image(
+            conv(2, 2, 4, 3, padding="same"),
+            conv(2, 4, 4, 2, padding="same", dilation=2, bias=False),
+            channels=4,
+        ),
+        batch(2, 5, 5),
+    ),
+    "conv2d, few positions": (
+        lambda: image(conv(2, 8, 16, 3, stride=2), channels=16),
+        batch(8, 5, 5),
+    ),
+    "conv2d, 1 x 1": (
+        lambda: image(
+            conv(2, 6, 8, 1, stride=2), conv(2, 8, 4, 1, padding=1), channels=4
+        ),
+        batch(6, 5, 5),
+    ),
+    "conv2d, groups": (
+        lambda: image(
+            conv(2, 4, 8, 3, groups=2), conv(2, 8, 8, 2, groups=8), channels=8
+        ),
+        batch(4, 5, 5),
+    ),
+    "conv2d, groups, few positions": (
+        lambda: image(conv(2, 8, 32, 3, groups=2, stride=2), channels=32),
+        batch(8, 5, 5),
+    ),
+    "conv2d, dilation, few positions": (
+        lambda: image(conv(2, 8, 16, 3, dilation=2), channels=16),
+        batch(8, 6, 6),
+    ),
+    "conv1d": (
+        lambda: image(
+            conv(1, 2, 4, 3, stride=2, padding=1), nn.BatchNorm1d(4), channels=4
+        ),
+        batch(2, 9),
+    ),
+    "conv3d": (
+        lambda: image(conv(3, 1, 4, 2), nn.BatchNorm3d(4), channels=4),
+        batch(1, 4, 3, 3),
+    ),
+    "transposed": (
+        lambda: image(nn.ConvTranspose2d(2, 4, 3), nn.BatchNorm2d(4), channels=4),
+        batch(2, 4, 4),
+    ),
+    "mlp": (
+        lambda: net(
+            nn.Linear(4, 5), nn.BatchNorm1d(5), nn.SiLU(), nn.Linear(5, 3, bias=False)
+        ),
+        batch(4),
+    ),
+    "linear on tokens": (
+        lambda: net(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3), nn.Flatten(1, 2)),
+        batch(3, 4),
+    ),
+    "linear on many tokens": (
+        lambda: net(nn.Linear(2, 3), nn.Tanh(), nn.Flatten(1)),
+        batch(9, 2),
+    ),
+    "norms": (
+        lambda: image(
+            *(conv(2, 2, 4, 2), nn.GroupNorm(2, 4), nn.ReLU(inplace=True)),
+            *(nn.LayerNorm([4, 4, 4]), nn.BatchNorm2d(4, affine=False)),
+            nn.InstanceNorm2d(4, affine=True),
+            channels=4,
+        ),
+        batch(2, 5, 5),
+    ),
+    "embedding": (lambda: Places(), words(30, 5)),
+    "embedding, many words": (lambda: Places(9, 2), words(2, 9)),
+    "used twice": (Twice, batch(4)),
+    "tied": (Tied, words(7, 3)),
+    "direct": (Direct, batch(4)),
+    "weight norm": (normed, batch(4)),
+    "attention": (Attends, batch(3, 4)),
+    "frozen": (frozen, batch(4)),
+    "several rows a sample": (Folded, batch(3, 2, 5, 4)),
+    "branches": (Halves, batch(8)),
+}
+# Batch norm with more than one value a channel.
+NORMED = [
+    *("conv2d", "conv2d, stride and padding", "conv1d", "conv3d", "norms"),
+    *("transposed", "several rows a sample"),
+]
+CASES = [
+    *((name, "eval") for name in NETS),
+    *((name, mode) for name in NORMED for mode in ("no_running_stats", "group_norm")),
+]
+
+
+def problem(name):
+    torch.manual_seed(3)
+    make, inputs = NETS[name]
+    model = make().double()
+    for _ in range(2):
+        model(inputs())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    x = inputs()
+    return model, x, torch.randn_like(model(x)).detach()
+
+
+def mse(output, target):
+    return F.mse_loss(output, target, reduction="sum")
+
+
+def slow(model, mode, x, y):
+    """{name: (B, *shape)} by a loop, of what the parameters are called in ``model``."""
+    plain = switched(model, mode, 2)
+    for module in plain.modules():  # torch's kernel is wrong for one sample else
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_hook(contiguous_gradient)
+    wanted = [n for n, p in plain.named_parameters() if p.requires_grad]
+    named = dict(plain.named_parameters())
+    rows = []
+    for i in range(len(x)):
+        loss = mse(plain(x[i : i + 1]), y[i : i + 1])
+        grads = torch.autograd.grad(loss, [named[n] for n in wanted], allow_unused=True)
+        zeros = [torch.zeros_like(named[n]) for n in wanted]
+        rows.append([z if g is None else g for g, z in zip(grads, zeros)])
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    return {n: torch.stack(column) for n, column in zip(names, zip(*rows))}
+
+
+def contiguous_gradient(module, args, output):
+    if output.requires_grad:
+        output.register_hook(lambda g: g.contiguous())
+
+
+def norm_of(rows):
+    return sum([r.flatten(1).square().sum(1) for r in rows.values()]).sqrt()
+
+
+def clipped(rows, most):
+    total = {name: torch.zeros_like(r[0]) for name, r in rows.items()}
+    for i, norm in enumerate(norm_of(rows)):
+        factor = 1.0 if norm <= most else float(most / norm)
+        for name, r in rows.items():
+            total[name] += factor * r[i]
+    return total
+
+
+# torch's weight norm, under vmap
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("name,mode", CASES)
+def test_against_the_loop(name, mode):
+    """Norms, norms by parameter, clipped sums and rows into given memory."""
+    model, x, y = problem(name)
+    expected = slow(model, mode, x, y)
+    before = everything(model)
+    options = {"mode": mode, "num_groups": 2}
+    assert_same(per_sample_grad_norms(model, mse, x, y, **options), norm_of(expected))
+    by_name = per_sample_grad_norms(model, mse, x, y, per_parameter=True, **options)
+    assert list(by_name) == list(expected)
+    for key, rows in expected.items():
+        assert_same(by_name[key], rows.flatten(1).norm(dim=1))
+    most = float(norm_of(expected).median())
+    for chunk_size in (None, 2):
+        total = clipped_grad_sum(
+            model, mse, x, y, max_grad_norm=most, chunk_size=chunk_size, **options
+        )
+        assert_same(total, clipped(expected, most))
+    out = {key: torch.full_like(rows, torch.nan) for key, rows in expected.items()}
+    for chunk_size in (2, None):
+        found = per_sample_grads(
+            model, mse, x, y, out=out, chunk_size=chunk_size, **options
+        )
+        assert found is out
+        assert_same(found, expected)
+    assert_same(per_sample_grads(model, mse, x, y, **options), expected)
+    assert_same_state(model, before)
+
+
+# -- "sync": every sample's own copy, statistics of the batch --------------------------
+
+
+def by_copies(model, copies, x):
+    """A Sequential on the batch with parameters (B, ...), one copy a sample, written
+    out; batch norm by the statistics of all samples."""
+    for index, layer in enumerate(model):
+        own = {n: copies[f"{index}.{n}"] for n, _ in layer.named_parameters()}
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            rows = []
+            for i in range(len(x)):
+                one = F.linear if isinstance(layer, nn.Linear) else F.conv2d
+                rows.append(one(x[i : i + 1], own["weight"][i], own["bias"][i]))
+            x = torch.cat(rows)
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            dims = [d for d in range(x.dim()) if d != 1]
+            centred = x - x.mean(dims, keepdim=True)
+            x = centred / (centred.square().mean(dims, keepdim=True) + 1e-5).sqrt()
+            if own:
+                ones = [1] * (x.dim() - 2)
+                x = x * own["weight"].view(len(x), -1, *ones)
+                x = x + own["bias"].view(len(x), -1, *ones)
+        else:
+            x = layer(x)
+    return x
+
+
+SYNC = {
+    "images": (
+        lambda: net(
+            *(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 3, 2)),
+            *(nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.Linear(18, 3)),
+        ),
+        (5, 2, 5, 6),
+    ),
+    "rows": (
+        lambda: net(
+            nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3, bias=True)
+        ),
+        (5, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SYNC)
+@pytest.mark.parametrize("update", [False, True])
+def test_contributions(name, update):
+    """In "sync" row i is all losses through sample i's own copy; statistics once."""
+    make, shape = SYNC[name]
+    torch.manual_seed(3)
+    model, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    y = torch.randn(5, 3, dtype=torch.float64)
+    copies = {
+        n: p.detach().expand(5, *p.shape).clone().requires_grad_()
+        for n, p in model.named_parameters()
+    }
+    loss = mse(by_copies(model, copies, x), y)
+    grads = torch.autograd.grad(loss, list(copies.values()))
+    expected = dict(zip(copies, grads))
+    plain = copy.deepcopy(model)
+    plain(x)
+    options = {"mode": "sync", "update_running_stats": update}
+    for call in (
+        lambda m: per_sample_grad_norms(m, mse, x, y, **options),
+        lambda m: per_sample_grads(m, mse, x, y, out=like(expected), **options),
+        lambda m: clip_in_sync(m, x, y, norm_of(expected).median(), **options),
+    ):
+        fresh = copy.deepcopy(model)
+        found = call(fresh)
+        if isinstance(found, torch.Tensor):
+            assert_same(found, norm_of(expected))
+        elif found["0.weight"].dim() > model[0].weight.dim():
+            assert_same(found, expected)
+        else:
+            assert_same(found, clipped(expected, norm_of(expected).median()))
+        if update:
+            assert_same(dict(fresh.named_buffers()), dict(plain.named_buffers()))
+        else:
+            assert_same(dict(fresh.named_buffers()), dict(model.named_buffers()))
+
+
+def like(rows):
+    return {name: torch.empty_like(row) for name, row in rows.items()}
+
+
+def clip_in_sync(model, x, y, most, **options):
+    with pytest.warns(UserWarning, match="bounds no sample's influence"):
+        return clipped_grad_sum(model, mse, x, y, max_grad_norm=most, **options)
+
+
+@pytest.mark.parametrize("rows", ["jacobian", "detached"])
+def test_other_rows_in_sync(rows):
+    """Their norms and sums are those of per_sample_grads, which test_sync holds."""
+    make, shape = SYNC["images"]
+    model, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    y = torch.randn(5, 3, dtype=torch.float64)
+    options = {"mode": "sync", "rows": rows}
+    expected = per_sample_grads(model, mse, x, y, fast=False, **options)
+    assert_same(per_sample_grad_norms(model, mse, x, y, **options), norm_of(expected))
+    most = norm_of(expected).median()
+    assert_same(clip_in_sync(model, x, y, most, **options), clipped(expected, most))
+    out = like(expected)
+    assert_same(per_sample_grads(model, mse, x, y, out=out, **options), expected)
+
+
+# -- Options that per_sample_grads has too ---------------------------------------------
+
+
+@pytest.fixture
+def mlp():
+    model = net(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    model(torch.randn(9, 4, dtype=torch.float64))
+    return model
+
+
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+Y = torch.tensor([0, 1, 2, 2, 1])
+
+
+def test_chosen_parameters(mlp):
+    """Names, other values, frozen ones; the others are left alone."""
+    expected = per_sample_grads(mlp, F.cross_entropy, X, Y, fast=False)
+    norms = per_sample_grad_norms(
+        mlp, F.cross_entropy, X, Y, params=["3.weight", "1.bias"], per_parameter=True
+    )
+    assert list(norms) == ["3.weight", "1.bias"]
+    for name, norm in norms.items():
+        assert_same(norm, expected[name].flatten(1).norm(dim=1))
+    other = {"3.weight": torch.randn(3, 6, dtype=torch.float64)}
+    expected = per_sample_grads(mlp, F.cross_entropy, X, Y, params=other, fast=False)
+    out = {"3.weight": torch.empty(5, 3, 6, dtype=torch.float64)}
+    per_sample_grads(mlp, F.cross_entropy, X, Y, params=other, out=out)
+    assert_same(out, expected)
+    assert all(p.grad is None for p in mlp.parameters())
+
+
+def with_aux(output, target):
+    return F.cross_entropy(output, target), {"logits": output, "hits": target * 2}
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_aux(mlp, chunk_size):
+    """In a pair, of the whole batch, without derivatives."""
+    _, expected = per_sample_grads(mlp, with_aux, X, Y, has_aux=True, fast=False)
+    options = {"has_aux": True, "chunk_size": chunk_size}
+    out = {n: X.new_empty(5, *p.shape) for n, p in mlp.named_parameters()}
+    for _, aux in (
+        per_sample_grad_norms(mlp, with_aux, X, Y, **options),
+        clipped_grad_sum(mlp, with_aux, X, Y, max_grad_norm=1.0, **options),
+        per_sample_grads(mlp, with_aux, X, Y, out=out, **options),
+        per_sample_grads(mlp, with_aux, X, Y, **options),
+    ):
+        assert_same(aux, expected)
+        assert not aux["logits"].requires_grad
+
+
+def test_empty_batch(mlp):
+    """No norms, no rows, and a sum of nothing."""
+    x, y = X[:0], Y[:0]
+    assert per_sample_grad_norms(mlp, F.cross_entropy, x, y).shape == (0,)
+    total = clipped_grad_sum(mlp, F.cross_entropy, x, y, max_grad_norm=1.0)
+    out = {n: X.new_empty(0, *p.shape) for n, p in mlp.named_parameters()}
+    assert per_sample_grads(mlp, F.cross_entropy, x, y, out=out) is out
+    for name, p in mlp.named_parameters():
+        assert torch.equal(total[name], torch.zeros_like(p))
+
+
+def test_dropout():
+    """Reproducible under a seed; each sample draws for itself; as in vmap(grad)."""
+    model = net(nn.Linear(4, 64), nn.Dropout(), nn.Linear(64, 3)).double()
+    x, y = X[:1].expand(5, 4), Y * 0
+
+    def norms(**options):
+        torch.manual_seed(5)
+        return per_sample_grad_norms(model, F.cross_entropy, x, y, **options)
+
+    different = norms(randomness="different")
+    assert torch.equal(different, norms(randomness="different"))
+    assert different[0] != different[1]
+    torch.manual_seed(5)
+    rows = per_sample_grads(
+        model, F.cross_entropy, x, y, randomness="different", fast=False
+    )
+    assert_same(different, norm_of(rows))
+    same = norms(randomness="same")
+    assert_same(same, same[:1].expand(5))
+    with pytest.raises(RuntimeError, match="randomness"):
+        norms()
+
+
+def test_not_a_number(mlp):
+    """NaN in one sample: its norm, its row, and the whole clipped sum."""
+    x = X.clone()
+    x[2, 1] = torch.nan
+    norms = per_sample_grad_norms(mlp, F.cross_entropy, x, Y)
+    assert norms.isnan().tolist() == [False, False, True, False, False]
+    total = clipped_grad_sum(mlp, F.cross_entropy, x, Y, max_grad_norm=1.0)
+    assert all(t.isnan().all() for t in total.values())
+    out = {n: X.new_empty(5, *p.shape) for n, p in mlp.named_parameters()}
+    per_sample_grads(mlp, F.cross_entropy, x, Y, out=out)
+    for row in out.values():
+        assert not row[[0, 1, 3, 4]].isnan().any()
+
+
+def test_norms_beyond_the_largest_number():
+    """A row that is finite and whose norm is not is not dropped in silence."""
+    model = nn.Linear(2, 1, bias=False)
+    x = torch.tensor([[1e30, 0.0], [1.0, 1.0]])
+    total = clipped_grad_sum(model, lambda o: o.sum(), x, max_grad_norm=1.0)
+    assert total["weight"].isnan().all()
+
+
+def test_rows_of_zero(mlp):
+    """A loss without gradient has norm 0 and adds nothing; so has one of constants."""
+    y = torch.tensor([0.0, 1, 0, 0, 1], dtype=torch.float64)
+
+    def loss_fn(output, y):
+        return (y * output).sum()
+
+    norms = per_sample_grad_norms(mlp, loss_fn, X, y)
+    assert norms.tolist()[0] == 0 != norms.tolist()[1]
+    total = clipped_grad_sum(mlp, loss_fn, X, y, max_grad_norm=1e6)
+    expected = per_sample_grads(mlp, loss_fn, X, y, fast=False)
+    assert_same(total, {n: r.sum(0) for n, r in expected.items()})
+    for constant in (
+        lambda o, y: y.sum(),
+        lambda o, y: o.detach().sum(),
+        lambda o, y: y.sum() > 3,
+    ):
+        assert not per_sample_grad_norms(mlp, constant, X, y).any()
+        total = clipped_grad_sum(mlp, constant, X, y, max_grad_norm=1.0)
+        assert not any(t.any() for t in total.values())
+
+
+def test_autocast():
+    """Rows in the parameters' dtype, about those of a loop under autocast."""
+    torch.manual_seed(3)
+    model = image(
+        *(conv(2, 2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.GroupNorm(2, 4)),
+        conv(2, 4, 16, 3),
+        channels=16,
+    )
+    x, y = torch.randn(5, 2, 6, 6), torch.randn(5, 3)
+    model(x)
+    exact = per_sample_grads(model, mse, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        norms = per_sample_grad_norms(model, mse, x, y)
+        total = clipped_grad_sum(model, mse, x, y, max_grad_norm=1e6)
+        rows = per_sample_grads(model, mse, x, y, out=like(exact))
+    assert norms.dtype == torch.float32
+    assert_same(norms, norm_of(exact), rtol=0.05, atol=0.0)
+    for name, row in exact.items():
+        assert rows[name].dtype == total[name].dtype == torch.float32
+        size = float(row.abs().max())
+        assert_same(rows[name], row, rtol=0.05, atol=0.05 * size)
+        assert_same(total[name], row.sum(0), rtol=0.05, atol=0.2 * size)
+    assert_same(norms, norm_of(rows), rtol=1e-4)  # products in full precision
+
+
+def test_half_precision():
+    """Rows in the parameters' dtype, norms in float32."""
+    model = net(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3))
+    exact = per_sample_grads(model, F.cross_entropy, X.float(), Y)
+    half = copy.deepcopy(model).bfloat16()
+    norms = per_sample_grad_norms(half, F.cross_entropy, X.bfloat16(), Y)
+    total = clipped_grad_sum(half, F.cross_entropy, X.bfloat16(), Y, max_grad_norm=1e6)
+    assert norms.dtype == torch.float32
+    assert all(t.dtype == torch.bfloat16 for t in total.values())
+    assert_same(norms, norm_of(exact), rtol=0.05, atol=0.05)
+
+
+# -- Around it and inside it -----------------------------------------------------------
+
+
+def test_transforms_around(mlp):
+    """Under vmap and grad the result is that of the rows, derivatives included."""
+    xs = torch.stack([X, X + 1])
+    norms = torch.func.vmap(
+        lambda x: per_sample_grad_norms(mlp, F.cross_entropy, x, Y)
+    )(xs)
+    for x, norm in zip(xs, norms):
+        assert_same(per_sample_grad_norms(mlp, F.cross_entropy, x, Y), norm)
+
+    def energy(x):
+        return per_sample_grad_norms(mlp, F.cross_entropy, x, Y).square().sum()
+
+    def slow_energy(x):
+        rows = per_sample_grads(mlp, F.cross_entropy, x, Y, fast=False)
+        return norm_of(rows).square().sum()
+
+    assert_same(torch.func.grad(energy)(X), torch.func.grad(slow_energy)(X))
+
+
+def test_no_grad_and_inference_mode(mlp):
+    """The caller's grad mode does not count, and nothing requires a gradient."""
+    expected = per_sample_grad_norms(mlp, F.cross_entropy, X, Y)
+    assert not expected.requires_grad
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert_same(per_sample_grad_norms(mlp, F.cross_entropy, X, Y), expected)
+            rows = per_sample_grads(mlp, F.cross_entropy, X, Y)
+        assert_same(norm_of(rows), expected)
+
+
+def test_derivatives_stay_where_somebody_wants_them(mlp):
+    """Rows that depend on a tensor of the caller's carry its graph: a parameter given,
+    one not chosen, an input, and one that only the loss knows of."""
+    heat = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    x = X.clone().requires_grad_()
+
+    def warm(output, target):
+        return F.cross_entropy(output / heat, target)
+
+    for wanted, args, options in (
+        (heat, (warm, X, Y), {}),
+        (weight, (F.cross_entropy, X, Y), {"params": {"3.weight": weight}}),
+        (mlp[0].weight, (F.cross_entropy, X, Y), {"params": ["3.weight"]}),
+        (x, (F.cross_entropy, x, Y), {}),
+    ):
+        found, expected = (
+            torch.autograd.grad(
+                per_sample_grads(mlp, *args, fast=fast, **options)["3.weight"]
+                .square()
+                .sum(),
+                wanted,
+            )
+            for fast in (None, False)
+        )
+        assert_same(*found, *expected)
+        mlp.requires_grad_(False)
+        own = {"3.weight": weight}
+        rows = per_sample_grads(mlp, F.cross_entropy, X, Y, params=own)
+        assert rows["3.weight"].requires_grad
+        mlp.requires_grad_(True)
+        assert heat.grad is None
+        norms = per_sample_grad_norms(mlp, *args, **options)
+        assert not norms.requires_grad
+
+
+def test_in_a_block_and_beside_one(mlp):
+    """Its own mode inside another block; a second model keeps the block's."""
+    teacher = copy.deepcopy(mlp)
+    teacher[1].running_mean.add_(1)
+    expected = per_sample_grad_norms(mlp, F.cross_entropy, X, Y)
+
+    def taught(output, x, y):
+        return F.cross_entropy(output, y) + (output * teacher(x)).sum()
+
+    with vmap_safe(mlp, mode="sync"), vmap_safe(teacher):
+        assert_same(per_sample_grad_norms(mlp, F.cross_entropy, X, Y), expected)
+        found = per_sample_grad_norms(mlp, taught, X, X, Y)
+    teacher.eval()
+    assert_same(found, per_sample_grad_norms(mlp, taught, X, X, Y, fast=False))
+    rows = per_sample_grads(mlp, taught, X, X, Y, fast=False)
+    assert_same(found, norm_of(rows))
+
+
+class Forces(nn.Module):
+    """A network whose output is a derivative of another, by torch.autograd.grad."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 1)
+
+    def forward(self, x):
+        h = self.a(x)
+        energy = self.b(torch.tanh(h)).sum()
+        (force,) = torch.autograd.grad(energy, h, create_graph=True)
+        return force[:, :3]
+
+
+def test_autograd_inside():
+    """What autograd takes inside the forward is followed, as by vmap(grad)."""
+    model = Forces().double()
+    y = torch.randn(5, 3, dtype=torch.float64)
+    rows = slow_rows(model, mse, X, y, ["a.weight", "a.bias", "b.weight"])
+    params = list(rows)
+    norms = per_sample_grad_norms(model, mse, X, y, params=params)
+    assert_same(norms, norm_of(rows))
+    found = per_sample_grads(model, mse, X, y, params=params, out=like(rows))
+    assert_same(found, rows)
+    with pytest.raises(RuntimeError, match="calls torch.autograd.grad, and a second"):
+        per_sample_grad_norms(model, mse, X, y, mode="sync", update_running_stats=True)
+
+
+def test_functional_transforms_inside():
+    """A network that calls vmap and grad of torch.func itself."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            def energy(h):
+                return torch.tanh(self.b(h)).sum()
+
+            scales = torch.arange(3, dtype=x.dtype)
+            h = torch.func.vmap(self.a)(x)
+            h = h + torch.func.vmap(lambda s: self.a(s * x) + s * self.a(x))(
+                scales
+            ).sum(0)
+            return self.b(h + torch.func.vmap(torch.func.grad(energy))(h))
+
+    model = Inner().double()
+    y = torch.randn(5, 3, dtype=torch.float64)
+    rows = per_sample_grads(model, mse, X, y, fast=False)
+    assert_same(per_sample_grad_norms(model, mse, X, y), norm_of(rows))
+    assert_same(per_sample_grads(model, mse, X, y, out=like(rows)), rows)
+
+
+class Asks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        asked = (x, h, self.a.weight)
+        return self.b(h) * sum(2**i for i, t in enumerate(asked) if t.requires_grad)
+
+
+def test_what_a_slice_says_of_itself():
+    """A network that asks whether tensors require a gradient is told the truth."""
+    model, y = Asks().double(), torch.randn(5, 3, dtype=torch.float64)
+    rows = slow_rows(model, mse, X, y, ["a.weight", "b.weight"])
+    by_name = per_sample_grad_norms(model, mse, X, y, per_parameter=True)
+    for name, row in rows.items():
+        assert_same(by_name[name], row.flatten(1).norm(dim=1))
+
+
+class Checkpoints(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return checkpoint(lambda x: torch.tanh(self.a(x)), x, use_reentrant=False)
+
+
+def test_checkpoints_raise():
+    """As under vmap(grad): a forward run again in backward would be past the vmap."""
+    with pytest.raises(RuntimeError, match="don't support saved tensor hooks"):
+        per_sample_grad_norms(Checkpoints().double(), F.cross_entropy, X, Y)
+
+
+def test_a_gradient_that_is_not_contiguous():
+    """One sample, whose batch norm gets a transposed gradient."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)).flatten(2).transpose(1, 2)
+
+    torch.manual_seed(3)
+    model, x = Tokens().double(), torch.randn(4, 2, 5, 5, dtype=torch.float64)
+    y = torch.randn(4, 16, 4, dtype=torch.float64)
+    model(x)
+    whole = per_sample_grad_norms(model, mse, x, y)
+    single = [
+        per_sample_grad_norms(model, mse, x[i, None], y[i, None]) for i in range(4)
+    ]
+    assert_same(torch.cat(single), whole)
+    assert_same(whole, norm_of(slow(model, "eval", x, y)))
+
+
+class WritesOver(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = torch.sin(x)
+        y = self.a(h)
+        h.mul_(2)
+        return y
+
+
+def test_writing_over_an_input_raises():
+    """As in plain autograd: never a wrong row in silence."""
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        per_sample_grad_norms(WritesOver().double(), F.cross_entropy, X, Y)
+
+
+def test_compiled(mlp):
+    """torch.compile around the call gives the same numbers."""
+    expected = per_sample_grad_norms(mlp, F.cross_entropy, X, Y)
+    function = torch.compile(
+        lambda x, y: per_sample_grad_norms(mlp, F.cross_entropy, x, y),
+        backend="eager",
+    )
+    assert_same(function(X, Y), expected)
+
+
+# -- Errors ----------------------------------------------------------------------------
+
+
+def out_of(model, **changes):
+    out = {n: X.new_empty(5, *p.shape) for n, p in model.named_parameters()}
+    return {**out, **changes}
+
+
+def rows_into(**changes):
+    return lambda net: per_sample_grads(
+        net, F.cross_entropy, X, Y, out=out_of(net, **changes)
+    )
+
+
+ERRORS = [
+    (
+        lambda net: clipped_grad_sum(net, F.cross_entropy, X, Y, max_grad_norm=0.0),
+        "clipped_grad_sum(...): max_grad_norm is 0.0. Pass the largest norm",
+    ),
+    (
+        lambda net: clipped_grad_sum(
+            net, F.cross_entropy, X, Y, max_grad_norm=float("nan")
+        ),
+        "max_grad_norm is nan",
+    ),
+    (
+        lambda net: clipped_grad_sum(
+            net, F.cross_entropy, X, Y, max_grad_norm=1.0, reduce="mean"
+        ),
+        "unknown reduce 'mean'",
+    ),
+    (
+        lambda net: per_sample_grad_norms(net, mse, X, Y[:3]),
+        "per_sample_grad_norms(...): batch sizes disagree",
+    ),
+    (
+        lambda net: per_sample_grad_norms(
+            net, lambda o, y: F.cross_entropy(o, y, reduction="none"), X, Y
+        ),
+        "per_sample_grad_norms(...): loss_fn gave (1,) for a batch of one",
+    ),
+    (
+        lambda net: per_sample_grad_norms(net.requires_grad_(False), mse, X, Y),
+        "no parameter of Sequential requires a gradient",
+    ),
+    (
+        lambda net: per_sample_grad_norms(net, mse, X, Y, chunk_size=0),
+        "chunk_size is 0. Pass an int of at least 1",
+    ),
+    (
+        lambda net: per_sample_grad_norms(net, mse, X, Y, chunk_size="all"),
+        "chunk_size is 'all'",
+    ),
+    (
+        lambda net: per_sample_grads(net, mse, X, Y, mode="sync", chunk_size="auto"),
+        'in mode "sync" a chunk is a batch with statistics of its own',
+    ),
+    (
+        lambda net: per_sample_grads(net, mse, X, Y, out={}),
+        "out has the names [], the parameters are ['0.bias', '0.weight', '1.bias'",
+    ),
+    (
+        rows_into(**{"0.bias": X.new_empty(4, 6)}),
+        "out['0.bias'] is (4, 6), torch.float64, on cpu. It is to be a plain contiguous"
+        " tensor (5, 6), torch.float64, on cpu",
+    ),
+    (rows_into(**{"0.bias": torch.empty(5, 6)}), "out['0.bias'] is (5, 6), torch.fl"),
+    (rows_into(**{"0.bias": None}), "out['0.bias'] is a NoneType"),
+    (rows_into(**{"0.bias": X.new_empty(6, 5).T}), "out['0.bias'] has strides (1, 5)"),
+    (
+        rows_into(**{"0.bias": X.new_empty(5, 6).requires_grad_()}),
+        "out['0.bias'] requires a gradient",
+    ),
+    (
+        lambda net: torch.func.vmap(
+            lambda x: per_sample_grads(net, F.cross_entropy, x, Y, out=out_of(net))
+        )(X.unsqueeze(0)),
+        "a transform of torch.func around it",
+    ),
+]
+
+
+@pytest.mark.parametrize("call,text", ERRORS, ids=[text for _, text in ERRORS])
+def test_errors(mlp, call, text):
+    before = everything(mlp)[0]
+    with pytest.raises(ValueError) as caught:
+        call(mlp)
+    assert text in str(caught.value)
+    assert everything(mlp)[0] == before
+
+
+def test_reduce_without_a_process_group(mlp):
+    with pytest.raises(RuntimeError, match="init_process_group first"):
+        clipped_grad_sum(mlp, F.cross_entropy, X, Y, max_grad_norm=1.0, reduce="all")

@@ -1,0 +1,133 @@
+"""Samples a few at a time: as many as asked for, or as the memory takes.
+
+``"auto"`` starts with few, looks at what they took, and goes on with what fits into
+half of the free memory; a chunk that runs out of it is run again in halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from vmapsafe._errors import worded
+
+ChunkSize = int | str | None
+
+
+def check_chunk_size(called: str, chunk_size: ChunkSize, mode: str) -> None:
+    """Raise a ValueError unless ``chunk_size`` is one."""
+    if chunk_size == "auto":
+        if mode == "sync":
+            raise ValueError(
+                worded(
+                    f'{called} with chunk_size="auto"',
+                    'in mode "sync" a chunk is a batch with statistics of its own, so '
+                    "the free memory would decide on the result",
+                    "Pass an int, or None for the statistics of all samples",
+                )
+            )
+    elif chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
+        raise ValueError(
+            worded(
+                called,
+                f"chunk_size is {chunk_size!r}",
+                'Pass an int of at least 1, "auto", or None for all samples at once',
+            )
+        )
+
+
+def in_chunks(
+    size: int,
+    chunk_size: ChunkSize,
+    device: torch.device,
+    run: Callable[[int, int], None],
+) -> None:
+    """Call ``run(start, stop)`` until all ``size`` samples are done.
+
+    A call that runs out of memory must leave nothing behind: it is made again for
+    fewer samples.
+    """
+    if chunk_size != "auto":
+        step = size if chunk_size is None else int(chunk_size)
+        for start in range(0, size, step):
+            run(start, min(start + step, size))
+        return
+    start, step, most = 0, _FIRST, size
+    while start < size:
+        stop = min(start + step, size)
+        free, (used, peak) = _free(device), _used(device)
+        if not _fits(run, start, stop):  # its memory is given back when it returns
+            if stop - start == 1:
+                run(start, stop)  # raises it again
+            step = most = (stop - start) // 2 or 1
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        now = _used(device)[1]
+        taken = max(now - used, 1) / (stop - start)
+        fitting = int(free / 2 / taken)
+        if now == peak:  # an earlier peak hides this one: at most that much
+            fitting = max(fitting, 2 * step) if 2 * step * taken < free else step
+        start = stop
+        step = max(1, min(most, fitting))
+
+
+_FIRST = 4
+_ASSUMED = 2**30  # where the system does not say what is free
+_OUT_OF_MEMORY = "can't allocate memory"  # what the CPU's allocator says
+
+
+def _fits(run: Callable[[int, int], None], start: int, stop: int) -> bool:
+    try:
+        run(start, stop)
+    except torch.OutOfMemoryError:
+        return False
+    except RuntimeError as error:
+        if _OUT_OF_MEMORY not in str(error):
+            raise
+        return False
+    return True
+
+
+def _free(device: torch.device) -> float:
+    """Bytes; what torch holds and does not use counts as free."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )
+        return torch.cuda.mem_get_info(device)[0] + unused
+    lines = _lines("/proc/meminfo")
+    if "MemAvailable" in lines:
+        free = 1024 * lines["MemAvailable"]
+    else:
+        free = _ASSUMED
+    limit = _lines("/sys/fs/cgroup/memory.max", "max").get("max")
+    if limit is None:
+        return free
+    taken = _lines("/sys/fs/cgroup/memory.current", "now").get("now", 0)
+    files = _lines("/sys/fs/cgroup/memory.stat").get("inactive_file", 0)
+    return min(free, limit - taken + files)
+
+
+def _used(device: torch.device) -> tuple[int, int]:
+    """Bytes in use now, and at most so far."""
+    if device.type == "cuda":
+        return (
+            torch.cuda.memory_allocated(device),
+            torch.cuda.max_memory_allocated(device),
+        )
+    lines = _lines("/proc/self/status")
+    return 1024 * lines.get("VmRSS", 0), 1024 * lines.get("VmHWM", 0)
+
+
+def _lines(path: str, name: str = "") -> dict[str, int]:
+    """The numbers of a file of the system's, by name; none where there is no file."""
+    try:
+        text = Path(path).read_text()
+    except OSError:
+        return {}
+    words = [[name, *line.replace(":", "").split()] for line in text.splitlines()]
+    pairs = [line[:2] if name else line[1:3] for line in words]
+    return {p[0]: int(p[1]) for p in pairs if len(p) == 2 and p[1].isdigit()}

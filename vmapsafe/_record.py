@@ -1,0 +1,555 @@
+"""Every sample's gradient of a parameter from one backward pass for the activations.
+
+Under ``vmap(grad)`` the weight gradients of all samples are made, B x P numbers, before
+anybody can ask for their norms. Here autograd is *around* the vmap: the losses of all
+samples come from one vmapped forward, and one backward pass of their sum follows. Each
+parameter is handed over as a batch of copies, ``p.expand(B, ...)``, which takes no
+memory: sample i's own copy, whose gradient is row i, whatever is done with it.
+
+Autograd would need B x P numbers for that too. So a :class:`Recorder`, a mode below the
+block's, knows some functions (``F.linear``, convolutions, ``F.embedding``) by heart: it
+calls them on the whole batch with the plain parameter, without a derivative by it, and
+keeps the input; backward hands in the output gradient. From the two come rows, their
+norms or a weighted sum (``_formulas``). Normalisation layers, whose rows are small, are
+called on the copies of all samples in one kernel.
+
+A parameter with one recorded use and no other is *streamed*: nothing of size B x P is
+made. Else its row is the sum of the rows of its recorded uses and what autograd has for
+its copies, cross terms included; whether there is such a rest, autograd's graph tells.
+
+This is the "book-keeping" of Bu et al., https://arxiv.org/abs/2210.00038, with vmap's
+meaning of what a sample is in the place of hooks on layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.graph import Node, disable_saved_tensors_hooks
+from torch.func import vmap
+
+from vmapsafe._call import (
+    Call,
+    TorchFunctionMode,
+    batch_behind,
+    below_innermost,
+    current_level,
+    is_wrapped,
+    slices_of,
+    tree_map,
+)
+from vmapsafe._formulas import Bias, Convolution, Embedding, Formula, Linear
+from vmapsafe.rules.batch_norm import by_running_statistics
+
+LEVEL = 1  # of the one vmap
+
+
+class Unrecordable(Exception):
+    """What is named; only ``vmap(grad)`` can follow it in the loss."""
+
+
+class Collector(Protocol):
+    """What becomes of the gradients, parameter by parameter as backward meets them."""
+
+    def storage(self, name: str) -> Tensor | None:
+        """Memory (B, *shape) for the parameter's rows, if there is some."""
+
+    def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
+        """The one use of a parameter."""
+
+    def whole(self, name: str, rows: Tensor) -> None:
+        """The rows (B, *shape) of a parameter."""
+
+
+class Recorded:
+    """The losses of all samples, and what was kept of the way to them.
+
+    Attributes:
+        losses: (B,), with autograd's graph.
+        aux: what the loss returned besides, with ``has_aux``.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Any],
+        values: Mapping[str, Tensor],
+        batch: Sequence[Any],
+        size: int,
+        randomness: str,
+        has_aux: bool,
+        block: Any,
+    ) -> None:
+        """Run ``loss(values, *batch)`` on every sample, inside ``block``."""
+        self._recorder = recorder = Recorder(values, size)
+
+        def one(copies: Mapping[str, Tensor], *sample: Any) -> Any:
+            recorder.begin(copies)
+            return loss(copies, *sample)
+
+        mapped = vmap(one, randomness=randomness)
+        with torch.enable_grad(), _no_hooks(), recorder, block:
+            result = mapped(recorder.leaves, *batch)
+        self.losses, aux = result if has_aux else (result, ())
+        self.aux = tree_map(lambda t: t.detach(), aux)
+
+    def watched(self) -> bool:
+        """Whether tensors of the caller's require a gradient of the losses."""
+        ours = {id(leaf) for leaf in self._recorder.leaves.values()}
+        ours.add(id(self._recorder.anchor))
+        return any([id(leaf) not in ours for leaf in self._reached()])
+
+    def backward(self, into: Collector) -> None:
+        """Hand the gradients of all parameters to ``into``; only once."""
+        recorder = self._recorder
+        reached = {id(leaf) for leaf in self._reached()}
+        rest = {n: leaf for n, leaf in recorder.leaves.items() if id(leaf) in reached}
+        sums: dict[str, Tensor] = {}
+
+        def add(name: str, rows: Tensor) -> None:
+            sums[name] = sums[name] + rows if name in sums else rows
+
+        def receive(name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
+            dtype = recorder.leaves[name].dtype
+            x, grad = x.to(dtype) if x.is_floating_point() else x, grad.to(dtype)
+            if name in rest or recorder.uses[name] > 1:
+                storage = None if name in sums else into.storage(name)
+                add(name, formula.rows(x, grad, storage))
+            elif formula.small:
+                into.whole(name, formula.rows(x, grad, into.storage(name)))
+            else:
+                into.streamed(name, formula, x, grad)
+            received.add(name)
+
+        received: set[str] = set()
+        recorder.receive = receive
+        inputs = list(rest.values())
+        if id(recorder.anchor) in reached:
+            inputs.append(recorder.anchor)
+        device = self.losses.device.type
+        # Under autocast backward runs in the dtypes of forward, and our sums in those
+        # of the parameters.
+        with torch.autocast(device, enabled=False):
+            grads: Sequence[Tensor | None] = ()
+            if inputs:
+                ones = torch.ones_like(self.losses)
+                grads = torch.autograd.grad(
+                    self.losses, inputs, ones, allow_unused=True
+                )
+            for name, grad in zip(rest, grads):
+                if grad is not None:
+                    add(name, grad)
+            for name, leaf in recorder.leaves.items():
+                if name in sums:
+                    into.whole(name, sums.pop(name))
+                elif name not in received:
+                    into.whole(name, leaf.new_zeros(()).expand(leaf.shape))
+
+    def _reached(self) -> list[Tensor]:
+        """The leaves in autograd's graph of the losses."""
+        found = []
+        todo = [self.losses.grad_fn]
+        seen: set[Node | None] = {None}
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            assert node is not None
+            leaf = getattr(node, "variable", None)  # of the nodes that accumulate
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            todo.extend([following for following, _ in node.next_functions])
+        return found
+
+
+class Recorder(TorchFunctionMode):
+    """The mode under which forward runs.
+
+    Attributes:
+        leaves: the copies of each parameter, (B, *shape), by name.
+        uses: how many recorded uses each has.
+        anchor: what all recorded outputs depend on, for autograd to reach them.
+        receive: what takes a use and its output gradient in backward.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], size: int) -> None:
+        super().__init__()
+        self._plain = {name: value.detach() for name, value in values.items()}
+        self.leaves = {
+            name: value.expand(size, *value.shape).requires_grad_()
+            for name, value in self._plain.items()
+        }
+        self._size = size
+        self.uses = {name: 0 for name in values}
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.receive: Callable[[str, Formula, Tensor, Tensor], None]
+
+    def begin(self, copies: Mapping[str, Tensor]) -> None:
+        """Forward begins, and shows one slice of the copies; known by identity."""
+        self._copies = copies
+        self._names = {id(copy): name for name, copy in copies.items()}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        known = _KNOWN.get(func)
+        if known is not None and current_level() == LEVEL:
+            result = known(self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
+
+    # -- For the functions below ------------------------------------------------------
+
+    def name(self, tensor: Tensor | None) -> str | None:
+        """Of which parameter it is the copy, if of one."""
+        return None if tensor is None else self._names.get(id(tensor))
+
+    def takes(self, *parameters: Tensor | None) -> bool:
+        """Whether one is a copy, and the others are plain tensors."""
+        names = [self.name(p) for p in parameters]
+        return any(names) and not any(
+            [
+                name is None and parameter is not None and is_wrapped(parameter)
+                for name, parameter in zip(names, parameters)
+            ]
+        )
+
+    def batch(self, slice_: Tensor) -> Tensor | None:
+        """(B, ...), if no transform but ours knows the slice."""
+        return batch_behind(slice_, LEVEL, self._size)
+
+    def plain(self, parameter: Tensor | None) -> Any:
+        """The parameter without the samples' copies, and without a derivative."""
+        name = self.name(parameter)
+        return parameter if name is None else self._plain[name]
+
+    def copies(self, parameter: Tensor) -> Tensor:
+        """(B, *shape): the samples' copies."""
+        name = self.name(parameter)
+        if name is not None:
+            return self.leaves[name]
+        batch = self.batch(parameter)
+        assert batch is not None
+        return batch
+
+    def kept(
+        self,
+        x: Tensor,
+        y: Tensor,
+        uses: Sequence[tuple[Tensor | None, Callable[[torch.Size], Formula]]],
+    ) -> Tensor:
+        """The output ``y`` (B, ...), tapped for the copies among ``uses``."""
+        found = []
+        for parameter, formula in uses:
+            name = self.name(parameter)
+            if name is not None:
+                self.uses[name] += 1
+                found.append((name, formula(self._plain[name].shape)))
+        tapped: Tensor = _Tap.apply(self.anchor, y, x.detach(), y.shape, self, found)
+        return slices_of(tapped, LEVEL)
+
+
+class _Tap(Function):
+    """The identity, whose backward hands the gradient and what was kept on.
+
+    Its output is no view, so that what follows may write into it without a price.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        y: Tensor,
+        x: Tensor,
+        shape: Sequence[int],
+        recorder: Recorder,
+        uses: list[tuple[str, Formula]],
+    ) -> Tensor:
+        ctx.recorder, ctx.uses = recorder, uses
+        ctx.shape = y.shape
+        ctx.save_for_backward(x)  # says so where it was written over since
+        shown: Tensor = torch.ops.aten._unsafe_view(y, shape)
+        return shown
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        for name, formula in ctx.uses:
+            ctx.recorder.receive(name, formula, x, grads[0])
+        passed = grads[0].reshape(ctx.shape) if ctx.needs_input_grad[1] else None
+        return None, passed, None, None, None, None
+
+
+def _no_hooks() -> Any:
+    """As in vmap(grad): what is computed again in backward would be past the vmap."""
+    return disable_saved_tensors_hooks(
+        "per-sample gradients don't support saved tensor hooks, as "
+        "torch.utils.checkpoint uses them"
+    )
+
+
+# -- The functions known by heart ------------------------------------------------------
+#
+# Each has torch's own signature after the recorder. NotImplemented: torch's own, on the
+# copies.
+
+
+def _linear(
+    recorder: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Any:
+    if not recorder.takes(weight, bias) or weight.dim() != 2:
+        return NotImplemented
+    with below_innermost():
+        x = recorder.batch(input)
+        if x is None or x.dim() < 2:
+            return NotImplemented
+        y = F.linear(x, recorder.plain(weight), recorder.plain(bias))
+        uses = ((weight, Linear), (bias, lambda shape: Bias(shape, -1)))
+        return recorder.kept(x, y, uses)
+
+
+def _convolution(
+    recorder: Recorder,
+    function: Callable[..., Tensor],
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    if not recorder.takes(weight, bias) or input.dim() != dims + 2:
+        return NotImplemented
+    stride, dilation = _each(stride, dims), _each(dilation, dims)
+    if padding == "same":
+        widths = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
+        if any([width % 2 for width in widths]):
+            return NotImplemented
+        padding = [width // 2 for width in widths]
+    padding = _each(0 if padding == "valid" else padding, dims)
+    with below_innermost():
+        x = recorder.batch(input)
+        if x is None:
+            return NotImplemented
+        plain = recorder.plain(weight)
+        options = (stride, padding, dilation, groups)
+        merged = function(x.flatten(0, 1), plain, recorder.plain(bias), *options)
+        y = merged.view(*x.shape[:2], *merged.shape[1:])
+        uses = (
+            (weight, lambda shape: Convolution(shape, plain, *options)),
+            (bias, lambda shape: Bias(shape, 2)),
+        )
+        return recorder.kept(x, y, uses)
+
+
+def _of(function: Callable[..., Tensor], dims: int) -> Callable[..., Any]:
+    return lambda recorder, *args, **kwargs: _convolution(
+        recorder, function, dims, *args, **kwargs
+    )
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dims if len(values) == 1 else values
+
+
+def _embedding(
+    recorder: Recorder,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        return NotImplemented
+    if not recorder.takes(weight):
+        return NotImplemented
+    with below_innermost():
+        x = recorder.batch(input)
+        if x is None:
+            return NotImplemented
+        y = F.embedding(x, recorder.plain(weight), padding_idx)
+        return recorder.kept(x, y, [(weight, lambda s: Embedding(s, padding_idx))])
+
+
+def _batch_norm(
+    recorder: Recorder,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if not recorder.takes(weight, bias):
+        return NotImplemented
+    values = math.prod(input.shape[2:])
+    statistics = [] if training else [running_mean, running_var]
+    if any([s is not None and is_wrapped(s) for s in statistics]):
+        return NotImplemented
+    if (training and input.size(0) == 1) or (not training and values > _FUSED):
+        mean, var = (running_mean, running_var) if not training else (None, None)
+        result = _as_channels(
+            recorder,
+            input,
+            weight,
+            bias,
+            lambda x, w, b, times: F.batch_norm(
+                x,
+                None if mean is None else mean.repeat(times),
+                None if var is None else var.repeat(times),
+                *(w, b, training, 0.0, eps),
+            ),
+        )
+        if result is not NotImplemented:
+            return result
+    if training:
+        return NotImplemented
+    arguments = {
+        "input": input,
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "weight": weight,
+        "bias": bias,
+        "eps": eps,
+    }
+    return by_running_statistics(Call(F.batch_norm, arguments))
+
+
+def _group_norm(
+    recorder: Recorder,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    if not recorder.takes(weight, bias):
+        return NotImplemented
+    return _as_channels(
+        recorder,
+        input,
+        weight,
+        bias,
+        lambda x, w, b, times: F.group_norm(x, num_groups * times, w, b, eps),
+    )
+
+
+def _as_channels(
+    recorder: Recorder,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalised: Callable[..., Tensor],
+) -> Any:
+    """A norm of one sample with B x N x C channels, each with a weight of its own: the
+    kernel's gradient by the weights is the rows."""
+    with below_innermost():
+        x = recorder.batch(input)
+        if x is None or x.dim() < 3:
+            return NotImplemented
+        shape = x.shape[:3]  # B, N, C
+
+        def wide(parameter: Tensor | None) -> Tensor | None:
+            if parameter is None:
+                return None
+            return recorder.copies(parameter).unsqueeze(1).expand(shape).reshape(-1)
+
+        merged = x.reshape(1, shape.numel(), *x.shape[3:])
+        times = shape[0] * shape[1]
+        y = normalised(merged, wide(weight), wide(bias), times)
+        return slices_of(_Contiguous.apply(y, x.shape), LEVEL)
+
+
+class _Contiguous(Function):
+    """A view that may be written into, and whose backward is contiguous: on the CPU
+    torch's batch norm is wrong for a batch of one else (torch 2.13)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, shape: torch.Size) -> Tensor:
+        ctx.shape = y.shape
+        shown: Tensor = torch.ops.aten._unsafe_view(y.contiguous(), shape)
+        return shown
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].contiguous().view(ctx.shape), None
+
+
+def _layer_norm(
+    recorder: Recorder,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    if not recorder.takes(weight, bias):
+        return NotImplemented
+    with below_innermost():
+        x = recorder.batch(input)
+        if x is None:
+            return NotImplemented
+        y = F.layer_norm(x, normalized_shape, None, None, eps)
+        for parameter, apply in ((weight, torch.mul), (bias, torch.add)):
+            if parameter is not None:
+                copies = recorder.copies(parameter)
+                ones = [1 for _ in range(x.dim() - copies.dim())]
+                y = apply(y, copies.view(len(x), *ones, *parameter.shape))
+        return slices_of(y, LEVEL)
+
+
+# Values a channel above which torch's own kernel beats the written out affine map.
+_FUSED = 8
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    def refuse(recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
+        raise Unrecordable(name)
+
+    return refuse
+
+
+def _requires_grad(recorder: Recorder, tensor: Tensor) -> Any:
+    """As in vmap(grad), where a slice shows it."""
+    if recorder.name(tensor) is not None:
+        return True
+    if not is_wrapped(tensor):
+        return NotImplemented
+    with below_innermost():
+        batch = recorder.batch(tensor)
+        return NotImplemented if batch is None else batch.requires_grad
+
+
+_KNOWN: Mapping[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    F.conv1d: _of(F.conv1d, 1),
+    F.conv2d: _of(F.conv2d, 2),
+    F.conv3d: _of(F.conv3d, 3),
+    F.embedding: _embedding,
+    F.batch_norm: _batch_norm,
+    F.group_norm: _group_norm,
+    F.layer_norm: _layer_norm,
+    torch.autograd.grad: _refused("torch.autograd.grad"),
+    Tensor.backward: _refused("Tensor.backward"),
+    Tensor.requires_grad.__get__: _requires_grad,  # type: ignore[attr-defined]
+}

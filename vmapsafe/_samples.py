@@ -1,0 +1,358 @@
+"""What per-sample gradients are asked of: a loss of one sample, checked and bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, vmap
+
+from vmapsafe._batched import without_batch_dim
+from vmapsafe._call import beyond_reverse_mode, current_level, tree_flatten, tree_map
+from vmapsafe._errors import worded
+from vmapsafe._record import LEVEL, Collector, Recorded, Unrecordable
+from vmapsafe._scope import Options
+from vmapsafe._state import process_group, unwrapped
+from vmapsafe._wrap import Block, checked
+
+Loss = Callable[..., Any]
+Params = Collection[str] | Mapping[str, Tensor] | None
+
+ROWS = ("contribution", "jacobian", "detached")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One call's model, loss and batch.
+
+    Attributes:
+        called: the public function, for errors.
+        values: the parameters to differentiate by, by name; tied ones once.
+        places: every place of theirs in the model, with the name in ``values``.
+        batch: trees of tensors (size, ...), or, where the caller's batch is empty, of
+            made-up samples, whose results are thrown away.
+        size: of the caller's batch.
+    """
+
+    called: str
+    model: nn.Module
+    net: nn.Module
+    loss_fn: Loss
+    values: dict[str, Tensor]
+    places: list[tuple[str, str]]
+    batch: tuple[Any, ...]
+    size: int
+    options: Options
+    randomness: str
+    has_aux: bool
+
+    @staticmethod
+    def of(
+        called: str,
+        model: nn.Module,
+        loss_fn: Loss,
+        batch: tuple[Any, ...],
+        params: Params,
+        options: Options,
+        randomness: str,
+        has_aux: bool,
+    ) -> Samples:
+        """All of it checked.
+
+        Raises:
+            ValueError: says what is wrong.
+        """
+        _check_rows(called, options)
+        options = checked(options)
+        net = unwrapped(model)
+        values = _chosen(called, net, params)
+        size = _batch_size(called, batch)
+        if size == 0:
+            _check_one_process(called, net, options.mode)
+            options = replace(options, update_running_stats=False)
+            batch = tree_map(lambda t: t.new_zeros(2, *t.shape[1:]), batch)
+        return Samples(
+            called,
+            model,
+            net,
+            loss_fn,
+            values,
+            _places(net, values),
+            batch,
+            size,
+            options,
+            randomness,
+            has_aux,
+        )
+
+    @property
+    def count(self) -> int:
+        """Of samples to run, made-up ones included."""
+        return self.size or 2
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.values.values())).device
+
+    def rows(
+        self, batch: tuple[Any, ...], chunk_size: int | None = None
+    ) -> tuple[dict[str, Tensor], Any]:
+        """The rows, and aux, by ``vmap(grad)``; derivatives of them pass through."""
+        derive = self._by_jacobian if self.options.rows == "jacobian" else self._by_grad
+        with Block((self.model,), self.options):
+            found = derive(batch, chunk_size)
+        return found if self.has_aux else (found, ())
+
+    def recordable(self) -> bool:
+        """Whether nothing that can be seen from outside forbids :meth:`recorded`."""
+        leaves, _ = tree_flatten((self.batch, self.values))
+        return (
+            current_level() == 0
+            and not beyond_reverse_mode()
+            and not torch.is_inference_mode_enabled()
+            and self.options.rows != "jacobian"
+            and all([type(leaf) in (Tensor, nn.Parameter) for leaf in leaves])
+            and not any([leaf.is_inference() for leaf in leaves])
+        )
+
+    def watched(self) -> bool:
+        """Whether plain autograd has an interest in the rows."""
+        chosen = {id(p) for p, _ in _parameters(self.net, self.values)}
+        others = [p for p in self.net.parameters() if id(p) not in chosen]
+        leaves, _ = tree_flatten((self.batch, self.values))
+        return torch.is_grad_enabled() and any(
+            [t.requires_grad for t in (*leaves, *others, *self.net.buffers())]
+        )
+
+    def recorded(self, batch: tuple[Any, ...]) -> Recorded:
+        """The forward, with what backward needs for rows or what becomes of them.
+
+        Raises:
+            Unrecordable: the loss does what only :meth:`rows` can follow.
+        """
+        return Recorded(
+            self._loss,
+            self.values,
+            batch,
+            _length(batch),
+            self.randomness,
+            self.has_aux,
+            Block((self.model,), replace(self.options, copies_at=LEVEL)),
+        )
+
+    def collect(
+        self, batch: tuple[Any, ...], into: Collector, derivatives: bool = False
+    ) -> Any:
+        """Hand what becomes of the rows to ``into``; returns aux.
+
+        Raises:
+            Unrecordable: with ``derivatives``, that somebody wants some of the rows, or
+                that the loss cannot be followed.
+        """
+        if self.recordable():
+            try:
+                recorded = self.recorded(batch)
+                if derivatives and recorded.watched():
+                    raise Unrecordable("a tensor that requires a gradient")
+            except Unrecordable as error:
+                if derivatives:
+                    raise
+                if self.options.update_running_stats:  # they have been
+                    raise RuntimeError(
+                        worded(
+                            self.called,
+                            f"the loss calls {error}, and a second forward would "
+                            "update the running statistics twice",
+                            "Use torch.func.grad there, or per_sample_grads without "
+                            "out=",
+                        )
+                    ) from None
+            else:
+                recorded.backward(into)
+                return recorded.aux
+        rows, aux = self.rows(batch)
+        for name, row in rows.items():
+            into.whole(name, row)
+        return aux
+
+    def _loss(self, values: Mapping[str, Tensor], inputs: Any, *rest: Any) -> Any:
+        """Of one sample, handed to the model as a batch of one."""
+        inputs, rest = tree_map(lambda t: t.unsqueeze(0), (inputs, rest))
+        args, kwargs = _as_call(inputs)
+        placed = {place: values[name] for place, name in self.places}
+        output = functional_call(self.net, placed, args, kwargs, tie_weights=False)
+        result = self.loss_fn(output, *rest)
+        if not self.has_aux:
+            return self._scalar(result)
+        value, aux = result
+        aux = tree_map(lambda t: without_batch_dim(self.called, t), aux)
+        return self._scalar(value), aux
+
+    def _by_grad(self, batch: tuple[Any, ...], chunk_size: int | None) -> Any:
+        return vmap(
+            grad(self._loss, has_aux=self.has_aux),
+            (None, *[0 for _ in batch]),
+            randomness=self.randomness,
+            chunk_size=chunk_size,
+        )(self.values, *batch)
+
+    def _by_jacobian(self, batch: tuple[Any, ...], chunk_size: int | None) -> Any:
+        in_dims = (None, *[0 for _ in batch])
+        losses = vmap(self._loss, in_dims, randomness=self.randomness)
+        derive = jacrev(losses, has_aux=self.has_aux)
+        size = _length(batch)
+        step = chunk_size or size
+        parts = [
+            derive(self.values, *part_of(batch, start, start + step))
+            for start in range(0, size, step)
+        ]
+        return tree_map(lambda *chunks: torch.cat(chunks), *parts)
+
+    def _scalar(self, loss: Any) -> Tensor:
+        if isinstance(loss, Tensor) and loss.dim() == 0:
+            return loss
+        found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            worded(
+                self.called,
+                f"loss_fn gave {found} for a batch of one instead of a tensor without "
+                "dimensions",
+                'Let it return the mean or the sum, e.g. reduction="sum"',
+            )
+        )
+
+
+def part_of(batch: Any, start: int, stop: int) -> Any:
+    """Some of the samples."""
+    if start == 0 and stop >= _length(batch):
+        return batch
+    return tree_map(lambda t: t[start:stop], batch)
+
+
+def _length(batch: Any) -> int:
+    return len(tree_flatten(batch)[0][0])
+
+
+def _check_rows(called: str, options: Options) -> None:
+    rows, mode = options.rows, options.mode
+    if rows not in ROWS:
+        listed = ", ".join(f'"{r}"' for r in ROWS)
+        raise ValueError(f"{called}: unknown rows {rows!r}. Choose one of {listed}.")
+    if rows != "contribution" and mode != "sync":
+        raise ValueError(
+            worded(
+                called,
+                f'rows="{rows}" has a meaning in "sync" only, and mode is "{mode}", '
+                "where samples are independent and all rows are the same",
+                "Leave rows out",
+            )
+        )
+
+
+def _check_one_process(called: str, net: nn.Module, mode: str) -> None:
+    if mode == "sync" and any([process_group(m) is not None for m in net.modules()]):
+        raise ValueError(
+            worded(
+                called,
+                "an empty batch in one of several processes, whose SyncBatchNorm "
+                "statistics are taken together",
+                "Give every process at least one sample",
+            )
+        )
+
+
+def _chosen(called: str, net: nn.Module, params: Params) -> dict[str, Tensor]:
+    """The tensors to differentiate by, by name; tied ones once."""
+    named = dict(net.named_parameters())
+    if params is None:
+        chosen = {n: p.detach() for n, p in named.items() if p.requires_grad}
+        if not chosen:
+            raise ValueError(
+                worded(
+                    called,
+                    f"no parameter of {type(net).__name__} requires a gradient",
+                    "Unfreeze some, or name the ones you want with params=",
+                )
+            )
+        return chosen
+    known = dict(net.named_parameters(remove_duplicate=False))
+    names = list(params)
+    if isinstance(params, str):
+        names = [params]
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                worded(
+                    called,
+                    f"{type(net).__name__} has no parameter {name!r}",
+                    "Names are those of model.named_parameters()",
+                )
+            )
+    if isinstance(params, Mapping):
+        return {name: params[name] for name in names}  # outer derivatives pass through
+    return {name: known[name].detach() for name in names}
+
+
+def _places(net: nn.Module, values: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """Every place of the parameters in ``values``, once, with the name given.
+
+    Left to tie weights, functional_call (torch 2.13) leaves plain tensors in the place
+    of parameters behind in a module that has two names.
+    """
+    given = dict(_parameters(net, values))
+    return [
+        (f"{path}.{name}".lstrip("."), given[parameter])
+        for path, module in net.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter in given
+    ]
+
+
+def _parameters(
+    net: nn.Module, values: Mapping[str, Tensor]
+) -> list[tuple[nn.Parameter, str]]:
+    """The model's own parameters that ``values`` stand for."""
+    known = dict(net.named_parameters(remove_duplicate=False))
+    return [(known[name], name) for name in values]
+
+
+def _batch_size(called: str, batch: tuple[Any, ...]) -> int:
+    """The first dimension of every tensor of the batch, which must agree."""
+    shapes = []
+    for i, part in enumerate(batch):
+        leaves, _ = tree_flatten(part)
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+                raise ValueError(
+                    worded(
+                        called,
+                        f"batch[{i}] holds {leaf!r}, which has no batch dimension",
+                        "Pass tensors (B, ...); what all samples share belongs into "
+                        "loss_fn",
+                    )
+                )
+            shapes.append((i, tuple(leaf.shape)))
+    if not shapes:
+        raise ValueError(
+            worded(called, "got no batch", "Pass the inputs, then the targets")
+        )
+    if len({shape[0] for _, shape in shapes}) > 1:
+        found = ", ".join(f"batch[{i}] has shape {shape}" for i, shape in shapes)
+        raise ValueError(
+            worded(
+                called,
+                f"batch sizes disagree: {found}",
+                "The first dimension is the batch, and each has one row a sample",
+            )
+        )
+    return int(shapes[0][1][0])
+
+
+def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
