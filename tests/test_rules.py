@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from vmapsafe import _memory
 from vmapsafe._call import batched_levels
 from vmapsafe._rule import registered
-from vmapsafe.rules import convolution
+from vmapsafe.rules import convolution, embedding
+from vmapsafe.rules import layer_norm as layer_norm_rules
+from vmapsafe.rules import linear
 from vmapsafe.testing import check_rule
 
 
@@ -86,6 +89,121 @@ def convolution_backward(
     }
 
 
+def layer_norm(*shape, last=1, bias=True, eps=1e-5, dtype=torch.float64):
+    return {
+        "input": randn(*shape).to(dtype),
+        "normalized_shape": list(shape[-last:]),
+        "weight": randn(*shape[-last:]).to(dtype),
+        "bias": randn(*shape[-last:]).to(dtype) if bias else None,
+        "eps": eps,
+    }
+
+
+def statistics(which):
+    """What torch's layer norm saves for its backward."""
+
+    def found(case):
+        x, shape = case["input"], case["normalized_shape"]
+        return torch.native_layer_norm(x, shape, None, None, 1e-5)[which].detach()
+
+    return found
+
+
+def layer_norm_backward(*shape, mask=(True, True, True), **options):
+    case = layer_norm(*shape, **options)
+    return {
+        "grad_out": randn(*shape).to(case["input"].dtype),
+        **{name: case[name] for name in ("input", "normalized_shape")},
+        "mean": statistics(1),
+        "rstd": statistics(2),
+        **{name: case[name] for name in ("weight", "bias")},
+        "output_mask": list(mask),
+    }
+
+
+def attention(n, heads, length, others, width, *, mask=None, causal=False, scale=None):
+    return {
+        "query": randn(n, heads, length, width),
+        "key": randn(n, heads, others, width),
+        "value": randn(n, heads, others, width),
+        "dropout_p": 0.0,
+        "is_causal": causal,
+        "attn_mask": mask,
+        "scale": scale,
+    }
+
+
+def attention_backward(*sizes, **options):
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    case = attention(*sizes, **options)
+    names = list(case)
+
+    def saved(which):
+        def found(case):
+            arguments = {name: case[name] for name in names}
+            if callable(arguments["attn_mask"]):
+                arguments["attn_mask"] = arguments["attn_mask"](case)
+            return forward(**arguments)[which].detach()
+
+        return found
+
+    return {
+        "grad_out": randn(*case["query"].shape),
+        **{name: case[name] for name in names[:3]},
+        "out": saved(0),
+        "logsumexp": saved(1),
+        **{name: case[name] for name in names[3:]},
+    }
+
+
+def embedding_backward(indices, words, width, padding=-1, dtype=torch.float64):
+    return {
+        "grad_output": randn(*indices, width).to(dtype),
+        "indices": torch.randint(words, indices),
+        "num_weights": words,
+        "padding_idx": padding,
+        "scale_grad_by_freq": False,
+    }
+
+
+ROW = randn(3, 4)
+# Masks follow from other arguments, as torch has no derivative by one.
+ATTENTIONS = [
+    ((2, 3, 4, 5, 2), {}),
+    ((1, 2, 4, 4, 2), {"causal": True, "scale": 0.3}),
+    ((2, 2, 3, 4, 2), {"mask": lambda case: ROW}),
+    ((2, 2, 3, 4, 2), {"mask": lambda case: ROW.expand(2, 1, 3, 4)}),
+    *[
+        ((2, 2, 3, 4, 2), {"mask": mask})
+        for mask in (
+            lambda case: (case["query"][0, 0] @ case["key"][0, 0].mT).detach(),
+            lambda case: (case["query"][:, :1] @ case["key"][:, :1].mT).detach(),
+            lambda case: (case["query"][:1, :, :1] @ case["key"][:1].mT).detach(),
+        )
+    ],
+]
+LAYER_NORMS = [
+    layer_norm(2, 3, 4),
+    layer_norm(4),
+    layer_norm(2, 3, 4, last=2, bias=False),
+    layer_norm(2, 4, eps=0.3),
+    layer_norm(2, 4, dtype=torch.float32),
+]
+LAYER_NORM_BACKWARDS = [
+    layer_norm_backward(2, 3, 4),
+    layer_norm_backward(4),
+    layer_norm_backward(2, 3, 4, last=2, bias=False, mask=(True, True, False)),
+    layer_norm_backward(3, 4, mask=(False, True, True)),
+    layer_norm_backward(3, 4, mask=(True, True, False)),
+    layer_norm_backward(3, 4, mask=(False, False, True)),
+    layer_norm_backward(3, 4, dtype=torch.float32),
+]
+EMBEDDINGS = [
+    embedding_backward((5,), 3, 2),
+    embedding_backward((2, 3), 4, 2, padding=1),
+    embedding_backward((), 4, 2),
+    embedding_backward((4,), 3, 2, dtype=torch.float32),
+]
 CONVOLUTIONS = [
     convolution_backward((1, 2, 5, 4), (3, 2, 3, 2)),
     convolution_backward((2, 2, 5, 4), (3, 2, 3, 2), stride=2, padding=1),
@@ -112,6 +230,23 @@ CASES = {
     "batch_norm, statistics across the vmapped axis": BATCH_NORMS,
     "instance_norm, running statistics across the vmapped axis": INSTANCE_NORMS,
     "convolution_backward, weights by matrix products": CONVOLUTIONS,
+    "native_layer_norm, batches merged": LAYER_NORMS,
+    "native_layer_norm_backward, batches merged": LAYER_NORM_BACKWARDS,
+    "attention on the CPU, batches merged": [attention(*a, **k) for a, k in ATTENTIONS],
+    "attention_backward on the CPU, batches merged": [
+        attention_backward(*a, **k) for a, k in ATTENTIONS
+    ],
+    "embedding_dense_backward, into memory of zeros": EMBEDDINGS,
+    "mm, into large pages": [{"self": randn(3, 2), "mat2": randn(2, 4)}],
+    "addmm, batches merged": [
+        {
+            "self": randn(4),
+            "mat1": randn(3, 2),
+            "mat2": randn(2, 4),
+            "beta": 0.5,
+            "alpha": 2.0,
+        }
+    ],
     "in-place write to a buffer, left out": [{"0": randn(3), "1": 1.0}],
 }
 
@@ -129,6 +264,11 @@ def every_size(monkeypatch):
     """The rules of operators take calls of any size, as small ones would not pay."""
     regimes = convolution.Regimes(0, True, (convolution.Bounds(),), columns=50)
     monkeypatch.setattr(convolution, "REGIMES", {"cpu": regimes})
+    regimes = layer_norm_rules.Regimes(batch=0, kernel=0)
+    monkeypatch.setattr(layer_norm_rules, "REGIMES", {"cpu": regimes})
+    for file in (embedding, linear):
+        monkeypatch.setattr(file, "REGIMES", {"cpu": 0})
+    monkeypatch.setattr(_memory, "LARGE", 0)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -146,7 +286,7 @@ def test_the_readme_lists_every_rule():
         assert rule.name in text, rule.name
 
 
-RULE = registered()[0]
+(RULE,) = [r for r in registered() if r.name == "batch_norm, statistics of the slice"]
 WRONG = {
     "a value off by 0.1 %": lambda call: RULE.batched(call) * 1.001,
     "a gradient off": lambda call: RULE.batched(call)
@@ -171,7 +311,7 @@ def test_a_rule_that_does_not_take_the_case_is_caught():
         check_rule(rule, BATCH_NORMS, site=OnALayer())
 
 
-(OPERATOR,) = [rule for rule in registered() if rule.of_operator]
+(OPERATOR,) = [rule for rule in registered() if convolution._backward in rule.functions]
 WRONG_OPERATOR = {
     "a value off": lambda outs: (outs[0], outs[1] * 1.001, outs[2]),
     "a gradient cut": lambda outs: (outs[0], outs[1].detach(), outs[2]),

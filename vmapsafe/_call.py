@@ -287,6 +287,18 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and not watched
 
 
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether a derivative may be taken of what is computed from it."""
+    if forward_ad._current_level >= 0:
+        return True
+    functorch = torch._C._functorch
+    while is_wrapped(tensor):
+        if functorch.is_gradtrackingtensor(tensor):  # of torch.func's grad and jvp
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def storage_of(tensor: Tensor) -> int | None:
     """Which memory a tensor lies in; views and ``.data`` share it. None: in none.
 
@@ -326,6 +338,15 @@ def batch_size(call: Call) -> int:
     }
     (size,) = sizes
     return int(size)
+
+
+def batch_first(call: Call, name: str, size: int) -> Tensor:
+    """An argument of a call that holds batches of ``size``, batch dimension first."""
+    value: Tensor = call[name]
+    dim = call.in_dims[name]
+    if dim is None:
+        return value.expand(size, *value.shape)
+    return value.movedim(dim, 0)
 
 
 def broadcast_to_leaves(spec: Any, tree: Any) -> list[int | None] | None:

@@ -15,6 +15,7 @@ from vmapsafe._call import (
     Call,
     Site,
     broadcast_to_leaves,
+    slices,
     tree_flatten,
     tree_map,
     tree_unflatten,
@@ -100,8 +101,9 @@ def check_rule(
     For every case and every choice of which of its tensors are batched, along the
     first dimension or the last, the rule under ``vmap`` and under two nested ones is
     compared with its reference: values, dtype, and the gradients of every floating
-    tensor for a random cotangent. The rule of an operator is put in the place of
-    torch's batching rule, and must take each case for some choice of what is batched.
+    tensor for a random cotangent. The rule of an operator is compared once more on
+    tensors that take no gradient; it is put in the place of torch's batching rule, and
+    must take each case for some choice of what is batched.
 
     >>> import torch
     >>> import torch.nn.functional as F
@@ -121,7 +123,8 @@ def check_rule(
     Args:
         rule: the rule; it need not be registered.
         cases: the arguments of one slice, by name, tensors in float64 where there is a
-            choice.
+            choice. An argument that follows from the others (the statistics of a norm,
+            in its backward) is a function of the dict of those.
         site: where the calls claim to be made, for rules that ask.
         batched: the names of the arguments that are batched, for rules with no meaning
             for others; default every tensor.
@@ -183,35 +186,50 @@ def _compare(
     at_front = {n: None if d is None else 0 for n, d in in_dims.items()}
 
     def fast(values: Mapping[str, Tensor]) -> Any:
-        arguments = {**case, **values}
+        arguments = _completed({**case, **values})
         if not rule.of_operator:
             return rule.batched(Call(rule.functions[0], arguments, site))
         with only(rule):
-            outputs = rule.functions[0](*arguments.values())
-        return tuple(out for out in outputs if out is not None)
+            outputs = rule.functions[0](**arguments)
+        return _as_tuple(outputs)
 
-    if nested:
-        spec = {n: d for n, d in at_front.items()}
-        split = {
-            n: v if at_front[n] is None else v.unflatten(0, (2, _BATCH))
-            for n, v in batched.items()
-        }
-        actual = vmap(vmap(fast, (spec,)), (spec,))(split)
-        actual = tree_map(lambda out: out.flatten(0, 1), actual)
-    else:
+    def mapped(batched: Mapping[str, Tensor]) -> list[Tensor]:
+        if nested:
+            split = {
+                n: v if at_front[n] is None else v.unflatten(0, (2, _BATCH))
+                for n, v in batched.items()
+            }
+            outputs = vmap(vmap(fast, (at_front,)), (at_front,))(split)
+            return [out.flatten(0, 1) for out in tree_flatten(outputs)[0]]
         moved = {
             n: v if in_dims[n] is None else v.movedim(0, in_dims[n] or 0)
             for n, v in batched.items()
         }
-        actual = vmap(fast, (dict(in_dims),))(moved)
+        return list(tree_flatten(vmap(fast, (dict(in_dims),))(moved))[0])
+
+    whole = Call(rule.functions[0], {**case, **batched}, site, at_front)
+    ones = [_completed(one.arguments) for one in slices(whole, size)]
+    following = {
+        name: torch.stack([one[name] for one in ones])
+        for name, value in case.items()
+        if callable(value)
+    }
     expected = rule.reference(
-        Call(rule.functions[0], {**case, **batched}, site, at_front)
+        Call(
+            rule.functions[0],
+            {**whole.arguments, **following},
+            site,
+            {**at_front, **dict.fromkeys(following, 0)},
+        )
     )
     if rule.of_operator:
-        expected = tuple(out for out in expected if out is not None)
+        expected = _as_tuple(expected)
     where = f"{rule.name}, in_dims {dict(in_dims)}, {_shapes(case)}"
-    actual, expected = tree_flatten(actual)[0], tree_flatten(expected)[0]
+    actual, expected = mapped(batched), tree_flatten(expected)[0]
     assert len(actual) == len(expected), where
+    if rule.of_operator:  # which may do otherwise where no derivative is taken
+        for one, other in zip(mapped(tree_map(Tensor.detach, batched)), expected):
+            _same(one, other.detach(), f"values without derivatives of {where}")
     leaves = [v for v in batched.values() if v.requires_grad]
     for one, other in zip(actual, expected):
         _same(one, other, f"values of {where}")
@@ -231,6 +249,21 @@ def _compare(
             zero = torch.zeros_like(leaf)
             a, e = zero if a is None else a, zero if e is None else e
             _same(a, e, f"gradients of {where}")
+
+
+def _completed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of one slice, those that follow from the others among them."""
+    return {
+        name: value(arguments) if callable(value) else value
+        for name, value in arguments.items()
+    }
+
+
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    """The outputs of an operator, those that it was not asked for left out."""
+    if isinstance(outputs, Tensor):
+        return (outputs,)
+    return tuple(out for out in outputs if out is not None)
 
 
 # What the dtype leaves of equality, relative to the largest entry.
