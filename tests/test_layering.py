@@ -18,6 +18,7 @@ LAYERS = {
     "rules.random_numbers": {"_call", "_rule"},
     "rules.sync": {"_call", "_errors", "_rule", "_state", "rules.batch_norm"},
     "rules.convolution": {"_call", "_rule"},
+    "rules.native_batch_norm": {"_call", "_rule"},
     "rules.__init__": {"rules"},
     "_operators": {"_call", "_rule"},
     "_checkpoint": {"_call", "_errors"},

@@ -12,7 +12,7 @@ from vmapsafe._call import batched_levels
 from vmapsafe._rule import registered
 from vmapsafe.rules import convolution, embedding
 from vmapsafe.rules import layer_norm as layer_norm_rules
-from vmapsafe.rules import linear
+from vmapsafe.rules import linear, native_batch_norm
 from vmapsafe.testing import check_rule
 
 
@@ -99,61 +99,46 @@ def layer_norm(*shape, last=1, bias=True, eps=1e-5, dtype=torch.float64):
     }
 
 
-def statistics(which):
-    """What torch's layer norm saves for its backward."""
+def layer_norm_backward(*shape, mask=(True, True, True), **options):
+    case = layer_norm(*shape, **options)
+    del case["eps"]
+    grad = randn(*shape).to(case["input"].dtype)
+    return {"grad_out": grad, **case, "output_mask": list(mask)}
 
-    def found(case):
+
+def saved_by_layer_norm(which):
+    def derive(case):
         x, shape = case["input"], case["normalized_shape"]
         return torch.native_layer_norm(x, shape, None, None, 1e-5)[which].detach()
 
-    return found
+    return derive
 
 
-def layer_norm_backward(*shape, mask=(True, True, True), **options):
-    case = layer_norm(*shape, **options)
-    return {
-        "grad_out": randn(*shape).to(case["input"].dtype),
-        **{name: case[name] for name in ("input", "normalized_shape")},
-        "mean": statistics(1),
-        "rstd": statistics(2),
-        **{name: case[name] for name in ("weight", "bias")},
-        "output_mask": list(mask),
-    }
-
-
-def attention(n, heads, length, others, width, *, mask=None, causal=False, scale=None):
+def attention(n, heads, length, others, width, causal=False, scale=None):
     return {
         "query": randn(n, heads, length, width),
         "key": randn(n, heads, others, width),
         "value": randn(n, heads, others, width),
         "dropout_p": 0.0,
         "is_causal": causal,
-        "attn_mask": mask,
+        "attn_mask": None,
         "scale": scale,
     }
 
 
-def attention_backward(*sizes, **options):
+def attention_backward(*shape, **options):
+    case = attention(*shape, **options)
+    return {"grad_out": randn(*case["query"].shape), **case}
+
+
+def saved_by_attention(which):
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    case = attention(*sizes, **options)
-    names = list(case)
+    names = list(attention(1, 1, 1, 1, 1))
 
-    def saved(which):
-        def found(case):
-            arguments = {name: case[name] for name in names}
-            if callable(arguments["attn_mask"]):
-                arguments["attn_mask"] = arguments["attn_mask"](case)
-            return forward(**arguments)[which].detach()
+    def derive(case):
+        return forward(**{name: case[name] for name in names})[which].detach()
 
-        return found
-
-    return {
-        "grad_out": randn(*case["query"].shape),
-        **{name: case[name] for name in names[:3]},
-        "out": saved(0),
-        "logsumexp": saved(1),
-        **{name: case[name] for name in names[3:]},
-    }
+    return derive
 
 
 def embedding_backward(indices, words, width, padding=-1, dtype=torch.float64):
@@ -166,22 +151,20 @@ def embedding_backward(indices, words, width, padding=-1, dtype=torch.float64):
     }
 
 
+ATTENTIONS = [((2, 2, 3, 4, 2), {}), ((1, 2, 4, 4, 2), {"causal": True, "scale": 0.3})]
+# Of one slice, by what is batched. torch has no derivative by a mask.
 ROW = randn(3, 4)
-# Masks follow from other arguments, as torch has no derivative by one.
-ATTENTIONS = [
-    ((2, 3, 4, 5, 2), {}),
-    ((1, 2, 4, 4, 2), {"causal": True, "scale": 0.3}),
-    ((2, 2, 3, 4, 2), {"mask": lambda case: ROW}),
-    ((2, 2, 3, 4, 2), {"mask": lambda case: ROW.expand(2, 1, 3, 4)}),
-    *[
-        ((2, 2, 3, 4, 2), {"mask": mask})
-        for mask in (
-            lambda case: (case["query"][0, 0] @ case["key"][0, 0].mT).detach(),
-            lambda case: (case["query"][:, :1] @ case["key"][:, :1].mT).detach(),
-            lambda case: (case["query"][:1, :, :1] @ case["key"][:1].mT).detach(),
-        )
-    ],
-]
+MASKS = {
+    "(L, S), of all": lambda case: ROW,
+    "(N, 1, L, S), of all": lambda case: torch.stack([ROW, -ROW]).unsqueeze(1),
+    "(L, S)": lambda case: (case["query"][0, 0] @ case["key"][0, 0].mT).detach(),
+    "(N, 1, L, S)": lambda case: (
+        case["query"][:, :1] @ case["key"][:, :1].mT
+    ).detach(),
+    "(1, H, 1, S)": lambda case: (
+        case["query"][:1, :, :1] @ case["key"][:1].mT
+    ).detach(),
+}
 LAYER_NORMS = [
     layer_norm(2, 3, 4),
     layer_norm(4),
@@ -194,7 +177,6 @@ LAYER_NORM_BACKWARDS = [
     layer_norm_backward(4),
     layer_norm_backward(2, 3, 4, last=2, bias=False, mask=(True, True, False)),
     layer_norm_backward(3, 4, mask=(False, True, True)),
-    layer_norm_backward(3, 4, mask=(True, True, False)),
     layer_norm_backward(3, 4, mask=(False, False, True)),
     layer_norm_backward(3, 4, dtype=torch.float32),
 ]
@@ -203,6 +185,15 @@ EMBEDDINGS = [
     embedding_backward((2, 3), 4, 2, padding=1),
     embedding_backward((), 4, 2),
     embedding_backward((4,), 3, 2, dtype=torch.float32),
+]
+LINEARS = [
+    {
+        "self": randn(4),
+        "mat1": randn(3, 2),
+        "mat2": randn(2, 4),
+        "beta": 0.5,
+        "alpha": 2.0,
+    }
 ]
 CONVOLUTIONS = [
     convolution_backward((1, 2, 5, 4), (3, 2, 3, 2)),
@@ -220,6 +211,49 @@ WITH_PLANES = [
     batch_norm(1, 4, 2, 2, 2, affine=False),
 ]
 BATCH_NORMS = [batch_norm(3, 4), *WITH_PLANES]
+NATIVE_BATCH_NORMS = [
+    *BATCH_NORMS,
+    batch_norm(1, 4, 3, 3),
+    {**batch_norm(2, 3, 5), "bias": None},
+]
+
+
+def forward(case):
+    """The operator's arguments stand in another order."""
+    names = ("input", "weight", "bias", "running_mean", "running_var")
+    return {name: case[name] for name in (*names, "training", "momentum", "eps")}
+
+
+def backward(case, mask=None):
+    """The call that autograd makes for the backward of native_batch_norm."""
+    if mask is None:  # there is no gradient of a weight that is not there
+        mask = (True, case["weight"] is not None, case["bias"] is not None)
+    return {
+        "grad_out": randn(*case["input"].shape),
+        "input": case["input"],
+        "weight": case["weight"],
+        "running_mean": case["running_mean"],
+        "running_var": case["running_var"],
+        "save_mean": None,
+        "save_invstd": None,
+        "train": case["training"],
+        "eps": case["eps"],
+        "output_mask": list(mask),
+    }
+
+
+def saved(which):
+    """What the forward saves: the mean and 1 / sqrt(var + eps) of each channel."""
+
+    def function(arguments):
+        none = [None] * 4
+        x, eps = arguments["input"], arguments["eps"]
+        saves = torch.native_batch_norm(x, *none, True, 0.1, eps)
+        return saves[which].detach()
+
+    return function
+
+
 INSTANCE_NORMS = [instance_norm(2, 4, 3), instance_norm(1, 4, 3, 2, affine=False)]
 CASES = {
     "batch_norm, statistics of the slice": BATCH_NORMS,
@@ -230,6 +264,21 @@ CASES = {
     "batch_norm, statistics across the vmapped axis": BATCH_NORMS,
     "instance_norm, running statistics across the vmapped axis": INSTANCE_NORMS,
     "convolution_backward, weights by matrix products": CONVOLUTIONS,
+    "native_batch_norm, running statistics": [
+        forward(running(case)) for case in NATIVE_BATCH_NORMS
+    ],
+    "native_batch_norm_backward, running statistics": [
+        *[backward(running(case)) for case in NATIVE_BATCH_NORMS],
+        backward(running(batch_norm(2, 4, 3)), (False, True, False)),
+        backward(running(batch_norm(2, 4, 3)), (True, False, False)),
+    ],
+    "native_batch_norm, statistics of the slice": [
+        forward(case) for case in NATIVE_BATCH_NORMS
+    ],
+    "native_batch_norm_backward, statistics of the slice": [
+        *[backward(case) for case in NATIVE_BATCH_NORMS],
+        backward(batch_norm(2, 4, 3), (True, False, True)),
+    ],
     "native_layer_norm, batches merged": LAYER_NORMS,
     "native_layer_norm_backward, batches merged": LAYER_NORM_BACKWARDS,
     "attention on the CPU, batches merged": [attention(*a, **k) for a, k in ATTENTIONS],
@@ -238,21 +287,37 @@ CASES = {
     ],
     "embedding_dense_backward, into memory of zeros": EMBEDDINGS,
     "mm, into large pages": [{"self": randn(3, 2), "mat2": randn(2, 4)}],
-    "addmm, batches merged": [
-        {
-            "self": randn(4),
-            "mat1": randn(3, 2),
-            "mat2": randn(2, 4),
-            "beta": 0.5,
-            "alpha": 2.0,
-        }
-    ],
+    "addmm, batches merged": LINEARS,
     "in-place write to a buffer, left out": [{"0": randn(3), "1": 1.0}],
 }
 
 
 # A level that batches the weight or the bias too is an ensemble's, and not merged.
-BATCHED = {"batch_norm, statistics across the vmapped axis": ["input"]}
+# Running statistics have no gradients. Batched weights are left to torch.
+BATCHED = {
+    "batch_norm, statistics across the vmapped axis": ["input"],
+    "native_batch_norm, running statistics": ["input", "weight", "bias"],
+    "native_batch_norm_backward, running statistics": ["grad_out", "input", "weight"],
+    "native_batch_norm, statistics of the slice": ["input"],
+    "native_batch_norm_backward, statistics of the slice": ["grad_out", "input"],
+}
+DERIVED = {
+    "native_batch_norm_backward, statistics of the slice": {
+        "save_mean": saved(1),
+        "save_invstd": saved(2),
+    },
+    "native_layer_norm_backward, batches merged": {
+        "mean": saved_by_layer_norm(1),
+        "rstd": saved_by_layer_norm(2),
+    },
+    "attention_backward on the CPU, batches merged": {
+        "out": saved_by_attention(0),
+        "logsumexp": saved_by_attention(1),
+    },
+}
+
+# Where torch's own works it is left to torch.
+UNDER_AUTOCAST = {"batch_norm, running statistics"}
 
 # Uninitialised memory has no values to compare; test_zoo draws into it.
 NO_VALUES = {"memory of its own for each slice"}
@@ -264,7 +329,8 @@ def every_size(monkeypatch):
     """The rules of operators take calls of any size, as small ones would not pay."""
     regimes = convolution.Regimes(0, True, (convolution.Bounds(),), columns=50)
     monkeypatch.setattr(convolution, "REGIMES", {"cpu": regimes})
-    regimes = layer_norm_rules.Regimes(batch=0, kernel=0)
+    monkeypatch.setattr(native_batch_norm, "FUSED", {"cpu": 3})
+    regimes = layer_norm_rules.Regimes(batch=0, kernel=8)
     monkeypatch.setattr(layer_norm_rules, "REGIMES", {"cpu": regimes})
     for file in (embedding, linear):
         monkeypatch.setattr(file, "REGIMES", {"cpu": 0})
@@ -275,8 +341,23 @@ def every_size(monkeypatch):
 def test_law(rule):
     """batched ≈ reference for every rule there is; one without cases fails here."""
     cases = CASES[rule.name]
-    batched = BATCHED.get(rule.name)
-    assert check_rule(rule, cases, site=OnALayer(), batched=batched) >= 2 * len(cases)
+    autocast = rule.name in UNDER_AUTOCAST
+    options = {"batched": BATCHED.get(rule.name), "derived": DERIVED.get(rule.name)}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # float64 stays
+        compared = check_rule(rule, cases, site=OnALayer(), **options)
+    assert compared >= 2 * len(cases)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    "name, case", [("attention", attention), ("attention_backward", attention_backward)]
+)
+def test_law_with_a_mask(name, case, mask):
+    """Attention, for masks that broadcast in every way torch allows."""
+    (rule,) = [r for r in RULES if r.name.startswith(f"{name} ")]
+    derived = {"attn_mask": MASKS[mask], **DERIVED.get(rule.name, {})}
+    batched = ["grad_out", "query", "key"]
+    check_rule(rule, [case(2, 2, 3, 4, 2)], batched=batched, derived=derived)
 
 
 def test_the_readme_lists_every_rule():
@@ -311,7 +392,7 @@ def test_a_rule_that_does_not_take_the_case_is_caught():
         check_rule(rule, BATCH_NORMS, site=OnALayer())
 
 
-(OPERATOR,) = [rule for rule in registered() if convolution._backward in rule.functions]
+(OPERATOR,) = [r for r in registered() if convolution._backward in r.functions]
 WRONG_OPERATOR = {
     "a value off": lambda outs: (outs[0], outs[1] * 1.001, outs[2]),
     "a gradient cut": lambda outs: (outs[0], outs[1].detach(), outs[2]),

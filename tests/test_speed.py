@@ -394,11 +394,8 @@ def test_slices_without_samples(net, taken):
     assert_same(actual, {n: t.new_zeros(3, *t.shape) for n, t in tensors(net).items()})
 
 
-def test_no_rule_unless_asked_for(net, taken):
-    """fast=None, the default, leaves torch's own rules where they are."""
+def test_in_force_unless_switched_off(net, taken):
+    """The user's own vmap(grad) meets the rule with no change to it."""
     with vmap_safe(net):
-        rows(net, tensors(net), X)
-    assert not taken
-    with vmap_safe(net, fast=True), vmap_safe(net):
         rows(net, tensors(net), X)
     assert taken

@@ -135,6 +135,16 @@ def constant_while_compiling(function: C) -> C:
     return function
 
 
+def run_while_compiling(function: C) -> C:
+    """A decorator for functions that torch.compile, where it meets their frames, runs
+    as they are, with all that they call."""
+    compiler = torch._C._dynamo.eval_frame
+    skip = compiler._FrameAction.SKIP
+    strategy = compiler._FrameExecStrategy(skip, skip)
+    compiler.set_code_exec_strategy(function.__code__, strategy)
+    return function
+
+
 _whole: list[Any] = []
 
 
@@ -220,13 +230,25 @@ def slices_draw_their_own() -> bool:
     )
 
 
-def beyond_reverse_mode() -> bool:
-    """Whether the call sees a derivative other than one reverse mode, plain autograd
-    around it apart: a jvp, or a grad inside a grad. True while compiling."""
+def beyond_reverse_mode(*tensors: Tensor | None) -> bool:
+    """Whether the call sees a derivative other than one reverse mode: a jvp, a grad
+    inside a grad, or a grad inside plain autograd, which is recording what is computed
+    from one of ``tensors``. True while compiling."""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return True
     keys = [one.key().name for one in _transforms()]
-    return "Jvp" in keys or keys.count("Grad") > 1
+    if "Jvp" in keys or keys.count("Grad") > 1:
+        return True
+    return "Grad" in keys and any(
+        [innermost(t).requires_grad for t in tensors if t is not None]
+    )
+
+
+def innermost(tensor: Tensor) -> Tensor:
+    """What is inside all wrappers of the transforms around it."""
+    while is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 # What a batching rule does between one vmap and what is outside it. Read in torch 2.13
@@ -305,10 +327,8 @@ def storage_of(tensor: Tensor) -> int | None:
     Inside a transform views are wrapped, even those of tensors that are not; what
     counts is inside the wrappers.
     """
-    while is_wrapped(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return int(innermost(tensor).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse, or a subclass without
         return None
 
@@ -340,13 +360,19 @@ def batch_size(call: Call) -> int:
     return int(size)
 
 
-def batch_first(call: Call, name: str, size: int) -> Tensor:
-    """An argument of a call that holds batches of ``size``, batch dimension first."""
+def batch_first(call: Call, name: str) -> Tensor:
+    """A batched argument of ``call``, its batch dimension in front."""
     value: Tensor = call[name]
     dim = call.in_dims[name]
-    if dim is None:
-        return value.expand(size, *value.shape)
-    return value.movedim(dim, 0)
+    return value.movedim(dim, 0) if dim else value
+
+
+def expanded(call: Call, name: str) -> Tensor:
+    """An argument with a batch dimension in front, whether it is batched or not."""
+    if call.in_dims[name] is not None:
+        return batch_first(call, name)
+    value: Tensor = call[name]
+    return value.expand(batch_size(call), *value.shape)
 
 
 def broadcast_to_leaves(spec: Any, tree: Any) -> list[int | None] | None:

@@ -34,7 +34,7 @@ def per_sample_grads(
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
-    fast: bool | None = None,
+    fast: bool = True,
 ) -> Any:
     r"""Every sample's gradient of the loss with respect to the model's parameters.
 

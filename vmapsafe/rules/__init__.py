@@ -8,6 +8,7 @@ from vmapsafe.rules import (
     embedding,
     layer_norm,
     linear,
+    native_batch_norm,
     random_numbers,
     sync,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "embedding",
     "layer_norm",
     "linear",
+    "native_batch_norm",
     "random_numbers",
     "sync",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmapsafe._call import Call, batch_first, batch_size, slices
+from vmapsafe._call import Call, batch_size, expanded, slices
 from vmapsafe._rule import MODES, Rule, register
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -24,7 +24,7 @@ def _accepts(call: Call) -> bool:
 def _merged(call: Call) -> tuple[Tensor, ...]:
     """One call of the kernel, on (B * N, H, L, D)."""
     size = batch_size(call)
-    merged = {name: batch_first(call, name, size) for name in call.in_dims}
+    merged = {name: expanded(call, name) for name in call.in_dims}
     samples = merged["query"].size(1)
     mask = merged.get("attn_mask")
     if mask is not None and mask.dim() == 3:  # (L, S) of a slice

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmapsafe import _memory
-from vmapsafe._call import Call, batch_size, is_plain, slices
+from vmapsafe._call import Call, batch_first, batch_size, is_plain, slices
 from vmapsafe._rule import MODES, Rule, register
 
 _backward = torch.ops.aten.embedding_dense_backward.default
@@ -37,15 +37,14 @@ def _accepts(call: Call) -> bool:
 
 
 def _numbers(call: Call) -> int:
-    grad = call["grad_output"]
-    width = grad.movedim(call.in_dims["grad_output"], 0).size(-1)
+    width = batch_first(call, "grad_output").size(-1)
     return batch_size(call) * int(call["num_weights"]) * int(width)
 
 
 def _sparse_sum(call: Call) -> tuple[Tensor]:
     """(B, V, D) from (B, ..., D) and (B, ...)."""
     grad, indices = (
-        call[name].movedim(call.in_dims[name], 0) for name in ("grad_output", "indices")
+        batch_first(call, name) for name in ("grad_output", "indices")
     )
     size, width = len(grad), grad.size(-1)
     weights = call["num_weights"]

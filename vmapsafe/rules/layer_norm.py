@@ -18,6 +18,7 @@ from vmapsafe._call import (
     Call,
     batch_first,
     batch_size,
+    expanded,
     is_differentiated,
     is_plain,
     slices,
@@ -96,15 +97,14 @@ def _accepts_backward(call: Call) -> bool:
 
 
 def _merged(call: Call) -> tuple[Tensor, ...]:
-    x = call["input"].movedim(call.in_dims["input"], 0)
+    x = batch_first(call, "input")
     found: tuple[Tensor, ...] = _forward(**{**call.arguments, "input": x})
     return found
 
 
 def _merged_backward(call: Call) -> tuple[Tensor | None, ...]:
-    size = batch_size(call)
     # The kernel on the CPU reads the incoming gradient as if it were contiguous.
-    batches = {name: batch_first(call, name, size).contiguous() for name in _SAVED}
+    batches = {name: expanded(call, name).contiguous() for name in _SAVED}
     wants_input, *wanted = call["output_mask"]
     of_input = _gradient_of_input(call, batches) if wants_input else None
     x = batches["input"]
@@ -118,7 +118,7 @@ def _gradient_of_input(call: Call, batches: dict[str, Tensor]) -> Tensor:
     changed: dict[str, Any] = {**batches, "output_mask": [True, False, False]}
     if not _shares_affine(call):
         grad = batches["grad_out"]
-        weight = batch_first(call, "weight", len(grad))
+        weight = expanded(call, "weight")
         between = [1] * (grad.dim() - weight.dim())
         weight = weight.reshape(len(weight), *between, *weight.shape[1:])
         changed.update(grad_out=grad * weight, weight=None, bias=None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmapsafe import _memory
-from vmapsafe._call import Call, batch_size, is_plain, slices
+from vmapsafe._call import Call, batch_first, batch_size, is_plain, slices
 from vmapsafe._rule import MODES, Rule, register
 
 _mm = torch.ops.aten.mm.default
@@ -36,12 +36,12 @@ def _makes_large_rows(call: Call) -> bool:
 
 
 def _product_shape(call: Call) -> tuple[int, int, int]:
-    a, b = (call[name].movedim(call.in_dims[name], 0) for name in ("self", "mat2"))
+    a, b = (batch_first(call, name) for name in ("self", "mat2"))
     return a.size(0), a.size(1), b.size(2)
 
 
 def _into_memory(call: Call) -> tuple[Tensor]:
-    a, b = (call[name].movedim(call.in_dims[name], 0) for name in ("self", "mat2"))
+    a, b = (batch_first(call, name) for name in ("self", "mat2"))
     return (torch.bmm(a, b, out=_memory.empty(_product_shape(call), a)),)
 
 
@@ -60,7 +60,7 @@ def _adds_a_bias(call: Call) -> bool:
 
 
 def _fused(call: Call) -> tuple[Tensor]:
-    x = call["mat1"].movedim(call.in_dims["mat1"], 0)
+    x = batch_first(call, "mat1")
     y = _addmm(**{**call.arguments, "mat1": x.flatten(0, 1)})
     return (y.unflatten(0, x.shape[:2]),)
 
