@@ -174,6 +174,8 @@ def main():
     parser.add_argument("--only", nargs="*", default=list(FAMILIES), choices=FAMILIES)
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    # torch says at every call that its own attention is a loop.
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
     if asked.device == "cpu":
         fresh_memory(asked.rounds)
     for name in asked.only:

@@ -10,7 +10,7 @@ from torch import nn
 from vmapsafe import _memory
 from vmapsafe._call import batched_levels
 from vmapsafe._rule import registered
-from vmapsafe.rules import convolution, embedding
+from vmapsafe.rules import convolution
 from vmapsafe.rules import layer_norm as layer_norm_rules
 from vmapsafe.rules import linear, native_batch_norm
 from vmapsafe.testing import check_rule
@@ -332,8 +332,7 @@ def every_size(monkeypatch):
     monkeypatch.setattr(native_batch_norm, "FUSED", {"cpu": 3})
     regimes = layer_norm_rules.Regimes(batch=0, kernel=8)
     monkeypatch.setattr(layer_norm_rules, "REGIMES", {"cpu": regimes})
-    for file in (embedding, linear):
-        monkeypatch.setattr(file, "REGIMES", {"cpu": 0})
+    monkeypatch.setattr(linear, "REGIMES", {"cpu": 0})
     monkeypatch.setattr(_memory, "LARGE", 0)
 
 

@@ -4,7 +4,7 @@ Rows of gradients are large, and new at each call. On Linux most of what it cost
 write 32 MiB and more is the system handing out pages of 4 KiB, one after the other:
 the C library gives blocks of that size back when they are freed, and never keeps them.
 Pages of 2 MiB are there for programs that ask (transparent huge pages, madvise): a
-third of the time (bench/memory.py). THP_MEM_ALLOC_ENABLE=1 in the environment makes
+third of the time (bench/layers.py). THP_MEM_ALLOC_ENABLE=1 in the environment makes
 torch itself ask, for all it allocates.
 """
 

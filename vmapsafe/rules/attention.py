@@ -43,7 +43,7 @@ def _weights(call: Call) -> Tensor:
     """(N, H, L, S), before the softmax."""
     query, key = call["query"], call["key"]
     scale = query.size(-1) ** -0.5 if call["scale"] is None else call["scale"]
-    weights = query @ key.mT * scale
+    weights: Tensor = query @ key.mT * scale
     if call["is_causal"]:
         later = torch.ones_like(weights, dtype=torch.bool).triu(1)
         weights = weights.masked_fill(later, float("-inf"))
@@ -54,7 +54,7 @@ def _weights(call: Call) -> Tensor:
 
 def _plain(call: Call) -> tuple[Tensor, Tensor]:
     weights = _weights(call)
-    output = weights.softmax(-1) @ call["value"]
+    output: Tensor = weights.softmax(-1) @ call["value"]
     return output, weights.logsumexp(-1).detach()  # as torch's kernel gives it
 
 

@@ -16,43 +16,33 @@ from vmapsafe._rule import MODES, Rule, register
 
 _backward = torch.ops.aten.embedding_dense_backward.default
 
-# Numbers in the result, the whole batch's, from which ours wins, by type of device; read
-# off bench/layers.py. A device that is not here has torch's own rule.
-REGIMES = {"cpu": 2**14}
 
-
-def _accepts(call: Call) -> bool:
+def _makes_large_rows(call: Call) -> bool:
     grad, indices = call["grad_output"], call["indices"]
-    from_ = REGIMES.get(grad.device.type)
     return (
-        from_ is not None
-        and call.in_dims["grad_output"] is not None
+        call.in_dims["grad_output"] is not None
         and call.in_dims["indices"] is not None
         and grad.numel() > 0
         and not call["scale_grad_by_freq"]
         and is_plain(grad)
         and is_plain(indices)
-        and _numbers(call) >= from_
+        and _memory.is_large(_shape(call), grad)
     )
 
 
-def _numbers(call: Call) -> int:
+def _shape(call: Call) -> tuple[int, int, int]:
     width = batch_first(call, "grad_output").size(-1)
-    return batch_size(call) * int(call["num_weights"]) * int(width)
+    return batch_size(call), call["num_weights"], width
 
 
 def _sparse_sum(call: Call) -> tuple[Tensor]:
     """(B, V, D) from (B, ..., D) and (B, ...)."""
-    grad, indices = (
-        batch_first(call, name) for name in ("grad_output", "indices")
-    )
-    size, width = len(grad), grad.size(-1)
-    weights = call["num_weights"]
-    starts = weights * torch.arange(size, device=indices.device)
-    places = (indices.reshape(size, -1) + starts.unsqueeze(1)).flatten()
-    rows = _memory.zeros((size * weights, width), grad)
-    rows.index_put_((places,), grad.reshape(-1, width), accumulate=True)
-    rows = rows.view(size, weights, width)
+    grad, indices = (batch_first(call, name) for name in ("grad_output", "indices"))
+    size, words, width = _shape(call)
+    starts = words * torch.arange(size, device=indices.device).unsqueeze(1)
+    places = (indices.reshape(size, -1) + starts).flatten()
+    rows = _memory.zeros((size, words, width), grad)
+    rows.view(-1, width).index_put_((places,), grad.reshape(-1, width), accumulate=True)
     if call["padding_idx"] >= 0:
         rows[:, call["padding_idx"]] = 0
     return (rows,)
@@ -67,10 +57,12 @@ def _slice_by_slice(call: Call) -> tuple[Tensor]:
 
 def _plain(call: Call) -> Tensor:
     """Row v is the sum of the gradients at the places of word v."""
-    grad, indices = call["grad_output"], call["indices"].reshape(-1, 1)
+    grad: Tensor = call["grad_output"]
+    indices = call["indices"].reshape(-1, 1)
     words = torch.arange(call["num_weights"], device=indices.device)
     places = (indices == words) & (words != call["padding_idx"])
-    return places.mT.to(grad.dtype) @ grad.reshape(-1, grad.size(-1))
+    rows: Tensor = places.mT.to(grad.dtype) @ grad.reshape(-1, grad.size(-1))
+    return rows
 
 
 register(
@@ -78,7 +70,7 @@ register(
         name="embedding_dense_backward, into memory of zeros",
         functions=(_backward,),
         modes=MODES,
-        accepts=_accepts,
+        accepts=_makes_large_rows,
         batched=_sparse_sum,
         reference=_slice_by_slice,
     )

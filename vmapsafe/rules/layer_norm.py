@@ -45,7 +45,7 @@ class Regimes:
 
 # Read off bench/layers.py, on an x86 server core. A device that is not here has torch's
 # own rule.
-REGIMES = {"cpu": Regimes(batch=2**14, kernel=2**13)}
+REGIMES = {"cpu": Regimes(batch=2**17, kernel=2**13)}
 
 
 def _accepts(call: Call) -> bool:
