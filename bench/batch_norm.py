@@ -1,14 +1,15 @@
 """From which size on the fused backward of an eval batch norm wins, under vmap(grad).
 
 It prints, for numbers of values per sample and channel, plain operations by the fused
-kernel, and vmapsafe's choice by torch's own rule. ``FUSED`` in
-vmapsafe/rules/native_batch_norm.py is where the first column passes 1 for good.
+kernel, and vmapsafe's choice by torch's own rule. ``batch_norm`` in
+vmapsafe/rules/regimes.py is where the first column passes 1 for good.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from per_sample_grads import now
 from torch.func import grad, vmap
 
 from vmapsafe import vmap_safe
-from vmapsafe.rules import native_batch_norm
+from vmapsafe.rules.regimes import REGIMES
 
 SIDES = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32)
 
@@ -35,7 +36,7 @@ def contenders(batch, channels, side, device):
 
     def with_threshold(values):
         def run():
-            native_batch_norm.FUSED[device] = values
+            REGIMES[device] = replace(REGIMES["cpu"], batch_norm=values)
             with vmap_safe(somewhere):
                 return rows(weight, bias, x)
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from vmapsafe import _memory
 from vmapsafe._call import batched_levels
 from vmapsafe._rule import MODES, Rule, registered, slice_by_slice
-from vmapsafe.rules import convolution, native_batch_norm, regimes
+from vmapsafe.rules import convolution, regimes
 from vmapsafe.testing import check_rule
 
 
@@ -101,6 +102,115 @@ def convolution_backward(
     }
 
 
+def layer_norm(*shape, last=1, bias=True, eps=1e-5, dtype=torch.float64):
+    return {
+        "input": randn(*shape).to(dtype),
+        "normalized_shape": list(shape[-last:]),
+        "weight": randn(*shape[-last:]).to(dtype),
+        "bias": randn(*shape[-last:]).to(dtype) if bias else None,
+        "eps": eps,
+    }
+
+
+def layer_norm_backward(*shape, mask=(True, True, True), **options):
+    case = layer_norm(*shape, **options)
+    del case["eps"]
+    grad = randn(*shape).to(case["input"].dtype)
+    return {"grad_out": grad, **case, "output_mask": list(mask)}
+
+
+def saved_by_layer_norm(which):
+    def derive(case):
+        x, shape = case["input"], case["normalized_shape"]
+        return torch.native_layer_norm(x, shape, None, None, 1e-5)[which].detach()
+
+    return derive
+
+
+def attention(n, heads, length, others, width, causal=False, scale=None):
+    return {
+        "query": randn(n, heads, length, width),
+        "key": randn(n, heads, others, width),
+        "value": randn(n, heads, others, width),
+        "dropout_p": 0.0,
+        "is_causal": causal,
+        "attn_mask": None,
+        "scale": scale,
+    }
+
+
+def attention_backward(*shape, **options):
+    case = attention(*shape, **options)
+    return {"grad_out": randn(*case["query"].shape), **case}
+
+
+def saved_by_attention(which):
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    names = list(attention(1, 1, 1, 1, 1))
+
+    def derive(case):
+        arguments = {name: case[name] for name in names}
+        for name in ("query", "key", "value"):  # the kernel asks for no other layout
+            arguments[name] = arguments[name].contiguous()
+        return forward(**arguments)[which].detach()
+
+    return derive
+
+
+def embedding_backward(indices, words, width, padding=-1, dtype=torch.float64):
+    return {
+        "grad_output": randn(*indices, width).to(dtype),
+        "indices": torch.randint(words, indices),
+        "num_weights": words,
+        "padding_idx": padding,
+        "scale_grad_by_freq": False,
+    }
+
+
+ATTENTIONS = [((2, 2, 3, 4, 2), {}), ((1, 2, 4, 4, 2), {"causal": True, "scale": 0.3})]
+# Of one slice, by what is batched. torch has no derivative by a mask.
+ROW = randn(3, 4)
+MASKS = {
+    "(L, S), of all": lambda case: ROW,
+    "(N, 1, L, S), of all": lambda case: torch.stack([ROW, -ROW]).unsqueeze(1),
+    "(L, S)": lambda case: (case["query"][0, 0] @ case["key"][0, 0].mT).detach(),
+    "(N, 1, L, S)": lambda case: (
+        case["query"][:, :1] @ case["key"][:, :1].mT
+    ).detach(),
+    "(1, H, 1, S)": lambda case: (
+        case["query"][:1, :, :1] @ case["key"][:1].mT
+    ).detach(),
+}
+LAYER_NORMS = [
+    layer_norm(2, 3, 4),
+    layer_norm(4),
+    layer_norm(2, 3, 4, last=2, bias=False),
+    layer_norm(2, 4, eps=0.3),
+    layer_norm(2, 4, dtype=torch.float32),
+]
+LAYER_NORM_BACKWARDS = [
+    layer_norm_backward(2, 3, 4),
+    layer_norm_backward(4),
+    layer_norm_backward(2, 3, 4, last=2, bias=False, mask=(True, True, False)),
+    layer_norm_backward(3, 4, mask=(False, True, True)),
+    layer_norm_backward(3, 4, mask=(False, False, True)),
+    layer_norm_backward(3, 4, dtype=torch.float32),
+]
+EMBEDDINGS = [
+    embedding_backward((5,), 3, 2),
+    embedding_backward((2, 3), 4, 2, padding=1),
+    embedding_backward((), 4, 2),
+    embedding_backward((4,), 3, 2, dtype=torch.float32),
+]
+LINEARS = [
+    {
+        "self": randn(4),
+        "mat1": randn(3, 2),
+        "mat2": randn(2, 4),
+        "beta": 0.5,
+        "alpha": 2.0,
+    }
+]
 CONVOLUTIONS = [
     convolution_backward((1, 2, 5, 4), (3, 2, 3, 2)),
     convolution_backward((2, 2, 5, 4), (3, 2, 3, 2), stride=2, padding=1),
@@ -200,6 +310,15 @@ CASES = {
         *[backward(case) for case in NATIVE_BATCH_NORMS],
         backward(batch_norm(2, 4, 3), (True, False, True)),
     ],
+    "native_layer_norm, batches merged": LAYER_NORMS,
+    "native_layer_norm_backward, batches merged": LAYER_NORM_BACKWARDS,
+    "attention on the CPU, batches merged": [attention(*a, **k) for a, k in ATTENTIONS],
+    "attention_backward on the CPU, batches merged": [
+        attention_backward(*a, **k) for a, k in ATTENTIONS
+    ],
+    "embedding_dense_backward, into memory of zeros": EMBEDDINGS,
+    "mm, into large pages": [{"self": randn(3, 2), "mat2": randn(2, 4)}],
+    "addmm, batches merged": LINEARS,
     "in-place write to a buffer, left out": [{"0": randn(3), "1": 1.0}],
 }
 
@@ -217,7 +336,15 @@ DERIVED = {
     "native_batch_norm_backward, statistics of the slice": {
         "save_mean": saved(1),
         "save_invstd": saved(2),
-    }
+    },
+    "native_layer_norm_backward, batches merged": {
+        "mean": saved_by_layer_norm(1),
+        "rstd": saved_by_layer_norm(2),
+    },
+    "attention_backward on the CPU, batches merged": {
+        "out": saved_by_attention(0),
+        "logsumexp": saved_by_attention(1),
+    },
 }
 
 # Where torch's own works it is left to torch.
@@ -230,15 +357,22 @@ RULES = [rule for rule in registered() if rule.name not in NO_VALUES]
 
 def force(monkeypatch, algorithm):
     """Calls of all shapes go to one algorithm; windows are copied in several parts."""
-    table = regimes.Regimes((regimes.Convolution(algorithm),), columns=50)
+    table = regimes.Regimes(
+        convolutions=(regimes.Convolution(algorithm),),
+        columns=50,
+        batch_norm=3,
+        layer_norm=0,
+        layer_norm_slice=8,
+        linear=0,
+    )
     monkeypatch.setitem(regimes.REGIMES, "cpu", table)
+    monkeypatch.setattr(_memory, "LARGE", 0)
 
 
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch):
     """The rules of operators take calls of any size, as small ones would not pay."""
     force(monkeypatch, "products")
-    monkeypatch.setattr(native_batch_norm, "FUSED", {"cpu": 3})
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -259,6 +393,22 @@ def test_law_of_each_algorithm(algorithm, monkeypatch):
     check_rule(OPERATOR, CONVOLUTIONS, batched=["grad_output", "input"])
 
 
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    "name, case", [("attention", attention), ("attention_backward", attention_backward)]
+)
+def test_law_with_a_mask(name, case, mask):
+    """Attention, for masks that broadcast in every way torch allows."""
+    (rule,) = [r for r in RULES if r.name.startswith(f"{name} ")]
+
+    def masks(case):
+        return MASKS[mask](case).to(case["query"].dtype)
+
+    derived = {"attn_mask": masks, **DERIVED.get(rule.name, {})}
+    batched = ["grad_out", "query", "key"]
+    check_rule(rule, [case(2, 2, 3, 4, 2)], batched=batched, derived=derived)
+
+
 def test_the_readme_lists_every_rule():
     readme = Path(__file__).parent.parent / "README.rst"
     text = " ".join(readme.read_text().split())
@@ -266,7 +416,7 @@ def test_the_readme_lists_every_rule():
         assert rule.name in text, rule.name
 
 
-RULE = registered()[0]
+(RULE,) = [r for r in registered() if r.name == "batch_norm, statistics of the slice"]
 WRONG = {
     "a value off by 0.1 %": lambda call: RULE.batched(call) * 1.001,
     "a gradient off": lambda call: RULE.batched(call)

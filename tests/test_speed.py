@@ -32,7 +32,8 @@ pytestmark = [
 
 def force(monkeypatch, algorithm):
     """For all shapes; windows are copied in several parts."""
-    table = regimes.Regimes((regimes.Convolution(algorithm),), columns=100)
+    rows = (regimes.Convolution(algorithm),)
+    table = replace(TABLE, convolutions=rows, columns=100)
     monkeypatch.setitem(regimes.REGIMES, "cpu", table)
 
 

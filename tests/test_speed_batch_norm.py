@@ -10,6 +10,7 @@ from torch import nn
 from vmapsafe import _operators, vmap_safe
 from vmapsafe._rule import registered
 from vmapsafe.rules import native_batch_norm
+from vmapsafe.rules.regimes import REGIMES
 from vmapsafe.testing import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -45,6 +46,10 @@ def taken(monkeypatch):
     return names
 
 
+def fused_from(values, monkeypatch):
+    monkeypatch.setitem(REGIMES, "cpu", replace(REGIMES["cpu"], batch_norm=values))
+
+
 def net(affine=True):
     """Both kinds of input; the planes are large enough for the fused backward."""
     net = nn.Sequential(
@@ -64,7 +69,7 @@ def net(affine=True):
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_same_as_torchs_own(name, mode, taken, monkeypatch):
     """fast=True and fast=False give the same in float64, and the rules were there."""
-    monkeypatch.setattr(native_batch_norm, "FUSED", {"cpu": 9})
+    fused_from(9, monkeypatch)
     model = net()
     with vmap_safe(model, mode=mode, fast=False):
         expected = TRANSFORMS[name](model, tensors(model), X)
@@ -93,7 +98,7 @@ def test_without_weights(mode, taken):
 @pytest.mark.parametrize("mode", MODES)
 def test_gradient_in_another_layout(mode, taken, monkeypatch):
     """torch's fused backward is wrong for a batch of one and such a gradient."""
-    monkeypatch.setattr(native_batch_norm, "FUSED", {"cpu": 1})
+    fused_from(1, monkeypatch)
     layer = nn.BatchNorm2d(3).double()
     layer(torch.randn(6, 3, 4, 4, dtype=torch.float64))
     layer.requires_grad_(False)
@@ -132,7 +137,7 @@ def test_weights_of_an_ensemble_are_left_to_torch(taken):
 
 def test_other_devices_are_left_alone(taken, monkeypatch):
     """A type of device that was not measured."""
-    monkeypatch.setattr(native_batch_norm, "FUSED", {})
+    monkeypatch.delitem(REGIMES, "cpu")
     model = net()
     with vmap_safe(model):
         rows(model, tensors(model), X)

@@ -350,6 +350,18 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and not watched
 
 
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether a derivative may be taken of what is computed from it."""
+    if forward_ad._current_level >= 0:
+        return True
+    functorch = torch._C._functorch
+    while is_wrapped(tensor):
+        if functorch.is_gradtrackingtensor(tensor):  # of torch.func's grad and jvp
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def storage_of(tensor: Tensor) -> int | None:
     """Which memory a tensor lies in; views and ``.data`` share it. None: in none.
 
@@ -394,6 +406,14 @@ def batch_first(call: Call, name: str) -> Tensor:
     value: Tensor = call[name]
     dim = call.in_dims[name]
     return value.movedim(dim, 0) if dim else value
+
+
+def expanded(call: Call, name: str) -> Tensor:
+    """An argument with a batch dimension in front, whether it is batched or not."""
+    if call.in_dims[name] is not None:
+        return batch_first(call, name)
+    value: Tensor = call[name]
+    return value.expand(batch_size(call), *value.shape)
 
 
 def broadcast_to_leaves(spec: Any, tree: Any) -> list[int | None] | None:

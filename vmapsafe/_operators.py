@@ -117,6 +117,7 @@ def _install(operator: Any) -> None:
 def _kernel(operator: Any) -> Callable[..., Any]:
     parameters = Parameters.of(operator)
     torchs_own = torch.library.get_kernel(operator, _KEY)
+    one_output = len(operator._schema.returns) == 1
 
     @run_while_compiling
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +132,8 @@ def _kernel(operator: Any) -> Callable[..., Any]:
                     if rule.accepts(call) and not would_be_cast(call):
                         with below_vmap():
                             outputs = rule.batched(call)
-                        return wrapped_again(outputs, level)
+                        found = wrapped_again(outputs, level)
+                        return found[0] if one_output else found
         return torchs_own.call_boxed(keyset, *args, **kwargs)
 
     return kernel

@@ -17,14 +17,10 @@ from torch import Tensor
 
 from vmapsafe._call import Call, batch_first, batch_size, slices
 from vmapsafe._rule import MODES, Rule, register
+from vmapsafe.rules.regimes import REGIMES
 
 _forward = torch.ops.aten.native_batch_norm.default
 _backward = torch.ops.aten.native_batch_norm_backward.default
-
-# From how many values per sample and channel on the fused backward by running
-# statistics wins over plain operations, by type of device, read off
-# bench/batch_norm.py. A device that is not here has torch's own rules.
-FUSED = {"cpu": 256}
 
 _CHANNELWISE = ("weight", "bias", "running_mean", "running_var")
 
@@ -33,7 +29,7 @@ def _takes(call: Call, *batched: str) -> bool:
     x = call["input"]
     given = [call.arguments.get(name) for name in _CHANNELWISE]
     return (
-        x.device.type in FUSED
+        x.device.type in REGIMES
         and x.numel() > 0
         and all([call.in_dims[name] is not None for name in batched])
         and all([call.in_dims.get(name) is None for name in _CHANNELWISE])
@@ -79,7 +75,7 @@ def _backward_by_running(call: Call) -> bool:
 def _affine_backward(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, grad = batch_first(call, "input"), batch_first(call, "grad_out")
     batch, n, channels = x.shape[:3]
-    if x.numel() >= FUSED[x.device.type] * batch * n * channels:
+    if x.numel() >= REGIMES[x.device.type].batch_norm * batch * n * channels:
         merged = {
             # Another layout than this is wrong for batches of one in torch 2.13.
             "grad_out": grad.reshape(1, batch * n * channels, -1).contiguous(),

@@ -64,10 +64,21 @@ class Regimes:
         convolutions: the first row that holds counts; where none does, torch's own.
         columns: how many numbers of copied windows to hold at a time, at most; they
             are to stay in the cache.
+        batch_norm: values per sample and channel from which on the fused backward by
+            running statistics wins over plain operations.
+        layer_norm: numbers in the whole batch from which on ours wins.
+        layer_norm_slice: numbers in a slice from which on a call of torch's kernel a
+            slice wins: it needs no memory for what it sums up.
+        linear: numbers in the output of the whole batch from which on one fused
+            product and sum wins.
     """
 
-    convolutions: tuple[Convolution, ...] = ()
-    columns: int = 2**19
+    convolutions: tuple[Convolution, ...]
+    columns: int
+    batch_norm: int
+    layer_norm: int
+    layer_norm_slice: int
+    linear: int
 
 
 ONE, MANY = (1, 1), float("inf")
@@ -112,5 +123,9 @@ REGIMES = {
             ),
         ),
         columns=2**19,
+        batch_norm=256,
+        layer_norm=2**17,
+        layer_norm_slice=2**13,
+        linear=2**17,
     ),
 }
