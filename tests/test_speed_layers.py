@@ -358,10 +358,23 @@ def test_layer_norm_without_weights_or_in_two_dtypes(taken, every_size):
     net = nn.LayerNorm(4, elementwise_affine=False).double()
     with vmap_safe(net):
         vmap(grad(lambda x: net(x).pow(3).sum()))(X)
-    net = nn.LayerNorm(4)  # float32; torch's own backward raises then
-    expected = vmap(net)(X.bfloat16())
+    for bias in (True, False):
+        net = nn.LayerNorm(4, bias=bias)  # float32; torch's own backward raises then
+        expected = vmap(net)(X.bfloat16())
+        with vmap_safe(net):
+            assert_same(vmap(net)(X.bfloat16()), expected)
+    weight, bias = torch.ones(4, dtype=torch.float64), torch.zeros(4)
     with vmap_safe(net):
-        assert_same(vmap(net)(X.bfloat16()), expected)
+        vmap(lambda x: F.layer_norm(x, (4,), weight, bias))(X)
+    assert not taken
+
+
+def test_a_bias_for_each_row_is_left_to_torch(taken, every_size):
+    """addmm adds matrices too, which do not fit the merged batch."""
+    x, w, b = torch.randn(3, 2, 4), torch.randn(4, 5), torch.randn(2, 5)
+    with vmap_safe(nn.ReLU()):
+        actual = vmap(lambda x: torch.addmm(b, x, w))(x)
+    assert_same(actual, x @ w + b, rtol=1e-5, atol=1e-5)
     assert not taken
 
 
