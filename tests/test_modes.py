@@ -225,6 +225,33 @@ def test_plain_autograd_around_it_and_double_backward(case_with_parameters, mode
         close(twice[i], slow_twice[i])
 
 
+def test_plain_autograd_around_per_sample_gradients(case_with_parameters, mode):
+    """A gradient penalty on the rows: torch's own batch norm would hold the statistics
+    of the slice constant here, silently."""
+    case = case_with_parameters
+    model, x = case.model(), case.slices()
+    plain = switched(model, mode)
+    params = dict(model.named_parameters())
+
+    def loss(params, x):
+        return functional_call(model, params, (x,)).pow(3).sum()
+
+    with block(model, mode):
+        rows = vmap(grad(loss), (None, 0))(params, x)
+    twice = torch.autograd.grad(
+        sum(row.square().sum() for row in rows.values()), list(params.values())
+    )
+    slow_params = list(plain.parameters())
+    penalty = 0
+    for slice_ in x:
+        row = torch.autograd.grad(
+            plain(slice_).pow(3).sum(), slow_params, create_graph=True
+        )
+        penalty = penalty + sum(g.square().sum() for g in row)
+    for one, slow in zip(twice, torch.autograd.grad(penalty, slow_params)):
+        close(one, slow)
+
+
 def test_ensemble_of_stacked_states(case, mode):
     """vmap over models by stack_module_state is the loop over the models, and neither
     the stacked buffers nor the models are written."""

@@ -10,24 +10,37 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmapsafe import _operators, per_sample_grads, vmap_safe
 from vmapsafe._rule import registered
-from vmapsafe.rules import convolution
+from vmapsafe.rules import convolution, regimes
 from vmapsafe.testing import assert_same
 
+TABLE = regimes.REGIMES["cpu"]
 (RULE,) = [rule for rule in registered() if convolution._backward in rule.functions]
 
 # torch's own jvp rules, at their first use
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    # what torch does for padding="same" on one side, which is tested here
+    pytest.mark.filterwarnings("ignore:Using padding='same'"),
+]
+
+
+def force(monkeypatch, algorithm):
+    """For all shapes; windows are copied in several parts."""
+    rows = (regimes.Convolution(algorithm),)
+    table = replace(TABLE, convolutions=rows, columns=100)
+    monkeypatch.setitem(regimes.REGIMES, "cpu", table)
 
 
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch):
-    """Small calls are taken too; windows are copied in several parts."""
-    regimes = convolution.Regimes(0, True, (convolution.Bounds(),), columns=100)
-    monkeypatch.setattr(convolution, "REGIMES", {"cpu": regimes})
+    """Small calls are taken too."""
+    force(monkeypatch, "products")
 
 
 @pytest.fixture
@@ -54,6 +67,24 @@ def net():
         nn.Tanh(),
         nn.Flatten(2),
         nn.Conv1d(2, 2, 2, stride=2, bias=False),
+        nn.Flatten(),
+    ).double()
+    net(torch.randn(6, 2, 4, 4, dtype=torch.float64))
+    return net
+
+
+@pytest.fixture
+def kinds():
+    """Every kind of convolution there is in two dimensions."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, (2, 3), padding="same"),  # more on one side than on the other
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 2, groups=2, dilation=2),
+        nn.Tanh(),
+        nn.ConvTranspose2d(4, 2, 2, stride=2, output_padding=1, groups=2),
+        nn.Tanh(),
+        nn.Conv2d(2, 2, 3, groups=2, padding=1, bias=False),
         nn.Flatten(),
     ).double()
     net(torch.randn(6, 2, 4, 4, dtype=torch.float64))
@@ -165,6 +196,37 @@ def test_same_as_torchs_own(name, net, taken):
     assert bool(taken) == (name not in UNUSED)
 
 
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_every_kind_under_every_transform(name, kinds, taken):
+    """Groups, dilation, transposed and padding on one side are no exceptions."""
+    test_same_as_torchs_own(name, kinds, taken)
+
+
+def test_without_recording(net, taken):
+    """Under no_grad parameters that require gradients are as good as any."""
+    params = dict(net.named_parameters())
+    with vmap_safe(net, fast=True), torch.no_grad():
+        actual = rows(net, params, X)
+    assert taken
+    assert_same(actual, rows(net.eval(), tensors(net), X))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_dual_numbers_around(net, taken, channels_last):
+    """Tangents made by hand, not by torch.func, pass through."""
+    x = X.movedim(2, -1).contiguous().movedim(-1, 2) if channels_last else X
+
+    def tangents(fast):
+        with vmap_safe(net, fast=fast), forward_ad.dual_level():
+            found = rows(net, tensors(net), forward_ad.make_dual(x, x.cos()))[0]
+            return {n: forward_ad.unpack_dual(t).tangent for n, t in found.items()}
+
+    expected = tangents(False)
+    assert not taken
+    assert_same(tangents(True), expected)
+    assert taken
+
+
 @pytest.mark.parametrize("name", ["vmap(grad)", "grad(vmap(grad))"])
 def test_compiled(name, net, taken):
     """The same through torch.compile, and the graph has the rule in it."""
@@ -227,8 +289,24 @@ def test_a_backward_inside_autocast_is_not_rounded(taken):
 # -- What the rule does not take ------------------------------------------------------
 
 
-REFUSED = {
+class Convolutions(TorchDispatchMode):
+    """The groups of the weight gradients that torch computes below vmap."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is convolution._backward and args[-1][1]:
+            self.groups.append(args[-2])
+        return function(*args, **(kwargs or {}))
+
+
+LAYERS = {
+    "images": nn.Conv2d(2, 4, 3),
+    "one position": nn.Conv2d(2, 4, 1),
     "groups": nn.Conv2d(2, 4, 3, groups=2),
+    "depthwise": nn.Conv2d(2, 2, 3, groups=2),
     "dilation": nn.Conv2d(2, 4, 2, dilation=2),
     "transposed": nn.ConvTranspose2d(2, 3, 3),
     "three dimensions": nn.Conv3d(2, 3, 2),
@@ -236,18 +314,44 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_torchs_own_where_the_rule_does_not_accept(name, taken):
-    """The numbers are torch's own, and the rule did not run."""
-    layer = REFUSED[name].double()
+@pytest.mark.parametrize("algorithm", ["torch", *convolution.ALGORITHMS])
+@pytest.mark.parametrize("name", LAYERS)
+def test_who_computes(name, algorithm, taken, monkeypatch):
+    """What the table gives to torch its own rule computes, as one convolution with
+    groups of its own for each slice; of the rest it sees no weight gradient."""
+    force(monkeypatch, algorithm)
+    layer = LAYERS[name].double()
     x = torch.randn(3, 2, 2, 5, 5, 5, dtype=torch.float64)
     if not isinstance(layer, nn.Conv3d):
         x = x[..., 0]
     expected = rows(layer, tensors(layer), x)
-    with vmap_safe(layer, fast=True):
+    with vmap_safe(layer, fast=True), Convolutions() as seen:
         actual = rows(layer, tensors(layer), x)
-    assert not taken
     assert_same(actual, expected)
+    assert bool(taken) == (algorithm != "torch")
+    assert seen.groups == ([] if taken else [3 * layer.groups])
+
+
+ENTRIES = {
+    "depthwise": (nn.Conv2d(64, 64, 3, groups=64), 8, "torch"),
+    "many positions": (nn.Conv2d(64, 64, 3), 40, "torch"),
+    "few positions": (nn.Conv2d(64, 128, 3), 6, "products"),
+    "one position": (nn.Conv2d(16, 8, 1), 8, "products"),
+    "a first layer": (nn.Conv2d(3, 32, 3), 32, "turned products"),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_table_of_a_cpu(name, taken, monkeypatch):
+    """The table itself, a shape for each of its parts."""
+    monkeypatch.setitem(regimes.REGIMES, "cpu", TABLE)
+    layer, size, algorithm = ENTRIES[name]
+    x = torch.randn(2, 1, layer.in_channels, size, size)
+    with vmap_safe(layer, fast=True):
+        rows(layer, tensors(layer), x)
+    assert [convolution._algorithm(call) for call in taken] == (
+        [] if algorithm == "torch" else [algorithm]
+    )
 
 
 def test_other_devices_and_precisions_are_left_alone(net, taken, monkeypatch):
@@ -259,18 +363,9 @@ def test_other_devices_and_precisions_are_left_alone(net, taken, monkeypatch):
             rows(net, tensors(net), X.float())
     finally:
         torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr(convolution, "REGIMES", {})
+    monkeypatch.delitem(regimes.REGIMES, "cpu")
     with vmap_safe(net, fast=True):
         rows(net, tensors(net), X.float())
-    assert not taken
-
-
-def test_small_calls_are_left_alone(net, taken, monkeypatch):
-    """The regimes are asked."""
-    regimes = convolution.Regimes(10**9, True, (convolution.Bounds(),), columns=100)
-    monkeypatch.setattr(convolution, "REGIMES", {"cpu": regimes})
-    with vmap_safe(net, fast=True):
-        rows(net, tensors(net), X)
     assert not taken
 
 
@@ -397,11 +492,8 @@ def test_slices_without_samples(net, taken):
     assert_same(actual, {n: t.new_zeros(3, *t.shape) for n, t in tensors(net).items()})
 
 
-def test_no_rule_unless_asked_for(net, taken):
-    """fast=None, the default, leaves torch's own rules where they are."""
+def test_in_force_unless_switched_off(net, taken):
+    """The user's own vmap(grad) meets the rule with no change to it."""
     with vmap_safe(net):
-        rows(net, tensors(net), X)
-    assert not taken
-    with vmap_safe(net, fast=True), vmap_safe(net):
         rows(net, tensors(net), X)
     assert taken

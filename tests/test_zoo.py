@@ -1132,6 +1132,7 @@ PARTS = {
 @pytest.mark.parametrize("parts", PARTS)
 def test_models_with_compiled_parts(parts, mode):
     """As compiled by regions: the same numbers, plain and under vmap."""
+    torch._dynamo.reset()  # what other cases compiled must not stand in
     net, x = built(lambda: nn.Sequential(conv_bn(3, 4), basic(4, 4))), batch("")
     reference = by_hand(net, mode)
     expected = torch.stack([reference(one) for one in x])

@@ -142,6 +142,16 @@ def constant_while_compiling(function: C) -> C:
     return function
 
 
+def run_while_compiling(function: C) -> C:
+    """A decorator for functions that torch.compile, where it meets their frames, runs
+    as they are, with all that they call."""
+    compiler = torch._C._dynamo.eval_frame
+    skip = compiler._FrameAction.SKIP
+    strategy = compiler._FrameExecStrategy(skip, skip)
+    compiler.set_code_exec_strategy(function.__code__, strategy)
+    return function
+
+
 _whole: list[Any] = []
 
 
@@ -171,7 +181,7 @@ def _transforms() -> Any:
 @constant_while_compiling
 def current_level() -> int:
     """The level of the innermost transform, 0 outside all."""
-    return len(_transforms())
+    return torch._C._functorch.maybe_current_level() or 0
 
 
 @constant_while_compiling
@@ -227,13 +237,25 @@ def slices_draw_their_own() -> bool:
     )
 
 
-def beyond_reverse_mode() -> bool:
-    """Whether the call sees a derivative other than one reverse mode, plain autograd
-    around it apart: a jvp, or a grad inside a grad. True while compiling."""
+def beyond_reverse_mode(*tensors: Tensor | None) -> bool:
+    """Whether the call sees a derivative other than one reverse mode: a jvp, a grad
+    inside a grad, or a grad inside plain autograd, which is recording what is computed
+    from one of ``tensors``. True while compiling."""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return True
     keys = [one.key().name for one in _transforms()]
-    return "Jvp" in keys or keys.count("Grad") > 1
+    if "Jvp" in keys or keys.count("Grad") > 1:
+        return True
+    return "Grad" in keys and any(
+        [innermost(t).requires_grad for t in tensors if t is not None]
+    )
+
+
+def innermost(tensor: Tensor) -> Tensor:
+    """What is inside all wrappers of the transforms around it."""
+    while is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 # What a batching rule does between one vmap and what is outside it. Read in torch 2.13
@@ -262,6 +284,17 @@ unseen_by_modes = torch._C.DisableTorchFunction
 def below_vmap() -> Any:
     """A context: what is computed in it is computed on whole batches."""
     return torch._C._ExcludeDispatchKeyGuard(_BATCHED)
+
+
+# What takes each operation of a kernel on to the transforms outside the vmap, and to
+# autograd. Read in torch 2.13 (dynamicLayerBackFallback).
+_TAKEN_ON = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerBackMode)
+
+
+def unwatched() -> Any:
+    """A context for plain tensors in a kernel, see :func:`is_plain`: what is computed
+    in it goes straight to the device, which saves about 10 us an operation."""
+    return torch._C._ExcludeDispatchKeyGuard(_TAKEN_ON)
 
 
 def would_be_cast(call: Call) -> bool:
@@ -313,8 +346,21 @@ def slices_of(batch: Tensor, level: int) -> Tensor:
 def is_plain(tensor: Tensor) -> bool:
     """Whether nothing watches what is computed from it: no transform, no autograd, no
     tracing. Results may then be written in place."""
-    watched = tensor.requires_grad or is_wrapped(tensor)
+    recorded = tensor.requires_grad and torch.is_grad_enabled()
+    watched = recorded or forward_ad._current_level >= 0 or is_wrapped(tensor)
     return type(tensor) in (Tensor, torch.nn.Parameter) and not watched
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether a derivative may be taken of what is computed from it."""
+    if forward_ad._current_level >= 0:
+        return True
+    functorch = torch._C._functorch
+    while is_wrapped(tensor):
+        if functorch.is_gradtrackingtensor(tensor):  # of torch.func's grad and jvp
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def storage_of(tensor: Tensor) -> int | None:
@@ -323,10 +369,8 @@ def storage_of(tensor: Tensor) -> int | None:
     Inside a transform views are wrapped, even those of tensors that are not; what
     counts is inside the wrappers.
     """
-    while is_wrapped(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return int(innermost(tensor).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse, or a subclass without
         return None
 
@@ -356,6 +400,21 @@ def batch_size(call: Call) -> int:
     }
     (size,) = sizes
     return int(size)
+
+
+def batch_first(call: Call, name: str) -> Tensor:
+    """A batched argument of ``call``, its batch dimension in front."""
+    value: Tensor = call[name]
+    dim = call.in_dims[name]
+    return value.movedim(dim, 0) if dim else value
+
+
+def expanded(call: Call, name: str) -> Tensor:
+    """An argument with a batch dimension in front, whether it is batched or not."""
+    if call.in_dims[name] is not None:
+        return batch_first(call, name)
+    value: Tensor = call[name]
+    return value.expand(batch_size(call), *value.shape)
 
 
 def broadcast_to_leaves(spec: Any, tree: Any) -> list[int | None] | None:

@@ -34,7 +34,7 @@ def per_sample_grad_norms(
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
-    fast: bool | None = None,
+    fast: bool = True,
 ) -> Any:
     """The Euclidean norm of every row of :func:`per_sample_grads`.
 
@@ -137,7 +137,7 @@ def clipped_grad_sum(
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
-    fast: bool | None = None,
+    fast: bool = True,
 ) -> Any:
     r"""The sum of the rows of :func:`per_sample_grads`, each clipped to a norm.
 

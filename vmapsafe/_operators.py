@@ -31,6 +31,7 @@ from vmapsafe._call import (
     Parameters,
     below_vmap,
     current_level,
+    run_while_compiling,
     unseen_by_modes,
     whole_batches,
     would_be_cast,
@@ -39,13 +40,13 @@ from vmapsafe._call import (
 from vmapsafe._rule import Rule, speed_rules
 
 
-def enter(block: object, fast: bool | None) -> None:
+def enter(block: object, fast: bool) -> None:
     """A block opens: ``fast`` True asks for the rules, False switches them off for all
-    threads, None leaves the choice to the other blocks.
+    threads.
 
     What torch.compile traces does not count: its graphs are made after the block.
     """
-    if fast is None or torch.compiler.is_compiling():  # a lock cannot be traced
+    if torch.compiler.is_compiling():  # a lock cannot be traced
         return
     with _lock:
         # Older versions of torch cannot give their own rule back: no speed rules there.
@@ -116,7 +117,9 @@ def _install(operator: Any) -> None:
 def _kernel(operator: Any) -> Callable[..., Any]:
     parameters = Parameters.of(operator)
     torchs_own = torch.library.get_kernel(operator, _KEY)
+    one_output = len(operator._schema.returns) == 1
 
+    @run_while_compiling
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         rules = _in_force(operator)
         if rules:
@@ -129,7 +132,8 @@ def _kernel(operator: Any) -> Callable[..., Any]:
                     if rule.accepts(call) and not would_be_cast(call):
                         with below_vmap():
                             outputs = rule.batched(call)
-                        return wrapped_again(outputs, level)
+                        found = wrapped_again(outputs, level)
+                        return found[0] if one_output else found
         return torchs_own.call_boxed(keyset, *args, **kwargs)
 
     return kernel
@@ -139,5 +143,5 @@ def _in_force(operator: Function) -> tuple[Rule, ...]:
     if _alone is not None:
         return _alone.get(operator, ())
     if _fast and not _slow:
-        return speed_rules()[operator]
+        return speed_rules().get(operator, ())
     return ()

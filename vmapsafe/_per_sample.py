@@ -32,7 +32,7 @@ def per_sample_grads(
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
-    fast: bool | None = None,
+    fast: bool = True,
 ) -> Any:
     r"""Every sample's gradient of the loss with respect to the model's parameters.
 
@@ -164,7 +164,7 @@ def _quickly(samples: Samples, chunk_size: ChunkSize) -> Any:
     loss has been computed.
     """
     options = samples.options
-    if options.fast is False or options.update_running_stats:
+    if not options.fast or options.update_running_stats:
         return None
     if not samples.recordable() or samples.watched():
         return None

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -66,6 +65,7 @@ Table = Mapping[Function, tuple[Rule, ...]]
 
 _rules: list[Rule] = []
 _tables: dict[str, Table] = {}
+_speed_rules: dict[Function, tuple[Rule, ...]] = {}
 _parameters: dict[Function, Parameters] = {}
 
 
@@ -81,9 +81,10 @@ def register(rule: Rule) -> Rule:
         check_mode("register(...)", mode)
     _rules.append(rule)
     _tables.clear()
-    _by_operator.cache_clear()
     for function in rule.functions:
         _parameters.setdefault(function, Parameters.of(function))
+        if rule.of_operator:
+            _speed_rules[function] = (*_speed_rules.get(function, ()), rule)
     return rule
 
 
@@ -107,17 +108,7 @@ def table(mode: str) -> Table:
 
 def speed_rules() -> Table:
     """The rules of operators, by operator."""
-    return _by_operator()
-
-
-@cache
-def _by_operator() -> Table:
-    found: dict[Function, tuple[Rule, ...]] = {}
-    for rule in _rules:
-        if rule.of_operator:
-            for operator in rule.functions:
-                found[operator] = (*found.get(operator, ()), rule)
-    return found
+    return _speed_rules
 
 
 def bind(

@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from vmapsafe._call import Call, batched_levels, is_wrapped, storage_of
+from vmapsafe._call import (
+    Call,
+    batched_levels,
+    is_wrapped,
+    run_while_compiling,
+    storage_of,
+)
 from vmapsafe._checkpoint import in_checkpoint, refuse_recomputation, watch
 from vmapsafe._errors import BlockError, worded
 from vmapsafe._groups import NumGroups
@@ -39,7 +45,7 @@ class Options:
     update_running_stats: bool = False
     sync_levels: int | None = None
     rows: str = "contribution"  # of per_sample_grads
-    fast: bool | None = None
+    fast: bool = True
     copies_at: int | None = None  # of per-sample gradients, see Site
 
     def __str__(self) -> str:
@@ -50,12 +56,12 @@ class Options:
             given.append("update_running_stats=True")
         if self.sync_levels is not None:
             given.append(f"sync_levels={self.sync_levels}")
-        if self.fast is not None:
-            given.append(f"fast={self.fast}")
+        if not self.fast:
+            given.append("fast=False")
         return ", ".join(given)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Place:
     """Where a call is made: in a module of a model that a block covers.
 
@@ -117,7 +123,7 @@ class Place:
         return storage is not None and any(storage_of(b) == storage for b in buffers)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Running:
     """A module whose forward is running.
 
@@ -177,6 +183,7 @@ class Scope(TorchFunctionMode):
         self.traced: list[Running] = []
         self.covers = {module: model for model in models for module in model.modules}
 
+    @run_while_compiling
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -185,16 +192,18 @@ class Scope(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        rules = self.table.get(func)
+        out = kwargs.get("out")
+        if rules is None and out is None:
+            return func(*args, **kwargs)
         running = running_under(self)
         place = running[-1].place if running else None
         if place is not None and place.scope is self:
-            rules = self.table.get(func)
             if rules is not None:
                 call = Call(func, bind(func, args, kwargs), place)
                 for rule in rules:
                     if rule.accepts(call):
                         return rule.batched(call)
-            out = kwargs.get("out")
             if out is not None:
                 targets = (out,) if isinstance(out, Tensor) else out
                 if any([place.holds(target) for target in targets]):
@@ -359,6 +368,7 @@ def _uninstall() -> None:
     del _module._global_forward_hooks_always_called[_KEY]
 
 
+@run_while_compiling
 def _begin(module: nn.Module, args: Any) -> None:
     """A module's forward begins: note it, and hold its flags to what was asked for."""
     scope = innermost()
@@ -376,6 +386,8 @@ def _begin(module: nn.Module, args: Any) -> None:
         return
     model = owner.covers[module]
     layer = model.layers.get(module)
+    if layer is None and not adopted and _is_nothing_new(module, model, running):
+        return
     if layer is not None:
         layer.enforce()
         if not torch.compiler.is_compiling() and in_checkpoint():
@@ -389,6 +401,24 @@ def _begin(module: nn.Module, args: Any) -> None:
         levels = _levels_of(model.modules) if sync else frozenset()
     place = Place(owner, model, module, levels)
     running.append(Running(module, place, buffers, adopted))
+
+
+def _is_nothing_new(
+    module: nn.Module, model: Model, running: Sequence[Running]
+) -> bool:
+    """Whether rules may take the calls of ``module`` for those of the module around it,
+    as they may for most modules, which are many and whose forwards should cost little.
+
+    One that is running already is noted again, as its end ends the last of that name.
+    """
+    if module._buffers or not running:
+        return False
+    place = running[-1].place
+    return (
+        place is not None
+        and place.model is model
+        and all([one.module is not module for one in running])
+    )
 
 
 def _levels_of(modules: Iterable[nn.Module]) -> frozenset[int]:
@@ -418,13 +448,14 @@ def _recomputing(module: nn.Module) -> Scope | None:
     return None
 
 
+@run_while_compiling
 def _end(module: nn.Module, args: Any, output: Any) -> None:
     """A module's forward has returned or raised."""
     scope = innermost()
     if scope is None:
         return
     running = running_under(scope)
-    if not any([one.module is module for one in running]):
+    if not running or all([one.module is not module for one in running]):
         return
     while True:
         last = running.pop()

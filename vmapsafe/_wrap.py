@@ -31,7 +31,7 @@ def vmap_safe(  # type: ignore[overload-overlap]
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
-    fast: bool | None = None,
+    fast: bool = True,
 ) -> Block: ...
 
 
@@ -45,7 +45,7 @@ def vmap_safe(
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
-    fast: bool | None = None,
+    fast: bool = True,
 ) -> Any:
     """Make batch norm networks work under ``torch.func`` for the length of a block.
 
@@ -106,10 +106,10 @@ def vmap_safe(
         sync_levels: in "sync", how many nested vmaps are merged, counted from the
             innermost; None for all. Merged are those that batch a layer's input and no
             parameter or buffer of the model.
-        fast: True puts faster batching rules in the place of torch's own, in all
-            threads while the block is open; so far for convolutions on a CPU. False
-            switches them off in blocks around this one too. None, for now, is torch's
-            own unless another open block asks.
+        fast: whether faster batching rules of some operators stand in the place of
+            torch's own, in all threads while the block is open. They give the same
+            numbers up to rounding. False leaves all to torch, in blocks around this
+            one and in other threads too.
 
     Returns:
         A block for ``with`` (``as`` gives the model, or a tuple of them) that is also

@@ -1,5 +1,27 @@
 """The rules, one file a family. Importing this package registers them, in order."""
 
-from vmapsafe.rules import batch_norm, buffers, convolution, random_numbers, sync
+from vmapsafe.rules import (
+    attention,
+    batch_norm,
+    buffers,
+    convolution,
+    embedding,
+    layer_norm,
+    linear,
+    native_batch_norm,
+    random_numbers,
+    sync,
+)
 
-__all__ = ["batch_norm", "buffers", "convolution", "random_numbers", "sync"]
+__all__ = [
+    "attention",
+    "batch_norm",
+    "buffers",
+    "convolution",
+    "embedding",
+    "layer_norm",
+    "linear",
+    "native_batch_norm",
+    "random_numbers",
+    "sync",
+]

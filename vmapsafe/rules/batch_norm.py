@@ -98,7 +98,9 @@ def _group_norm(call: Call) -> Tensor:
             )
         )
     x = x.contiguous()  # group_norm asks vmap for a layout it cannot tell
-    return F.group_norm(x, groups, call["weight"], call["bias"], call["eps"])
+    y = F.group_norm(x, groups, call["weight"], call["bias"], call["eps"])
+    # Of an empty batch vmap forgets the length of the slices (torch 2.13).
+    return y if y.shape == x.shape else x.to(y.dtype, copy=True)
 
 
 def _plain_group_norm(call: Call) -> Tensor:
@@ -138,17 +140,15 @@ register(
 
 def instance_norm_unwritten(call: Call) -> Tensor:
     """By the statistics of each sample and channel."""
-    x = call["input"]
+    x, weight, bias = call["input"], call["weight"], call["bias"]
     if x.numel() == x.size(0) * x.size(1):
         raise ValueError(
             _one_value(call, "each channel", 'Use larger samples, or mode="eval"')
         )
-    if beyond_reverse_mode():
+    if beyond_reverse_mode(x, weight, bias):
         dims = list(range(2, x.dim()))
-        return _normalised_over(dims, x, call["weight"], call["bias"], call["eps"])
-    return F.instance_norm(
-        x, None, None, call["weight"], call["bias"], True, 0.0, call["eps"]
-    )
+        return _normalised_over(dims, x, weight, bias, call["eps"])
+    return F.instance_norm(x, None, None, weight, bias, True, 0.0, call["eps"])
 
 
 def plain_instance_norm(call: Call) -> Tensor:
@@ -173,17 +173,23 @@ register(
 
 
 def _reads_statistics(call: Call) -> bool:
+    """Whether torch's own would fail or crawl: it raises in vmap(grad) for dtypes that
+    differ, as under autocast, and becomes a loop over the slices where torch.compile
+    traces it (read in torch 2.13)."""
+    mean = call["running_mean"]
+    if call["training"] or mean is None or call["running_var"] is None:
+        return False
     return (
-        not call["training"]
-        and call["running_mean"] is not None
-        and call["running_var"] is not None
-        and not has_own_weights(call)  # left to _record
-    )
+        torch.compiler.is_compiling()
+        or call["input"].dtype != mean.dtype
+        or torch.is_autocast_enabled(call["input"].device.type)
+    ) and not has_own_weights(
+        call
+    )  # left to _record
 
 
 def by_running_statistics(call: Call) -> Tensor:
-    """An affine map. torch's own raises in vmap(grad) under autocast, and becomes a
-    loop over the slices where torch.compile traces it (read in torch 2.13)."""
+    """An affine map."""
     x = wide(call["input"])
     scale = torch.rsqrt(wide(call["running_var"]) + call["eps"])
     if call["weight"] is not None:
@@ -222,7 +228,7 @@ def own_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Batch norm by the statistics of ``x`` itself."""
-    if beyond_reverse_mode():
+    if beyond_reverse_mode(x, weight, bias):
         dims = [d for d in range(x.dim()) if d != 1]
         return _normalised_over(dims, x, weight, bias, eps)
     return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)

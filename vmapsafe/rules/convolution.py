@@ -1,121 +1,46 @@
 """The backward of a convolution, of one sample each: a faster batching rule.
 
 Under ``vmap(grad)`` torch computes the weight gradients of all samples as one
-convolution with a group a sample. Where that loses, they are a batch of matrix
-products, of the output gradients and what the kernel saw at each output position.
-Where is a matter of the machine: ``REGIMES``, by type of device.
+convolution with a group a sample. Where that loses, one of ``ALGORITHMS`` takes its
+place; where is a matter of the machine, see ``regimes``.
+
+Tried on a CPU and beaten everywhere: a product for each position of the kernel, with or
+without a copy of what it sees; an ordinary convolution a sample; ``F.unfold``, which
+takes up to ten times as long as a copy of strided windows. For depthwise ones torch's
+own rule is already one call with B * C channels.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import Call, batch_size, is_plain, slices
+from vmapsafe._call import Call, batch_size, is_plain, slices, unwatched
 from vmapsafe._rule import MODES, Rule, register
+from vmapsafe.rules.regimes import REGIMES
 
 _backward = torch.ops.aten.convolution_backward.default
 
-_ANY = 2**62
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Where an algorithm wins; both ends of an interval belong to it.
-
-    Attributes:
-        dims: spatial dimensions.
-        channels: of the input, C.
-        outputs: channels of the output, O.
-        positions: N x L, output positions of a slice.
-    """
-
-    dims: tuple[int, int] = (1, 2)
-    channels: tuple[int, int] = (1, _ANY)
-    outputs: tuple[int, int] = (1, _ANY)
-    positions: tuple[int, int] = (1, _ANY)
-
-    def hold(self, dims: int, channels: int, outputs: int, positions: int) -> bool:
-        return (
-            self.dims[0] <= dims <= self.dims[1]
-            and self.channels[0] <= channels <= self.channels[1]
-            and self.outputs[0] <= outputs <= self.outputs[1]
-            and self.positions[0] <= positions <= self.positions[1]
-        )
-
-
-@dataclass(frozen=True)
-class Regimes:
-    """What wins on one type of device.
-
-    Attributes:
-        work: below B x O x C x K x N x L products, the whole batch's, torch's own rule.
-        pointwise: whether matrix products win for kernels of one position.
-        windows: other kernels: where matrix products with copied windows win.
-        columns: how many numbers of copied windows to hold at a time, at most; they
-            are to stay in the cache.
-    """
-
-    work: int
-    pointwise: bool
-    windows: tuple[Bounds, ...]
-    columns: int
-
-
-# Read off bench/convolution.py, on an x86 server core. A device that is not here has
-# torch's own rule.
-REGIMES = {
-    "cpu": Regimes(
-        work=2**21,
-        pointwise=True,
-        windows=(
-            Bounds(
-                dims=(2, 2), channels=(2, 4), outputs=(1, 32), positions=(256, _ANY)
-            ),
-            Bounds(
-                dims=(2, 2), channels=(2, 4), outputs=(1, 64), positions=(1024, _ANY)
-            ),
-            Bounds(channels=(128, _ANY), outputs=(64, _ANY), positions=(1, 16)),
-            Bounds(channels=(64, _ANY), outputs=(128, _ANY), positions=(1, 64)),
-            Bounds(
-                dims=(2, 2), channels=(96, 192), outputs=(128, _ANY), positions=(1, 256)
-            ),
-            Bounds(
-                dims=(2, 2),
-                channels=(192, _ANY),
-                outputs=(256, _ANY),
-                positions=(1, 256),
-            ),
-        ),
-        columns=2**19,
-    ),
-}
-
 
 def _accepts(call: Call) -> bool:
-    grad, x, weight = call["grad_output"], call["input"], call["weight"]
-    regimes = REGIMES.get(weight.device.type)
-    if regimes is None or weight.numel() * grad.numel() < regimes.work * len(weight):
-        return False  # cheap to ask, and small calls are many
-    kernel = weight.shape[2:]
+    weight, in_dims = call["weight"], call.in_dims
+    if weight.device.type not in REGIMES or not call["output_mask"][1]:
+        return False
+    grad, x = call["grad_output"], call["input"]
     return (
-        call.in_dims["grad_output"] is not None
-        and call.in_dims["input"] is not None
-        and call.in_dims["weight"] is None
-        and call["output_mask"][1]
-        and call["groups"] == 1
-        and not call["transposed"]
-        and len(kernel) in (1, 2)
-        and len(call["stride"]) == len(call["padding"]) == len(kernel)
+        in_dims["grad_output"] is not None
+        and in_dims["input"] is not None
+        and in_dims["weight"] is None
         and grad.dtype == x.dtype == weight.dtype
-        and x.numel() > 0
-        and _wins(call, regimes)
+        and min(grad.numel(), x.numel(), weight.numel()) > 0
+        and len(call["stride"]) == len(call["padding"]) == weight.dim() - 2
+        and _algorithm(call) in ALGORITHMS
         # That precision holds for matrix products, not for convolutions.
         and (
             weight.dtype != torch.float32
@@ -124,23 +49,17 @@ def _accepts(call: Call) -> bool:
     )
 
 
-def _wins(call: Call, regimes: Regimes) -> bool:
-    """Whether ours is the faster one, if it can be used at all."""
-    grad, weight = call["grad_output"], call["weight"]
-    outputs, channels = weight.shape[:2]
-    positions = grad.numel() // (batch_size(call) * outputs)
-    if _is_pointwise(weight):
-        return regimes.pointwise and not any(call["padding"])
-    return set(call["dilation"]) == {1} and any(
-        [
-            bounds.hold(weight.dim() - 2, channels, outputs, positions)
-            for bounds in regimes.windows
-        ]
-    )
-
-
-def _is_pointwise(weight: Tensor) -> bool:
-    return weight.shape[2:].numel() == 1
+def _algorithm(call: Call) -> str:
+    """The name of the one that wins."""
+    weight, groups = call["weight"], call["groups"]
+    outputs, channels, *kernel = weight.shape
+    seen_by = call["input" if call["transposed"] else "grad_output"]
+    positions = seen_by.numel() // (batch_size(call) * outputs)
+    shape = (len(kernel), math.prod(kernel), groups, channels, outputs // groups)
+    for row in REGIMES[weight.device.type].convolutions:
+        if row.holds(*shape, positions):
+            return row.algorithm
+    return "torch"
 
 
 def _merged(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -168,79 +87,151 @@ def _merged(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
 def weight_gradient(
     call: Call, grad: Tensor, x: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """(B, O, C, *K) from (B, N, O, *L) and (B, N, C, *S); in ``out``, contiguous and
-    only for plain tensors, if given."""
-    weight = call["weight"]
-    if _is_pointwise(weight) and not any(call["padding"]):
-        windows = _strided(x, call["stride"])
-        limit = None
-    else:
-        windows = _windows(x, call, grad.shape[3:])
-        limit = REGIMES[weight.device.type].columns
-    if out is not None:
-        out = out.view(len(out), len(weight), -1)
-    product = _products(grad.movedim(1, 2).flatten(2), windows, limit, out)
-    return product.view(-1, *weight.shape)
+    """(B, O, C, *K) from (B, N, O, *L) and (B, N, C, *S), by the algorithm that wins,
+    or by products where none does; in ``out``, contiguous and only for plain tensors,
+    if given."""
+    return ALGORITHMS.get(_algorithm(call), _products)(call, grad, x, out)
 
 
 def seen_by_kernel(call: Call, x: Tensor) -> Tensor:
-    """(B, C * K, N * L): what the kernel sees at each output position; no groups, no
-    dilation."""
-    if _is_pointwise(call["weight"]) and not any(call["padding"]):
-        return _strided(x, call["stride"]).flatten(2)
-    windows = _windows(x, call, ())
-    return windows.reshape(len(x), call["weight"][0].numel(), -1)
-
-
-def _strided(x: Tensor, stride: list[int]) -> Tensor:
-    """The values of ``x`` that a kernel of one position sees: (B, C, N, *L)."""
-    index: tuple[Any, ...] = (..., *[slice(None, None, step) for step in stride])
-    return x[index].movedim(1, 2)
-
-
-def _windows(x: Tensor, call: Call, lengths: Sequence[int]) -> Tensor:
-    """What the kernel sees at each output position: (B, C, *K, N, *L)."""
-    kernel, stride = call["weight"].shape[2:], call["stride"]
-    n = len(kernel)
+    """(B, C * K, N * L) from plain (B, N, C, *S): what the kernel sees at each output
+    position; no groups."""
     if any(call["padding"]):
-        x = F.pad(x, [p for size in reversed(call["padding"]) for p in (size, size)])
-    if is_plain(x):  # views
-        for d in range(n):
-            x = x.unfold(3 + d, kernel[d], stride[d])
-        offsets, positions = range(3 + n, 3 + 2 * n), range(3, 3 + n)
-        return x.permute(0, 2, *offsets, 1, *positions)
-    # The backward of unfold has no batching rule in torch 2.13, that of slices has.
-    seen = []
-    for offset in itertools.product(*[range(size) for size in kernel]):
-        ends = [o + s * (size - 1) + 1 for o, s, size in zip(offset, stride, lengths)]
-        index: tuple[Any, ...] = (..., *map(slice, offset, ends, stride))
-        seen.append(x[index])
-    windows = torch.stack(seen, 3).movedim(1, 3)
-    return windows.reshape(*windows.shape[:2], *kernel, *windows.shape[3:])
+        x = _padded(call, x)
+    sizes = zip(x.shape[3:], call["weight"].shape[2:], call["stride"], call["dilation"])
+    lengths = torch.Size([(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in sizes])
+    seen = _windows(call, x, lengths, last=False)
+    return seen.reshape(len(x), call["weight"][0].numel(), -1)
+
+
+# -- Algorithms: (B, O, C, *K) from (B, N, O, *L) and (B, N, C, *S) -------------------
 
 
 def _products(
-    grad: Tensor, windows: Tensor, limit: int | None, out: Tensor | None
+    call: Call,
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor | None = None,
+    turned: bool = False,
 ) -> Tensor:
-    """(B, O, C * K) from (B, O, N * L) and (B, C, *K, N, *L).
+    """A matrix product a sample, of output gradients and what the kernel saw there.
 
-    Plain tensors a few samples at a time, so that the windows' copies stay in the
-    cache, and into the result, as fresh memory is dear.
+    ``turned`` computes transposes, which is faster where a kernel sees little.
     """
-    batch, outputs, positions = grad.shape
-    columns = windows[0].numel()
-    if limit is None or not (is_plain(grad) and is_plain(windows)):
-        windows = windows.reshape(batch, -1, positions)
-        return torch.matmul(grad, windows.mT, out=out)
-    result = out
-    if result is None:
-        result = grad.new_empty(batch, outputs, columns // positions)
-    step = max(1, limit // columns)
-    for i in range(0, batch, step):
-        part = windows[i : i + step]
-        part = part.reshape(len(part), -1, positions)
-        torch.bmm(grad[i : i + step], part.mT, out=result[i : i + step])
-    return result
+    if call["transposed"]:
+        grad, x = x, grad  # the backward of a convolution the other way
+    weight, groups, lengths = call["weight"], call["groups"], grad.shape[3:]
+    # (B * G, O, N * L), where O is that of a group
+    grads = grad.movedim(1, 2).reshape(len(x) * groups, len(weight) // groups, -1)
+    if is_plain(grad) and is_plain(x):
+        with unwatched():
+            return _plain_products(call, grads, x, lengths, out, turned)
+    seen = _watched_windows(call, x, lengths).reshape(len(grads), -1, grads.size(2))
+    return (grads @ seen.mT).view(-1, *weight.shape)
+
+
+def _plain_products(
+    call: Call,
+    grads: Tensor,
+    x: Tensor,
+    lengths: torch.Size,
+    out: Tensor | None,
+    turned: bool,
+) -> Tensor:
+    """A few samples at a time, so that the copies of windows stay in the cache, in
+    memory that is used again and into the result, as fresh memory is dear."""
+    groups, (outputs, channels, *kernel) = call["groups"], call["weight"].shape
+    columns, positions = channels * math.prod(kernel), grads.size(2)
+    # Channels that lie next to each other are copied together.
+    last = out is None and groups == 1 and channels > 1 and x.stride(2) == 1
+    shape = (-1, positions, columns) if last else (-1, columns, positions)
+    shape_of_result = (*grads.shape[:2], columns)
+    if out is None:
+        result = grads.new_empty(shape_of_result)
+    else:
+        result = out.view(shape_of_result)
+    padding = call["padding"]
+    step = max(1, REGIMES[x.device.type].columns // (groups * columns * positions))
+    copies = room = None
+    if x.size(1) * columns == channels and x[0].numel() == groups * columns * positions:
+        step = len(x)  # a kernel of one position sees the input as it is
+    else:
+        step = min(step, len(x))
+        copies = x.new_empty(step * groups, *shape[1:])
+        if any(padding):
+            room = _padded(call, x[:step])
+    inside: tuple[Any, ...] = (..., *[slice(p, -p or None) for p in padding])
+    for i in range(0, len(x), step):
+        part = x[i : i + step]
+        if room is not None:
+            room[: len(part)][inside] = part
+            part = room[: len(part)]
+        seen = _windows(call, part, lengths, last)
+        if copies is not None:
+            seen = copies[: len(part) * groups].view(seen.shape).copy_(seen)
+        seen = seen.reshape(shape)
+        these = slice(i * groups, i * groups + len(seen))
+        if not last:
+            seen = seen.mT
+        if turned:
+            result[these] = torch.bmm(seen.mT, grads[these].mT).mT
+        else:
+            torch.bmm(grads[these], seen, out=result[these])
+    if last:
+        return result.view(-1, outputs, *kernel, channels).movedim(-1, 2)
+    return result.view(-1, outputs, channels, *kernel)
+
+
+def _windows(call: Call, x: Tensor, lengths: torch.Size, last: bool) -> Tensor:
+    """What the kernel sees at each output position, a view of padded samples:
+    (B, G, C, *K, N, *L), or with the channels last (B, G, N, *L, *K, C)."""
+    groups, (_, channels, *kernel) = call["groups"], call["weight"].shape
+    of_sample, of_slice, of_channel, *steps = x.stride()
+    # of groups, channels, the kernel, slices and positions
+    sizes = [groups], [channels], kernel, [x.size(1)], lengths
+    strides = (
+        *([of_channel * channels], [of_channel]),
+        [step * d for step, d in zip(steps, call["dilation"])],
+        [of_slice],
+        [step * s for step, s in zip(steps, call["stride"])],
+    )
+    order = (0, 3, 4, 2, 1) if last else range(5)
+    return x.as_strided(
+        (len(x), *itertools.chain(*[sizes[i] for i in order])),
+        (of_sample, *itertools.chain(*[strides[i] for i in order])),
+    )
+
+
+def _watched_windows(call: Call, x: Tensor, lengths: torch.Size) -> Tensor:
+    """The same by slices, whose backward has batching rules: (B, C, K, N, *L)."""
+    if any(call["padding"]):
+        x = _padded(call, x)
+    seen = []
+    for offset in itertools.product(*map(range, call["weight"].shape[2:])):
+        index: list[Any] = [...]
+        for at, size, s, d in zip(offset, lengths, call["stride"], call["dilation"]):
+            index.append(slice(at * d, at * d + s * (size - 1) + 1, s))
+        seen.append(x[tuple(index)])
+    return torch.stack(seen, 3).movedim(1, 3)
+
+
+def _padded(call: Call, x: Tensor) -> Tensor:
+    sizes = [p for size in reversed(call["padding"]) for p in (size, size)]
+    # As a batch of images it keeps the order of its dimensions in memory.
+    padded = F.pad(x.flatten(0, 1), sizes)
+    return padded.view(*x.shape[:2], *padded.shape[1:])
+
+
+def _turned_products(
+    call: Call, grad: Tensor, x: Tensor, out: Tensor | None = None
+) -> Tensor:
+    return _products(call, grad, x, out, turned=True)
+
+
+ALGORITHMS: Mapping[str, Callable[..., Tensor]] = {
+    "products": _products,
+    "turned products": _turned_products,
+}
 
 
 # -- The slow form -------------------------------------------------------------------
@@ -259,7 +250,7 @@ def _by_autograd(call: Call) -> tuple[Tensor | None, ...]:
     values = [
         call["input"],
         call["weight"],
-        call["input"].new_zeros(len(call["weight"])),
+        call["input"].new_zeros(call["grad_output"].size(1)),
     ]
     leaves = [v if v.requires_grad else v.detach().requires_grad_() for v in values]
     y = torch.ops.aten.convolution(

@@ -1,0 +1,225 @@
+"""Layer norm of one sample each: faster batching rules, forward and backward.
+
+torch's own do without the affine part of its fused kernels. Its rule of the backward
+(2.13) also takes mean and standard deviation for constants in the rows of the weight,
+so that derivatives of them from outside the vmap, as of a penalty on their norms, are
+silently wrong; ours takes every call that could have such a derivative.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmapsafe._call import (
+    Call,
+    batch_first,
+    batch_size,
+    expanded,
+    is_differentiated,
+    is_plain,
+    slices,
+)
+from vmapsafe._rule import MODES, Rule, register
+from vmapsafe.rules.regimes import REGIMES
+
+_forward = torch.ops.aten.native_layer_norm.default
+_backward = torch.ops.aten.native_layer_norm_backward.default
+
+
+def _accepts(call: Call) -> bool:
+    x = call["input"]
+    return (
+        _is_worth(x)
+        and call.in_dims["input"] is not None
+        and _has_affine(call, x.dtype)
+        and _shares_affine(call)
+    )
+
+
+def _is_worth(x: Tensor) -> bool:
+    regimes = REGIMES.get(x.device.type)
+    return regimes is not None and x.numel() >= max(1, regimes.layer_norm)
+
+
+def _has_affine(call: Call, dtype: torch.dtype) -> bool:
+    """Whether there is a weight, which is what torch's rules do by hand, and all is of
+    one dtype."""
+    weight, bias = call["weight"], call["bias"]
+    return (
+        weight is not None
+        and weight.dtype == dtype
+        and (bias is None or bias.dtype == dtype)
+    )
+
+
+def _shares_affine(call: Call) -> bool:
+    return call.in_dims["weight"] is None and call.in_dims.get("bias") is None
+
+
+_SAVED = ("grad_out", "input", "mean", "rstd")
+
+
+def _accepts_backward(call: Call) -> bool:
+    x = call["input"]
+    return (
+        x.numel() > 0
+        and _has_affine(call, x.dtype)
+        and all([call[name].dtype == x.dtype for name in _SAVED])
+        and (
+            is_differentiated(x)
+            or _is_worth(x)
+            and _shares_affine(call)
+            and all([call.in_dims[name] is not None for name in _SAVED])
+        )
+    )
+
+
+def _merged(call: Call) -> tuple[Tensor, ...]:
+    x = batch_first(call, "input")
+    found: tuple[Tensor, ...] = _forward(**{**call.arguments, "input": x})
+    return found
+
+
+def _merged_backward(call: Call) -> tuple[Tensor | None, ...]:
+    # The kernel on the CPU reads the incoming gradient as if it were contiguous.
+    batches = {name: expanded(call, name).contiguous() for name in _SAVED}
+    wants_input, *wanted = call["output_mask"]
+    of_input = _gradient_of_input(call, batches) if wants_input else None
+    x = batches["input"]
+    regimes = REGIMES.get(x.device.type)
+    if regimes and x[0].numel() >= regimes.layer_norm_slice and is_plain(x):
+        return of_input, *_rows_by_kernel(call, batches, wanted)
+    return of_input, *_rows(call, batches, wanted)
+
+
+def _gradient_of_input(call: Call, batches: dict[str, Tensor]) -> Tensor:
+    changed: dict[str, Any] = {**batches, "output_mask": [True, False, False]}
+    if not _shares_affine(call):
+        grad = batches["grad_out"]
+        weight = expanded(call, "weight")
+        between = [1] * (grad.dim() - weight.dim())
+        weight = weight.reshape(len(weight), *between, *weight.shape[1:])
+        changed.update(grad_out=grad * weight, weight=None, bias=None)
+    found: Tensor = _backward(**{**call.arguments, **changed})[0]
+    return found
+
+
+def _rows_by_kernel(
+    call: Call, batches: dict[str, Tensor], wanted: list[bool]
+) -> list[Tensor | None]:
+    rows = []
+    for i in range(len(batches["input"])):
+        one = {name: batch[i] for name, batch in batches.items()}
+        mask = [False, *wanted]
+        found = _backward(**{**call.arguments, **one, "output_mask": mask})
+        rows.append(found[1:])
+    return [torch.stack(row) if want else None for row, want in zip(zip(*rows), wanted)]
+
+
+def _rows(
+    call: Call, batches: dict[str, Tensor], wanted: list[bool]
+) -> list[Tensor | None]:
+    """The sums of g x̂ and of g over what the slices normalise."""
+    grad, x, mean, rstd = batches.values()
+    wants_weight, wants_bias = wanted
+    last = len(call["normalized_shape"])
+    dims = list(range(1, x.dim() - last))
+    of_weight = of_bias = None
+    if wants_weight:
+        if is_differentiated(x):
+            mean, rstd = _as_functions(x, mean, rstd, last)
+        product = (x - mean) * rstd * grad
+        of_weight = product.sum(dims) if dims else product
+    if wants_bias:
+        of_bias = grad.sum(dims) if dims else grad.clone()
+    return [of_weight, of_bias]
+
+
+def _as_functions(
+    x: Tensor, mean: Tensor, rstd: Tensor, last: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation as functions of ``x``, with the values given.
+
+    torch hands them over as constants, without the eps that is in them.
+    """
+    dims = list(range(-last, 0))
+    mean = x.mean(dims, keepdim=True)
+    var = (x - mean).square().mean(dims, keepdim=True)
+    eps = (rstd.pow(-2) - var).detach()
+    return mean, torch.rsqrt(var + eps)
+
+
+# -- The slow form -------------------------------------------------------------------
+
+
+def _slice_by_slice(call: Call) -> tuple[Tensor | None, ...]:
+    plain = _plain if call.function is _forward else _plain_backward
+    rows = [plain(one) for one in slices(call, batch_size(call))]
+    return tuple(
+        None if column[0] is None else torch.stack(column) for column in zip(*rows)
+    )
+
+
+def _plain(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Ba et al., https://arxiv.org/abs/1607.06450, section 3.1."""
+    x = call["input"]
+    dims = list(range(-len(call["normalized_shape"]), 0))
+    mean = x.mean(dims, keepdim=True)
+    rstd = 1 / torch.sqrt(((x - mean) ** 2).mean(dims, keepdim=True) + call["eps"])
+    y = (x - mean) * rstd * call["weight"]
+    y = y if call["bias"] is None else y + call["bias"]
+    return y, mean.detach(), rstd.detach()  # as torch's kernel gives them
+
+
+def _plain_backward(call: Call) -> tuple[Tensor | None, ...]:
+    """By autograd, of the above with the eps that is in ``rstd``."""
+    x = call["input"]
+    dims = list(range(-len(call["normalized_shape"]), 0))
+    var = x.var(dims, correction=0, keepdim=True)
+    eps = (call["rstd"].detach() ** -2 - var).detach()
+    bias = torch.zeros_like(call["weight"])
+    leaves = [
+        value if value.requires_grad else value.detach().requires_grad_()
+        for value in (x, call["weight"], bias)
+    ]
+    y, _, _ = _plain(
+        Call(
+            _forward,
+            {
+                "input": leaves[0],
+                "normalized_shape": call["normalized_shape"],
+                "weight": leaves[1],
+                "bias": leaves[2],
+                "eps": eps,
+            },
+        )
+    )
+    found = torch.autograd.grad(y, leaves, call["grad_out"], create_graph=True)
+    return tuple(
+        grad if want else None for grad, want in zip(found, call["output_mask"])
+    )
+
+
+register(
+    Rule(
+        name="native_layer_norm, batches merged",
+        functions=(_forward,),
+        modes=MODES,
+        accepts=_accepts,
+        batched=_merged,
+        reference=_slice_by_slice,
+    )
+)
+register(
+    Rule(
+        name="native_layer_norm_backward, batches merged",
+        functions=(_backward,),
+        modes=MODES,
+        accepts=_accepts_backward,
+        batched=_merged_backward,
+        reference=_slice_by_slice,
+    )
+)

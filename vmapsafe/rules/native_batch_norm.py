@@ -1,0 +1,281 @@
+"""Batch norm's operators: faster batching rules.
+
+torch (2.13) takes batch norm apart under vmap: it normalises without weight and bias,
+and multiplies and adds afterwards, forward and backward, an intermediate of the size
+of the input each. Here the fused kernel runs once for all samples: on the samples one
+after another where running statistics normalise, and with a channel for each sample
+and channel where each slice's own do. Weights and statistics that are batched
+themselves, as an ensemble's, stay with torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vmapsafe._call import Call, batch_first, batch_size, slices
+from vmapsafe._rule import MODES, Rule, register
+from vmapsafe.rules.regimes import REGIMES
+
+_forward = torch.ops.aten.native_batch_norm.default
+_backward = torch.ops.aten.native_batch_norm_backward.default
+
+_CHANNELWISE = ("weight", "bias", "running_mean", "running_var")
+
+
+def _takes(call: Call, *batched: str) -> bool:
+    x = call["input"]
+    given = [call.arguments.get(name) for name in _CHANNELWISE]
+    return (
+        x.device.type in REGIMES
+        and x.numel() > 0
+        and all([call.in_dims[name] is not None for name in batched])
+        and all([call.in_dims.get(name) is None for name in _CHANNELWISE])
+        and all([t.dtype == x.dtype for t in given if t is not None])
+    )
+
+
+def _as_channels(batched: Tensor) -> Tensor:
+    """(B, N, C, *L) as (N, B * C, *L)."""
+    return batched.movedim(1, 0).flatten(1, 2)
+
+
+def _repeated(values: Tensor | None, batch: int) -> Tensor | None:
+    return None if values is None else values.repeat(batch)
+
+
+# -- By running statistics -----------------------------------------------------------
+
+
+def _forward_by_running(call: Call) -> bool:
+    return (
+        not call["training"]
+        and call["running_mean"] is not None
+        and _takes(call, "input")
+    )
+
+
+def _affine(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    x = batch_first(call, "input")
+    y, mean, rstd = _forward(*{**call.arguments, "input": x.flatten(0, 1)}.values())
+    return y.view(x.shape), mean.expand(len(x), -1), rstd.expand(len(x), -1)
+
+
+def _backward_by_running(call: Call) -> bool:
+    return (
+        not call["train"]
+        and call["running_mean"] is not None
+        and _takes(call, "grad_out", "input")
+        and call["grad_out"].dtype == call["input"].dtype
+    )
+
+
+def _affine_backward(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, grad = batch_first(call, "input"), batch_first(call, "grad_out")
+    batch, n, channels = x.shape[:3]
+    if x.numel() >= REGIMES[x.device.type].batch_norm * batch * n * channels:
+        merged = {
+            # Another layout than this is wrong for batches of one in torch 2.13.
+            "grad_out": grad.reshape(1, batch * n * channels, -1).contiguous(),
+            "input": x.reshape(1, batch * n * channels, -1),
+            "save_mean": x.new_empty(0),  # what a forward in eval mode saves
+            "save_invstd": x.new_empty(0),
+        }
+        repeated = {
+            name: _repeated(call[name], batch * n)
+            for name in ("weight", "running_mean", "running_var")
+        }
+        found = _backward(*{**call.arguments, **merged, **repeated}.values())
+        of_input, of_weight, of_bias = found
+        wanted = call["output_mask"]
+        return (
+            of_input.view(x.shape) if wanted[0] else None,
+            of_weight.view(batch, n, channels).sum(1) if wanted[1] else None,
+            of_bias.view(batch, n, channels).sum(1) if wanted[2] else None,
+        )
+    return _by_plain_operations(call, grad, x)
+
+
+def _by_plain_operations(
+    call: Call, grad: Tensor, x: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    wants_input, wants_weight, wants_bias = call["output_mask"]
+    over = [d for d in range(x.dim()) if d not in (0, 2)]
+    rstd = torch.rsqrt(call["running_var"] + call["eps"])
+    of_input = of_weight = None
+    if wants_input:
+        scale = rstd if call["weight"] is None else rstd * call["weight"]
+        of_input = grad * scale.view(-1, *[1] * (x.dim() - 3))
+    of_bias = grad.sum(over) if wants_weight or wants_bias else None
+    if wants_weight:
+        of_weight = ((grad * x).sum(over) - call["running_mean"] * of_bias) * rstd
+    return of_input, of_weight, of_bias if wants_bias else None
+
+
+# -- By the statistics of the slice --------------------------------------------------
+
+
+def _forward_by_own(call: Call) -> bool:
+    return (
+        call["training"]
+        and call["running_mean"] is None
+        and call["running_var"] is None
+        and _takes(call, "input")
+    )
+
+
+def _normalised(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    x = batch_first(call, "input")
+    batch, n, channels = x.shape[:3]
+    as_channels = {
+        "input": _as_channels(x),
+        "weight": _repeated(call["weight"], batch),
+        "bias": _repeated(call["bias"], batch),
+    }
+    y, mean, rstd = _forward(*{**call.arguments, **as_channels}.values())
+    return (
+        y.unflatten(1, (batch, channels)).movedim(1, 0),
+        mean.view(batch, channels),
+        rstd.view(batch, channels),
+    )
+
+
+def _backward_by_own(call: Call) -> bool:
+    return (
+        call["train"]
+        and call["running_mean"] is None
+        and call["running_var"] is None
+        and _takes(call, "grad_out", "input", "save_mean", "save_invstd")
+        and call["grad_out"].dtype == call["input"].dtype
+    )
+
+
+def _normalised_backward(
+    call: Call,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, grad = batch_first(call, "input"), batch_first(call, "grad_out")
+    batch, n, channels = x.shape[:3]
+    as_channels = {
+        # Another layout than this is wrong for batches of one in torch 2.13.
+        "grad_out": _as_channels(grad).contiguous(),
+        "input": _as_channels(x),
+        "weight": _repeated(call["weight"], batch),
+        "save_mean": batch_first(call, "save_mean").flatten(),
+        "save_invstd": batch_first(call, "save_invstd").flatten(),
+    }
+    of_input, of_weight, of_bias = _backward(
+        *{**call.arguments, **as_channels}.values()
+    )
+    wants_input, wants_weight, wants_bias = call["output_mask"]
+    return (
+        of_input.unflatten(1, (batch, channels)).movedim(1, 0) if wants_input else None,
+        of_weight.view(batch, channels) if wants_weight else None,
+        of_bias.view(batch, channels) if wants_bias else None,
+    )
+
+
+# -- The slow forms ------------------------------------------------------------------
+
+
+def _slice_by_slice(
+    plain: Callable[[Call], tuple[Tensor | None, ...]],
+) -> Callable[[Call], tuple[Tensor | None, ...]]:
+    def reference(call: Call) -> tuple[Tensor | None, ...]:
+        rows = [plain(one) for one in slices(call, batch_size(call))]
+        return tuple(
+            None if column[0] is None else torch.stack(column) for column in zip(*rows)
+        )
+
+    return reference
+
+
+def _statistics(call: Call, training: bool) -> tuple[Tensor, Tensor]:
+    x = call["input"]
+    over = [d for d in range(x.dim()) if d != 1]
+    if training:
+        mean = x.mean(over)
+        variance = (x - _at_channel(mean, x)).square().mean(over)
+    else:
+        mean, variance = call["running_mean"], call["running_var"]
+    return mean, (variance + call["eps"]).rsqrt()
+
+
+def _at_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.reshape([-1 if d == 1 else 1 for d in range(x.dim())])
+
+
+def _written_out(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """(x - mean) / sqrt(var + eps) * weight + bias (Ioffe and Szegedy,
+    https://arxiv.org/abs/1502.03167, algorithm 1)."""
+    x, training = call["input"], call["training"]
+    mean, rstd = _statistics(call, training)
+    y = (x - _at_channel(mean, x)) * _at_channel(rstd, x)
+    if call["weight"] is not None:
+        y = y * _at_channel(call["weight"], x)
+    if call["bias"] is not None:
+        y = y + _at_channel(call["bias"], x)
+    saved = (mean.detach(), rstd.detach()) if training else [x.new_empty(0)] * 2
+    return y, *saved  # which torch does not differentiate
+
+
+def _backward_written_out(call: Call) -> tuple[Tensor | None, ...]:
+    """Its three derivatives."""
+    x, grad = call["input"], call["grad_out"]
+    wants_input, wants_weight, wants_bias = call["output_mask"]
+    over = [d for d in range(x.dim()) if d != 1]
+    mean, rstd = _statistics(call, call["train"])
+    normalised = (x - _at_channel(mean, x)) * _at_channel(rstd, x)
+    weighted = grad if call["weight"] is None else grad * _at_channel(call["weight"], x)
+    if call["train"]:
+        mean_of = weighted.mean(over, keepdim=True)
+        along = (weighted * normalised).mean(over, keepdim=True)
+        weighted = weighted - mean_of - normalised * along
+    return (
+        weighted * _at_channel(rstd, x) if wants_input else None,
+        (grad * normalised).sum(over) if wants_weight else None,
+        grad.sum(over) if wants_bias else None,
+    )
+
+
+for _name, _operator, _accepts, _batched, _reference in (
+    (
+        "native_batch_norm, running statistics",
+        _forward,
+        _forward_by_running,
+        _affine,
+        _written_out,
+    ),
+    (
+        "native_batch_norm_backward, running statistics",
+        _backward,
+        _backward_by_running,
+        _affine_backward,
+        _backward_written_out,
+    ),
+    (
+        "native_batch_norm, statistics of the slice",
+        _forward,
+        _forward_by_own,
+        _normalised,
+        _written_out,
+    ),
+    (
+        "native_batch_norm_backward, statistics of the slice",
+        _backward,
+        _backward_by_own,
+        _normalised_backward,
+        _backward_written_out,
+    ),
+):
+    register(
+        Rule(
+            name=_name,
+            functions=(_operator,),
+            modes=MODES,
+            accepts=_accepts,
+            batched=_batched,
+            reference=_slice_by_slice(_reference),
+        )
+    )

@@ -1,0 +1,131 @@
+"""What wins where: the thresholds of the speed rules, by type of device.
+
+Read off the benchmarks in bench/, which print what stands here; a further device is
+added by running them on it. A type of device without an entry has torch's own rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Interval = tuple[float, float]
+ANY: Interval = (0, float("inf"))
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """An algorithm for the weight gradients of a convolution, and where it wins.
+
+    All intervals have both their ends. In a transposed convolution the roles of its
+    input and of what it gives are exchanged, here as in the algorithms.
+
+    Attributes:
+        algorithm: a name in ``ALGORITHMS`` of rules/convolution.py, or "torch".
+        dims: spatial dimensions.
+        kernel: positions of the kernel.
+        groups: 1 unless the convolution is a grouped one.
+        channels: input channels of a group.
+        outputs: output channels of a group.
+        positions: output positions of a slice, those of all its samples.
+    """
+
+    algorithm: str
+    dims: Interval = ANY
+    kernel: Interval = ANY
+    groups: Interval = ANY
+    channels: Interval = ANY
+    outputs: Interval = ANY
+    positions: Interval = ANY
+
+    def holds(
+        self,
+        dims: int,
+        kernel: int,
+        groups: int,
+        channels: int,
+        outputs: int,
+        positions: int,
+    ) -> bool:
+        return (
+            self.dims[0] <= dims <= self.dims[1]
+            and self.kernel[0] <= kernel <= self.kernel[1]
+            and self.groups[0] <= groups <= self.groups[1]
+            and self.channels[0] <= channels <= self.channels[1]
+            and self.outputs[0] <= outputs <= self.outputs[1]
+            and self.positions[0] <= positions <= self.positions[1]
+        )
+
+
+@dataclass(frozen=True)
+class Regimes:
+    """What wins on one type of device.
+
+    Attributes:
+        convolutions: the first row that holds counts; where none does, torch's own.
+        columns: how many numbers of copied windows to hold at a time, at most; they
+            are to stay in the cache.
+        batch_norm: values per sample and channel from which on the fused backward by
+            running statistics wins over plain operations.
+        layer_norm: numbers in the whole batch from which on ours wins.
+        layer_norm_slice: numbers in a slice from which on a call of torch's kernel a
+            slice wins: it needs no memory for what it sums up.
+        linear: numbers in the output of the whole batch from which on one fused
+            product and sum wins.
+    """
+
+    convolutions: tuple[Convolution, ...]
+    columns: int
+    batch_norm: int
+    layer_norm: int
+    layer_norm_slice: int
+    linear: int
+
+
+ONE, MANY = (1, 1), float("inf")
+
+REGIMES = {
+    # An x86 server core, float32, torch 2.13.
+    "cpu": Regimes(
+        convolutions=(
+            Convolution("products", kernel=ONE, groups=ONE, channels=(12, MANY)),
+            # The first layer of a network.
+            Convolution(
+                "turned products",
+                dims=(1, 2),
+                groups=ONE,
+                channels=(1, 4),
+                outputs=(8, 128),
+                positions=(200, MANY),
+            ),
+            # Its last ones: the fewer positions, the fewer channels it takes.
+            *[
+                Convolution(
+                    "products",
+                    dims=(1, 2),
+                    groups=ONE,
+                    channels=(channels, MANY),
+                    outputs=(outputs, MANY),
+                    positions=(1, positions),
+                )
+                for channels, outputs, positions in (
+                    *((24, 48, 16), (48, 96, 64), (96, 48, 64)),
+                    *((96, 96, 256), (48, 192, 256)),
+                )
+            ],
+            # Depthwise in one dimension, where torch has no fast kernel for long ones.
+            Convolution(
+                "products",
+                dims=ONE,
+                kernel=(15, MANY),
+                groups=(2, MANY),
+                channels=ONE,
+                outputs=ONE,
+            ),
+        ),
+        columns=2**19,
+        batch_norm=256,
+        layer_norm=2**17,
+        layer_norm_slice=2**13,
+        linear=2**17,
+    ),
+}
