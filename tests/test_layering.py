@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import vmapsafe
+from vmapsafe import examples
 
 ROOT = Path(vmapsafe.__file__).parent
 # Bottom up; what stands to the right is all a file may import from the package.
@@ -72,6 +73,13 @@ LAYERS = {
     },
     # Users of the public names, as anybody's code is.
     "_demo": {"vmap_safe"},
+    "examples.__init__": set(),
+    "examples.digits": set(),
+    "examples.attribution": {"examples", "over", "per_sample_sketch"},
+    "examples.clipped_training": {"clipped_grad_sum", "examples", "vmap_safe"},
+    "examples.ensemble": {"examples", "vmap_safe"},
+    "examples.maml": {"examples", "vmap_safe"},
+    "examples.ntk": {"examples", "vmap_safe"},
     "__main__": {"__version__", "_check", "_demo"},
 }
 
@@ -118,5 +126,10 @@ def test_private_names_of_torch():
 def test_map_of_the_package():
     """The package's docstring names every file."""
     for name in LAYERS:
-        if name not in ("__init__", "testing") and not name.startswith("rules."):
+        folder, _, file = name.rpartition(".")
+        if folder == "examples" and file not in ("__init__", "digits"):
+            assert f"``{file}``" in examples.__doc__, name
+        elif not folder and name not in ("__init__", "testing"):
             assert f"``{name}``" in vmapsafe.__doc__, name
+    for folder in ("rules", "examples"):
+        assert f"``{folder}/``" in vmapsafe.__doc__, folder

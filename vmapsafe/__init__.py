@@ -30,6 +30,7 @@ The map of the package, bottom up; each file imports only from those above it:
 ``_trial``       a copy of a model run on an example, and what that shows
 ``_check``       ``check``
 ``_demo``        the main job on real data, an example to copy
+``examples/``    more of these, a file each
 ``__main__``     ``python -m vmapsafe``
 """
 

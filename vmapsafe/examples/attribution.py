@@ -50,10 +50,9 @@ def main() -> dict[str, float]:
     )
     same_class = (y == test[1][:, None]).double()
     correlation = mean_correlation(ours, exact)
-    print(
-        f"sketches of {K} numbers for {count(model)}: mean correlation with the scores"
-    )
-    print(f"by exact rows, from a loop: {correlation:.3f}")
+    numbers = sum(p.numel() for p in model.parameters())
+    print(f"{K} numbers for {numbers}: mean correlation of the scores with those by")
+    print(f"exact rows, from a loop: {correlation:.3f}")
 
     halves, margins = train_again(x, y, *test)
     names = {"sketches": ours, "exact rows": exact, "same class": same_class}
@@ -117,8 +116,8 @@ def train_again(
         digits.train(model, x[half == 1], y[half == 1], EPOCHS)
         with torch.no_grad():
             logits = model.eval()(x_test)
-        pairs = zip(logits.split(1), y_test.split(1))
-        margins.append(torch.stack([margin(*pair) for pair in pairs]))
+        each = [margin(logits[[i]], y_test[[i]]) for i in range(len(y_test))]
+        margins.append(torch.stack(each))
     return halves, torch.stack(margins, 1).argsort().argsort()
 
 
@@ -126,11 +125,6 @@ def mean_correlation(a: Tensor, b: Tensor) -> float:
     """Of the rows of two matrices."""
     pairs = [torch.stack(pair).double() for pair in zip(a, b)]
     return float(torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs]).mean())
-
-
-def count(model: nn.Module) -> int:
-    """How many numbers a gradient has."""
-    return sum(p.numel() for p in model.parameters())
 
 
 if __name__ == "__main__":

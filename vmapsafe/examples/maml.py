@@ -25,7 +25,9 @@ TASKS, STEPS = 8, 60  # tasks a step
 INNER_STEPS, INNER_RATE = 3, 0.2
 SEEN, NEW = range(7), range(7, 10)  # classes
 
-Task = tuple[Tensor, Tensor]  # images (WAYS, SHOTS + QUERIES, 1, 8, 8), and labels
+FIRST = WAYS * SHOTS  # images of a task to learn from
+
+Tasks = tuple[Tensor, Tensor]  # (tasks, FIRST and more, 1, 8, 8), (tasks, as many)
 Weights = dict[str, Tensor]
 
 
@@ -59,9 +61,8 @@ def main() -> dict[str, float]:
     return {"difference": difference, "before": before, "after": after}
 
 
-def sample_tasks(pools: list[Tensor], classes: range, count: int) -> Task:
-    """(count, WAYS * (SHOTS + QUERIES), 1, 8, 8), the images to learn from first, and
-    their labels."""
+def sample_tasks(pools: list[Tensor], classes: range, count: int) -> Tasks:
+    """Each of three of the classes; the images to learn from come first."""
     tasks = []
     for _ in range(count):
         chosen = torch.randperm(len(classes))[:WAYS]
@@ -86,13 +87,12 @@ def adapted(model: nn.Module, weights: Weights, x: Tensor, y: Tensor) -> Weights
     return weights
 
 
-def outer_loss(model: nn.Module, tasks: Task) -> Tensor:
+def outer_loss(model: nn.Module, tasks: Tasks) -> Tensor:
     """The mean over tasks of the loss on the rest of a task, after the inner steps."""
-    first = WAYS * SHOTS
 
     def of_one(weights: Weights, x: Tensor, y: Tensor) -> Tensor:
-        weights = adapted(model, weights, x[:first], y[:first])
-        return loss(model, weights, x[first:], y[first:])
+        weights = adapted(model, weights, x[:FIRST], y[:FIRST])
+        return loss(model, weights, x[FIRST:], y[FIRST:])
 
     with vmap_safe(model, mode="no_running_stats"):
         losses: Tensor = vmap(of_one, (None, 0, 0))(
@@ -101,21 +101,20 @@ def outer_loss(model: nn.Module, tasks: Task) -> Tensor:
     return losses.mean()
 
 
-def accuracy_after_adapting(model: nn.Module, tasks: Task) -> float:
+def accuracy_after_adapting(model: nn.Module, tasks: Tasks) -> float:
     """Over all tasks, each with weights of its own."""
-    first = WAYS * SHOTS
     weights = {name: p.detach() for name, p in model.named_parameters()}
 
     def logits(x: Tensor, y: Tensor) -> Tensor:
-        own = adapted(model, weights, x[:first], y[:first])
-        found: Tensor = functional_call(model, own, (x[first:],))
+        own = adapted(model, weights, x[:FIRST], y[:FIRST])
+        found: Tensor = functional_call(model, own, (x[FIRST:],))
         return found
 
     with vmap_safe(model, mode="no_running_stats"):
-        return digits.accuracy(vmap(logits)(*tasks), tasks[1][:, first:])
+        return digits.accuracy(vmap(logits)(*tasks), tasks[1][:, FIRST:])
 
 
-def against_the_loop(model: nn.Module, tasks: Task) -> float:
+def against_the_loop(model: nn.Module, tasks: Tasks) -> float:
     """The slow form: task after task, plain autograd, and BatchNorm layers that never
     had running statistics."""
     names, parameters = zip(*model.named_parameters())
@@ -126,16 +125,15 @@ def against_the_loop(model: nn.Module, tasks: Task) -> float:
         if isinstance(layer, nn.BatchNorm2d):
             layer.track_running_stats = False
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
-    first = WAYS * SHOTS
     start = tuple(p.detach().clone().requires_grad_() for p in parameters)
     total = torch.zeros(())
     for x, y in zip(*tasks):
         weights = start
         for _ in range(INNER_STEPS):
-            inner = loss(plain, dict(zip(names, weights)), x[:first], y[:first])
+            inner = loss(plain, dict(zip(names, weights)), x[:FIRST], y[:FIRST])
             grads = torch.autograd.grad(inner, weights, create_graph=True)
             weights = tuple(w - INNER_RATE * g for w, g in zip(weights, grads))
-        total = total + loss(plain, dict(zip(names, weights)), x[first:], y[first:])
+        total = total + loss(plain, dict(zip(names, weights)), x[FIRST:], y[FIRST:])
     expected = torch.autograd.grad(total / len(tasks[0]), start)
     largest = max(float(g.abs().max()) for g in expected)
     return max(float((a - b).abs().max()) for a, b in zip(ours, expected)) / largest

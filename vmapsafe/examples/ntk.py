@@ -80,7 +80,7 @@ def jacobians_of(model: nn.Module, x: Tensor) -> Tensor:
     with vmap_safe(model):
         found = vmap(jacrev(outputs), (None, 0))(parameters, x)
     rows = torch.cat([j.flatten(2) for j in found.values()], 2)
-    return rows.flatten(1) / rows.size(1) ** 0.5
+    return torch.div(rows.flatten(1), rows.size(1) ** 0.5)
 
 
 def regression(kernel: Tensor, y: Tensor) -> Tensor:
@@ -88,33 +88,30 @@ def regression(kernel: Tensor, y: Tensor) -> Tensor:
     n = len(y)
     ridge = RIDGE * kernel.diagonal()[:n].mean() * torch.eye(n, dtype=kernel.dtype)
     targets = F.one_hot(y, digits.CLASSES).to(kernel.dtype) - 1 / digits.CLASSES
-    return kernel[n:, :n] @ torch.linalg.solve(kernel[:n, :n] + ridge, targets)
+    coefficients = torch.linalg.solve(kernel[:n, :n] + ridge, targets)
+    return torch.mm(kernel[n:, :n], coefficients)
 
 
 def alignment(kernel: Tensor, y: Tensor) -> float:
     """The cosine, of the centred kernel and "of the same class" (Cortes et al.,
     https://arxiv.org/abs/1203.0550, definition 4)."""
 
-    def centred(k: Tensor) -> Tensor:
-        return k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()
-
     same = (y == y[:, None]).to(kernel.dtype)
-    pair = centred(kernel).flatten(), centred(same).flatten()
-    return float(torch.cosine_similarity(*pair, dim=0))
+    pair = [k - k.mean(0) - k.mean(1, keepdim=True) + k.mean() for k in (kernel, same)]
+    ours, wanted = [k.flatten() / k.norm() for k in pair]
+    return float(ours @ wanted)
 
 
 def against_the_loop(model: nn.Module, x: Tensor, kernel: Tensor) -> float:
     """The slow form: one backward pass for each output of each image."""
     model = copy.deepcopy(model).eval()
+    parameters = list(model.parameters())
     rows = []
     for i in range(len(x)):
-        logits = model(x[i : i + 1])[0]
-        for logit in logits:
-            grads = torch.autograd.grad(
-                logit, list(model.parameters()), retain_graph=True
-            )
+        for logit in model(x[i : i + 1])[0]:
+            grads = torch.autograd.grad(logit, parameters, retain_graph=True)
             rows.append(torch.cat([g.flatten() for g in grads]))
-    jacobians = torch.stack(rows).unflatten(0, (len(x), -1))
+    jacobians = torch.stack(rows).view(len(x), digits.CLASSES, -1)
     expected = torch.einsum("iop,jop->ij", jacobians, jacobians) / jacobians.size(1)
     found = kernel[: len(x), : len(x)]
     return float((found - expected).abs().max() / expected.abs().max())
