@@ -72,7 +72,7 @@ LAYERS = {
         *("_wrap", "rules"),
     },
     # Users of the public names, as anybody's code is.
-    "_demo": {"vmap_safe"},
+    "_demo": {"per_sample_grad_norms"},
     "examples.__init__": set(),
     "examples.digits": set(),
     "examples.attribution": {"examples", "over", "per_sample_sketch"},

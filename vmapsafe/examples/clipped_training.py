@@ -105,4 +105,5 @@ def train_by_hand(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> flo
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # more get into each other's way at this size
     main()

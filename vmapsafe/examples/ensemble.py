@@ -116,4 +116,5 @@ def largest_difference(a: State, b: State) -> float:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # more get into each other's way at this size
     main()

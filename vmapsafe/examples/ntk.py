@@ -118,4 +118,5 @@ def against_the_loop(model: nn.Module, x: Tensor, kernel: Tensor) -> float:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # more get into each other's way at this size
     main()
