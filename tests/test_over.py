@@ -361,7 +361,7 @@ def _dies_at(moment, monkeypatch):
 
     for owner, name in (
         *((os, "fsync"), (os, "replace"), (builtins, "open")),
-        *((_disk._Growing, "append"), (_disk._Growing, "cut")),
+        *((_disk._Growing, "append"), (_disk._Growing, "go_on")),
     ):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
 
@@ -435,6 +435,12 @@ def frozen():
     return model
 
 
+def without_a_gradient():
+    model = make()
+    model[0].bias.requires_grad_(False)
+    return model
+
+
 def shifted():
     return DataLoader(TensorDataset(X + 1e-9, Y), batch_size=4)
 
@@ -456,6 +462,7 @@ CHANGES = {
     "parameters and buffers was ": {"model": other_weights},
     "buffers was '": {"model": other_statistics},
     "training and requires_grad was ": {"model": frozen},
+    "and requires_grad was '": {"model": without_a_gradient},
     "loss_fn was 'torch.nn.functional.cross_entropy' and is 'test_over.another_loss'": {
         "loss_fn": another_loss
     },

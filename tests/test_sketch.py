@@ -192,6 +192,12 @@ def test_half_precision_and_autocast(mlp):
         found = sketch(mlp.float(), x=X.float())
     assert found.dtype == torch.float32
     assert_same(found.double(), expected, rtol=0.05, atol=0.05)
+    options = {"mode": "sync", "rows": "jacobian"}  # made whole
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = per_sample_grads(mlp, F.cross_entropy, X.float(), Y, **options)
+        found = sketch(mlp, x=X.float(), **options)
+    exact = sketched({name: row.double() for name, row in rows.items()}, 6)
+    assert_same(found.double(), exact, rtol=1e-5, atol=1e-5)
     found = sketch(mlp.bfloat16(), x=X.bfloat16())
     assert found.dtype == torch.float32
     assert_same(found.double(), expected, rtol=0.2, atol=0.2)

@@ -5,8 +5,8 @@ and ``state.json``: what was asked, and how many batches and samples are finishe
 are appended; at a checkpoint they are flushed to the disk first, then each file's
 header grows (numpy leaves room for that), then ``state.json`` is replaced in one step.
 So whatever moment a process dies at, every file can be loaded (but for an empty one
-before the first batch), and going on means cutting each to what ``state.json`` says.
-One process may write to a folder at a time.
+before the first batch), and going on means writing on after the rows that
+``state.json`` counts. One process may write to a folder at a time.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Folder:
         for name, array in arrays.items():
             file = _Growing(self._path / _file_name(name), array)
             self._files[name] = file
-            if not file.cut(self.samples):
+            if not file.go_on(self.samples):
                 self._refuse(
                     f"lacks rows of {_file_name(name)} that {_STATE} counts",
                     "Give another path",
@@ -188,8 +188,8 @@ class _Growing:
         self._dtype, self._shape = like.dtype, like.shape[1:]
         self._file: BinaryIO = open(path, "r+b" if path.exists() else "w+b")
 
-    def cut(self, rows: int) -> bool:
-        """Leave that many rows, if there are."""
+    def go_on(self, rows: int) -> bool:
+        """Be ready to append after that many rows, if there are."""
         header = self._header(rows)
         size = len(header) + rows * self._dtype.itemsize * math.prod(self._shape)
         if rows and self._file.seek(0, os.SEEK_END) < size:
@@ -197,7 +197,6 @@ class _Growing:
         self._file.seek(0)
         self._file.write(header)
         self._file.flush()
-        self._file.truncate(size)
         self._file.seek(size)
         return True
 

@@ -220,7 +220,7 @@ def _blocks(
 # Samples at a time: from about there on, drawing the matrix costs less than using it.
 # Numbers of the matrix at a time.
 _MANY = 64
-_BLOCK = 2**20
+_BLOCK = 2**19
 
 
 def _check_matrix(k: int, kind: str, seed: int) -> None:
