@@ -50,9 +50,10 @@ def enter(block: object, fast: bool) -> None:
         return
     with _lock:
         # Older versions of torch cannot give their own rule back: no speed rules there.
-        if fast and not _installed and hasattr(torch.library, "get_kernel"):
+        if fast and hasattr(torch.library, "get_kernel"):
             for operator in speed_rules():
-                _install(operator)
+                if operator not in _installed:
+                    _install(operator)
         (_fast if fast else _slow).add(block)
 
 
