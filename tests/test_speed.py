@@ -466,6 +466,20 @@ assert warnings.filters == filters
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
 
 
+def test_torchs_own_stays_where_no_model_is_on_a_measured_device():
+    """A process that only ever opens blocks elsewhere pays nothing."""
+    program = """
+import torch
+from vmapsafe import vmap_safe, _operators
+from vmapsafe.rules import convolution
+with vmap_safe(torch.nn.Conv2d(1, 1, 1, device="meta")):
+    assert convolution._backward not in _operators._installed
+with vmap_safe(torch.nn.Conv2d(1, 1, 1)):
+    assert convolution._backward in _operators._installed
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_per_sample_grads(net, taken):
     """The helper passes the option on where it uses vmap(grad), as for an input that
     requires a gradient; an empty batch has no rows."""

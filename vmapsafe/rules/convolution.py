@@ -275,5 +275,6 @@ register(
         accepts=_accepts,
         batched=_merged,
         reference=_slice_by_slice,
+        devices=REGIMES,
     )
 )
