@@ -22,7 +22,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("vmapsafe")
     group.addoption("--device", default="cpu", choices=["cpu", "cuda"])
     group.addoption("--threads", type=int, default=1, help="of torch, on the CPU")
-    group.addoption("--rounds", type=int, default=7, help="at most, and at least three")
+    group.addoption("--rounds", type=int, default=11, help="at most, and at least three")
     group.addoption(
         "--budget", type=float, default=60.0, help="seconds of rounds for one network"
     )
@@ -41,7 +41,9 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     if "precision" in metafunc.fixturenames:
         cuda = metafunc.config.getoption("device") == "cuda"
-        metafunc.parametrize("precision", ["fp32", "tf32", "bf16"] if cuda else ["fp32"])
+        metafunc.parametrize(
+            "precision", ["fp32", "tf32", "bf16"] if cuda else ["fp32"]
+        )
 
 
 def pytest_collection_modifyitems(items):

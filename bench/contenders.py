@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -75,9 +76,8 @@ class Workload:
     def switched(self):
         """The way without this library: the BatchNorm layers in eval mode."""
         model = copy.deepcopy(self.model)
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        for layer in _batch_norms(model):
+            layer.eval()
         return model
 
     @cached_property
@@ -106,6 +106,11 @@ class Workload:
                 yield
         finally:
             matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _batch_norms(model):
+    kind = nn.modules.batchnorm._BatchNorm
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 # ------------------------------------------------------- yardsticks and the reference
@@ -145,13 +150,12 @@ def floor_reused(w):
 
 def loop(w, model=None):
     """One sample after the other, into one result: what all others must equal."""
-    model = model or w.switched
+    model = copy.deepcopy(model or w.switched)
     names, leaves = zip(*model.named_parameters())
     # The gradient that reaches a layer is made contiguous: for a batch of one torch's
     # batch_norm backward on a CPU is wrong where it is not.
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_hook(_contiguous_gradient)
+    for layer in _batch_norms(model):
+        layer.register_forward_hook(_contiguous_gradient)
 
     def run():
         rows = {n: p.new_empty(w.batch, *p.shape) for n, p in zip(names, leaves)}
@@ -195,6 +199,8 @@ def by_vmap(w, model=None, compiled=False, then=None):
 
 def replaced(w):
     """Every sample normalised by its own statistics: a different network."""
+    if not _batch_norms(w.model):
+        raise ValueError("there is no BatchNorm to replace")
     return replace_all_batch_norm_modules_(copy.deepcopy(w.model))
 
 
@@ -325,7 +331,9 @@ def backpack(w, extension="BatchGrad", attribute="grad_batch"):
     quantity = getattr(extensions, extension)
 
     def run():
-        with backpack(quantity()):
+        with backpack(quantity()), warnings.catch_warnings():
+            # It passes over a layer it does not know.
+            warnings.filterwarnings("error", "Extension saving to")
             loss_fn(extended(w.x), w.y).backward()
         return _taken(extended, attribute, names)
 

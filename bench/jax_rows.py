@@ -129,9 +129,7 @@ def serve(net, path, task, bound, device, precision):
     y = jax.device_put(given.pop("y").astype(numpy.int32), put)
     state = {n.removeprefix("net/"): jax.device_put(t, put) for n, t in given.items()}
     buffers = {n: t for n, t in state.items() if "running_" in n}
-    params = {
-        n: t for n, t in state.items() if n not in buffers and t.dtype == x.dtype
-    }
+    params = {n: t for n, t in state.items() if n not in buffers and t.dtype == x.dtype}
     function = functions(NETWORKS[net], buffers, float(bound))[task]
     compiled = jax.jit(function).lower(params, x, y).compile()
     memory = compiled.memory_analysis()  # XLA's own count
@@ -148,7 +146,9 @@ def serve(net, path, task, bound, device, precision):
         seconds = (now() - started) / number
         if "save" in asked:
             named = answer if isinstance(answer, dict) else {"": answer}
-            numpy.savez(asked["save"], **{n: numpy.asarray(t) for n, t in named.items()})
+            numpy.savez(
+                asked["save"], **{n: numpy.asarray(t) for n, t in named.items()}
+            )
         del answer
         tell({"seconds": seconds, "peak": peak})
 

@@ -1,0 +1,478 @@
+"""Tables and pictures of a saved run, and the run itself in few lines, to be kept.
+
+python bench/report.py run.json --readme README.rst
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from results import races, read, write
+
+# The colours of Okabe and Ito, which the colour-blind tell apart, and a shape for each.
+# Ours stand out by size, not by being first.
+STYLES = {
+    "plain": ("0.45", "|"),
+    "floor": ("0.45", "$F$"),
+    "loop": ("0.45", "x"),
+    "vmapsafe": ("#d55e00", "o"),
+    "vmapsafe, fast=False": ("#d55e00", "v"),
+    "vmapsafe, out=": ("#d55e00", "s"),
+    "vmapsafe, compiled": ("#d55e00", "*"),
+    "vmapsafe, rows reduced": ("#d55e00", "v"),
+    "vmap(grad)": ("#0072b2", "D"),
+    "vmap(grad), compiled": ("#0072b2", "*"),
+    "Opacus hooks": ("#009e73", "P"),
+    "Opacus functorch": ("#009e73", "X"),
+    "Opacus ghost clipping": ("#009e73", "^"),
+    "ExpandedWeights": ("#e69f00", "<"),
+    "BackPACK": ("#cc79a7", ">"),
+    "BackPACK BatchL2Grad": ("#cc79a7", ">"),
+    "JAX": ("#56b4e9", "h"),
+}
+MAIN = (
+    *("vmapsafe", "vmapsafe, out=", "vmapsafe, compiled", "vmap(grad)", "loop"),
+    *("vmap(grad), compiled", "Opacus hooks", "ExpandedWeights", "BackPACK", "JAX"),
+)
+BEGIN = ".. The part down to the next comment is written by bench/report.py."
+END = ".. The end of that part."
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument(
+        "--into", type=Path, default=Path(__file__).with_name("results")
+    )
+    parser.add_argument(
+        "--readme", type=Path, help="whose part on speed is written anew"
+    )
+    parser.add_argument("--command", default="pytest bench", help="that made the run")
+    asked = parser.parse_args(argv)
+    run = read(asked.run)
+    run.setdefault("command", asked.command)
+    asked.into.mkdir(parents=True, exist_ok=True)
+    stem = f"{run['machine']['device']}-{run['date']}"
+    write(asked.into / f"{stem}.json", run)
+    pictures = {
+        name: asked.into / f"{stem}-{name}.png"
+        for name, draw in PICTURES.items()
+        if draw(run, asked.into / f"{stem}-{name}.png")
+    }
+    (asked.into / f"{stem}.rst").write_text(report(run, pictures))
+    if asked.readme:
+        asked.readme.write_text(
+            put(asked.readme.read_text(), summary(run, pictures, asked.readme.parent))
+        )
+    print(*[asked.into / f"{stem}.{end}" for end in ("json", "rst")])
+    print(*pictures.values(), sep="\n")
+
+
+# ----------------------------------------------------------------------------- tables
+
+
+def report(run, pictures):
+    """All tables of a run, as a page."""
+    title = f"{run['machine']['device_name']}, {run['date']}"
+    parts = [f"{title}\n{'=' * len(title)}\n", machine_line(run), rates_line(run)]
+    for precision in precisions(run):
+        for task, heading, base, about in (
+            ("rows", "The B x P tensor", "floor", ROWS_ABOUT),
+            ("norms", "Norms", "plain", "As multiples of the plain gradient."),
+            ("clipped sum", "Clipped sum", "plain", "As multiples of ``plain``."),
+            ("forward", "Forward", "plain", "As multiples of one merged call."),
+            ("block", "Block", "plain", "By ``model.eval(); model.train()``."),
+        ):
+            nets = usual(run, task, precision)
+            if nets:
+                heading = f"{heading}, {precision}"
+                parts += [f"{heading}\n{'-' * len(heading)}\n", about]
+                parts.append(ratios(nets, base))
+                if task == "rows":
+                    parts.append(yardsticks(run, nets, precision))
+                    parts.append(peaks(nets))
+    for name in pictures:
+        parts.append(f".. image:: {pictures[name].name}\n   :alt: {name}")
+    parts.append(refusals(run))
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def summary(run, pictures, root):
+    """The part of README.rst: one picture, one table, how they came about."""
+    picture = pictures["rows"].resolve().relative_to(root.resolve())
+    precision = precisions(run)[0]
+    nets = usual(run, "rows", precision)
+    page = picture.parent / f"{run['machine']['device']}-{run['date']}.rst"
+    return "\n\n".join(
+        [
+            f".. image:: {picture.as_posix()}\n   :alt: per-sample gradients, as "
+            "multiples of the floor, by network and contender",
+            ROWS_ABOUT,
+            ratios(nets, "floor", MAIN).strip("\n"),
+            f"{machine_line(run)} `All tables <{page.as_posix()}>`_: norms, clipped "
+            "sums, forward, memory, growth, and what those said that are missing here.",
+        ]
+    )
+
+
+ROWS_ABOUT = """\
+Time for every per-sample gradient of a batch, as a multiple of the floor: the plain
+gradient of the summed loss, and writing as many fresh numbers as the result has. The
+lowest is bold; a dash did not run or refused the network."""
+
+
+def put(text, part):
+    """``text`` with ``part`` between the two comments."""
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"there is no place for the tables: write {BEGIN!r}, {END!r}")
+    head, rest = text.split(BEGIN, 1)
+    return f"{head}{BEGIN}\n\n{part}\n\n{END}{rest.split(END, 1)[1]}"
+
+
+def machine_line(run):
+    m = run["machine"]
+    where = m["device_name"]
+    if m["device"] == "cpu":
+        where += f", {m['threads']} thread" + "s" * (m["threads"] > 1)
+    commit = run["commit"]["id"][:10] + " and changes" * run["commit"]["dirty"]
+    return (
+        f"Made by ``{run.get('command', 'pytest bench')}`` on {run['date']}: {where}, "
+        f"torch {m['torch']}, Python {m['python']}, commit {commit}. Contenders took "
+        "turns, their answers were compared with the Python loop's first; medians."
+    )
+
+
+def rates_line(run):
+    m = run["machine"]
+    text = (
+        f"This device copies {m['copy_bytes_per_s'] / 1e9:.0f} GB/s (read and written), "
+        f"fills kept memory at {m['fill_bytes_per_s'] / 1e9:.0f} GB/s and fresh memory "
+        f"at {m['fresh_fill_bytes_per_s'] / 1e9:.1f}, and multiplies float32 matrices "
+        f"at {m['matmul_flop_per_s'] / 1e12:.3g} TFLOP/s"
+    )
+    for name in ("tf32", "bf16"):
+        if f"{name}_matmul_flop_per_s" in m:
+            text += f", {name} {m[f'{name}_matmul_flop_per_s'] / 1e12:.3g}"
+    return text + "."
+
+
+def precisions(run):
+    return list(dict.fromkeys(row["precision"] for row in run["rows"]))
+
+
+def usual(run, task, precision):
+    """{"network, batch": rows} without what is there for its growth alone."""
+    found = {}
+    for (t, net, batch, p), rows in races(run).items():
+        if (t, p) == (task, precision) and net not in found:
+            # The table's own batch comes first in a run.
+            if not net.startswith("CNN, "):
+                found[net] = (f"{net}, {batch}", rows)
+    return dict(found.values())
+
+
+def ratio(rows, name, base):
+    if name not in rows or base not in rows:
+        return None
+    return rows[name]["x_plain"] / rows[base]["x_plain"]
+
+
+def ratios(nets, base, names=None):
+    """Contenders by network, as multiples of ``base``."""
+    yardsticks = ("plain", "floor", "floor, reused", "JAX plain")
+    there = dict.fromkeys(name for rows in nets.values() for name in rows)
+    names = [n for n in names or there if n in there and n not in yardsticks]
+    lines = [["network, batch", *names]]
+    for net, rows in nets.items():
+        found = {name: ratio(rows, name, base) for name in names}
+        # A network of another meaning takes no part.
+        least = min(
+            [f"{r:.2f}" for n, r in found.items() if r and "replaced" not in n],
+            default=None,
+            key=float,
+        )
+        cells = ["–" if r is None else f"{r:.2f}" for r in found.values()]
+        lines.append([net, *(f"**{c}**" if c == least else c for c in cells)])
+    return table(lines)
+
+
+def yardsticks(run, nets, precision):
+    """Milliseconds of plain and of the floors, and what the device's rates say."""
+    m = run["machine"]
+    speed = m.get(f"{precision}_matmul_flop_per_s", m["matmul_flop_per_s"])
+    lines = [["network, batch", "plain, ms", "spread", "floor", "floor, reused"]]
+    lines[0] += ["on paper", "GFLOP", "MB of rows"]
+    for net, rows in nets.items():
+        plain, cells = rows["plain"], [net]
+        cells.append(f"{1e3 * plain['median']:.3g}")
+        cells.append(f"{(plain['q3'] - plain['q1']) / plain['median']:.0%}")
+        for name in ("floor", "floor, reused"):
+            there = name in rows
+            cells.append(f"{1e3 * rows[name]['median']:.3g}" if there else "–")
+        paper = plain["flop"] / speed + plain["bytes"] / m["fill_bytes_per_s"]
+        cells += [f"{1e3 * paper:.3g}", f"{plain['flop'] / 1e9:.3g}"]
+        lines.append([*cells, f"{plain['bytes'] / 1e6:.3g}"])
+    return (
+        "The yardsticks in milliseconds. Spread is the distance of the quartiles; on "
+        "paper: operations by the matrix rate and rows by the rate into kept "
+        f"memory.\n\n{table(lines)}"
+    )
+
+
+def peaks(nets):
+    there = dict.fromkeys(
+        name for rows in nets.values() for name in rows if "peak_bytes" in rows[name]
+    )
+    if not there:
+        return ""
+    lines = [["network, batch", *there]]
+    for net, rows in nets.items():
+        found = [rows.get(name, {}).get("peak_bytes") for name in there]
+        lines.append([net, *("–" if b is None else f"{b / 1e6:.0f}" for b in found)])
+    return (
+        "Peak memory in MB above what was there before the call, the result included "
+        f"(JAX: XLA's own count).\n\n{table(lines)}"
+    )
+
+
+def refusals(run):
+    """What those said that are missing, each once, with the networks it holds for."""
+    said = {}
+    for row in run["refused"]:
+        nets = said.setdefault((row["contender"], row["why"]), {})
+        nets[row["net"]] = None
+    if not said:
+        return ""
+    lines = ["Not there, in their own words\n-----------------------------\n"]
+    for (contender, why), nets in said.items():
+        why = why.replace("\\", "").replace("``", "'")
+        lines.append(f"* {contender} ({', '.join(nets)}): ``{why}``")
+    return "\n".join(lines)
+
+
+def table(lines):
+    """An RST table of rows of cells; the first row is the head."""
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    rule = " ".join("=" * width for width in widths)
+    body = [
+        " ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+        for line in lines
+    ]
+    return "\n".join([rule, body[0], rule, *body[1:], rule]) + "\n"
+
+
+# --------------------------------------------------------------------------- pictures
+
+
+def draw_rows(run, path):
+    return _dots(run, path, [("rows", "floor")], "per-sample gradients")
+
+
+def draw_reductions(run, path):
+    tasks = [("norms", "plain"), ("clipped sum", "plain")]
+    return _dots(run, path, tasks, "")
+
+
+def _dots(run, path, tasks, title):
+    """Networks down, contenders across on a logarithmic axis; 1 is the yardstick."""
+    panels = [
+        (task, base, precision, usual(run, task, precision))
+        for task, base in tasks
+        for precision in precisions(run)
+    ]
+    panels = [panel for panel in panels if panel[3]]
+    if not panels:
+        return False
+    most = max(len(nets) for *_, nets in panels)
+    figure = Figure((2.2 + 5.6 * len(panels), 2.1 + 0.42 * most), layout="constrained")
+    handles = {}
+    for axes, (task, base, precision, nets) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels
+    ):
+        values = []
+        for y, rows in enumerate(nets.values()):
+            axes.axhline(y, color="0.92", linewidth=8, zorder=0)
+            for name, (colour, marker) in STYLES.items():
+                r = ratio(rows, name, base)
+                if r is None or name == base:
+                    continue
+                values.append(r)
+                handles[name] = axes.plot(
+                    *(r, y, marker),
+                    color=colour,
+                    markersize=11 if name == "vmapsafe" else 8,
+                    markeredgecolor="white" if marker in "oDsPXhv^<>*" else colour,
+                    markeredgewidth=0.7 if marker in "oDsPXhv^<>*" else 2,
+                    linestyle="none",
+                    label=name,
+                    zorder=4 if name.startswith("vmapsafe") else 3,
+                )[0]
+        axes.axvline(1, color="0.2", linewidth=1)
+        axes.set_xscale("log")
+        _log_ticks(axes.xaxis, min(values), max(values), axes.set_xlim)
+        axes.set_yticks(range(len(nets)), nets)
+        axes.set_ylim(len(nets) - 0.5, -0.5)
+        axes.set_xlabel(f"time as a multiple of {WHAT[base]}, logarithmic")
+        axes.set_title(
+            f"{HEADINGS[task]}, {precision}"
+            if len(precisions(run)) > 1
+            else HEADINGS[task]
+        )
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", color="0.85", linewidth=0.7)
+        axes.set_axisbelow(True)
+    named = [handles[name] for name in STYLES if name in handles]
+    figure.legend(
+        *(named, [handle.get_label() for handle in named]),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+    )
+    _credit(figure, run)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+HEADINGS = {
+    "rows": "Per-sample gradients: time, left is better",
+    "norms": "Per-sample gradient norms",
+    "clipped sum": "Sum of clipped per-sample gradients",
+}
+WHAT = {
+    "floor": "the floor (plain gradient + writing the result)",
+    "plain": "the plain gradient",
+}
+
+
+def draw_growth(run, path):
+    """Time and memory against batch size, a column for each network."""
+    precision = precisions(run)[0]
+    nets = {}
+    for (task, net, batch, p), rows in races(run).items():
+        if (task, p) == ("rows", precision):
+            nets.setdefault(net, {})[batch] = rows
+    nets = {net: batches for net, batches in nets.items() if len(batches) > 2}
+    if not nets:
+        return False
+    figure = Figure((1 + 4.4 * len(nets), 8.4), layout="constrained")
+    grid = figure.subplots(2, len(nets), squeeze=False)
+    handles = {}
+    for column, (net, batches) in zip(grid.T, nets.items()):
+        for axes, value, label in (
+            (column[0], lambda row: 1e3 * row["median"], "milliseconds"),
+            (column[1], lambda row: row.get("peak_bytes", 0) / 1e6, "peak memory, MB"),
+        ):
+            handles |= _lines(axes, batches, value)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(sorted(batches), [str(b) for b in sorted(batches)])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            axes.set_xlabel("batch size")
+            axes.grid(color="0.9", linewidth=0.7)
+        column[0].set_title(net)
+    grid[0, 0].set_ylabel("milliseconds, logarithmic")
+    grid[1, 0].set_ylabel("peak memory, MB, logarithmic")
+    return _finish(figure, run, path, handles)
+
+
+def draw_shapes(run, path):
+    """Ratio to the floor against width and against depth."""
+    precision = precisions(run)[0]
+    grown = {}
+    for (task, net, batch, p), rows in races(run).items():
+        named = re.fullmatch(r"CNN, (\d+) (wide|deep)", net)
+        if named and (task, p) == ("rows", precision):
+            grown.setdefault(named[2], {})[int(named[1])] = rows
+    if not grown:
+        return False
+    figure = Figure((1 + 5 * len(grown), 5), layout="constrained")
+    handles = {}
+    for axes, (kind, sizes) in zip(
+        figure.subplots(1, len(grown), squeeze=False)[0], grown.items()
+    ):
+        relative = {
+            size: {name: {"ratio": ratio(rows, name, "floor")} for name in rows}
+            for size, rows in sizes.items()
+        }
+        handles |= _lines(axes, relative, lambda row: row["ratio"])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(sizes), [str(s) for s in sorted(sizes)])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("channels" if kind == "wide" else "layers")
+        axes.set_ylabel("time as a multiple of the floor")
+        axes.grid(color="0.9", linewidth=0.7)
+        of = "4 layers" if kind == "wide" else "32 channels"
+        batch = next(row["batch"] for rows in sizes.values() for row in rows.values())
+        axes.set_title(f"a chain of convolutions with {of}, batch {batch}")
+    return _finish(figure, run, path, handles)
+
+
+def _lines(axes, sizes, value):
+    """A line for each contender over {size: {contender: row}}."""
+    handles = {}
+    for name, (colour, marker) in STYLES.items():
+        points = [(s, value(rows[name])) for s, rows in sizes.items() if name in rows]
+        points = sorted((s, v) for s, v in points if v)
+        if points:
+            handles[name] = axes.plot(
+                *zip(*points),
+                color=colour,
+                marker=marker,
+                markersize=6,
+                linewidth=2.4 if name == "vmapsafe" else 1.2,
+                linestyle="--" if name in ("plain", "floor") else "-",
+                label=name,
+                zorder=4 if name.startswith("vmapsafe") else 3,
+            )[0]
+    return handles
+
+
+def _finish(figure, run, path, handles):
+    figure.legend(
+        handles=[handles[name] for name in STYLES if name in handles],
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+    )
+    _credit(figure, run)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def _log_ticks(axis, low, high, limit):
+    ticks = [
+        t for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50) if low / 2 < t < high * 2
+    ]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
+    limit(min(low / 1.1, 0.9), max(high * 1.1, 2.2))
+
+
+def _credit(figure, run):
+    m = run["machine"]
+    figure.suptitle(
+        f"{m['device_name']}, torch {m['torch']}, {run['date']}",
+        fontsize=9,
+        color="0.4",
+    )
+
+
+PICTURES = {
+    "rows": draw_rows,
+    "reductions": draw_reductions,
+    "growth": draw_growth,
+    "shapes": draw_shapes,
+}
+
+
+if __name__ == "__main__":
+    main()
