@@ -22,7 +22,9 @@ def pytest_addoption(parser):
     group = parser.getgroup("vmapsafe")
     group.addoption("--device", default="cpu", choices=["cpu", "cuda"])
     group.addoption("--threads", type=int, default=1, help="of torch, on the CPU")
-    group.addoption("--rounds", type=int, default=11, help="at most, and at least three")
+    group.addoption(
+        "--rounds", type=int, default=11, help="at most, and at least three"
+    )
     group.addoption(
         "--budget", type=float, default=60.0, help="seconds of rounds for one network"
     )
@@ -67,6 +69,7 @@ class Replay:
 
 
 REPLAY = Replay()
+X_PLAIN = {"median": "x_plain", "q1": "x_plain_q1", "q3": "x_plain_q3"}
 RACES = pytest.StashKey[dict]()
 REFUSED = pytest.StashKey[list]()
 WORK = pytest.StashKey[dict]()
@@ -110,7 +113,9 @@ def contend(request, benchmark):
         if measured.seconds:
             # Round by round: what disturbed one disturbed its neighbour in time too.
             ratios = [s / p for s, p in zip(measured.seconds, plain.seconds)]
-            benchmark.extra_info["x_plain"] = round(statistics.median(ratios), 4)
+            quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+            for name, value in zip(("q1", "median", "q3"), quartiles):
+                benchmark.extra_info[X_PLAIN[name]] = round(value, 4)
         if contender == "plain" and task == "rows":
             benchmark.extra_info.update(work(net, batch))
         REPLAY.load(measured.seconds)

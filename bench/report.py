@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
 from results import races, read, write
 
 # The colours of Okabe and Ito, which the colour-blind tell apart, and a shape for each.
@@ -149,7 +151,7 @@ def machine_line(run):
 def rates_line(run):
     m = run["machine"]
     text = (
-        f"This device copies {m['copy_bytes_per_s'] / 1e9:.0f} GB/s (read and written), "
+        f"This device copies {m['copy_bytes_per_s'] / 1e9:.0f} GB/s, read and written, "
         f"fills kept memory at {m['fill_bytes_per_s'] / 1e9:.0f} GB/s and fresh memory "
         f"at {m['fresh_fill_bytes_per_s'] / 1e9:.1f}, and multiplies float32 matrices "
         f"at {m['matmul_flop_per_s'] / 1e12:.3g} TFLOP/s"
@@ -205,21 +207,21 @@ def yardsticks(run, nets, precision):
     m = run["machine"]
     speed = m.get(f"{precision}_matmul_flop_per_s", m["matmul_flop_per_s"])
     lines = [["network, batch", "plain, ms", "spread", "floor", "floor, reused"]]
-    lines[0] += ["on paper", "GFLOP", "MB of rows"]
+    lines[0] += ["JAX plain", "on paper", "GFLOP", "MB of rows"]
     for net, rows in nets.items():
         plain, cells = rows["plain"], [net]
         cells.append(f"{1e3 * plain['median']:.3g}")
         cells.append(f"{(plain['q3'] - plain['q1']) / plain['median']:.0%}")
-        for name in ("floor", "floor, reused"):
+        for name in ("floor", "floor, reused", "JAX plain"):
             there = name in rows
             cells.append(f"{1e3 * rows[name]['median']:.3g}" if there else "–")
         paper = plain["flop"] / speed + plain["bytes"] / m["fill_bytes_per_s"]
         cells += [f"{1e3 * paper:.3g}", f"{plain['flop'] / 1e9:.3g}"]
         lines.append([*cells, f"{plain['bytes'] / 1e6:.3g}"])
     return (
-        "The yardsticks in milliseconds. Spread is the distance of the quartiles; on "
-        "paper: operations by the matrix rate and rows by the rate into kept "
-        f"memory.\n\n{table(lines)}"
+        "The yardsticks in milliseconds. Spread is the distance of the quartiles. JAX "
+        "has a plain gradient of its own. On paper: operations by the matrix rate, and "
+        f"rows by the rate into kept memory.\n\n{table(lines)}"
     )
 
 
@@ -269,16 +271,20 @@ def table(lines):
 
 
 def draw_rows(run, path):
-    return _dots(run, path, [("rows", "floor")], "per-sample gradients")
+    return _dots(run, path, [("rows", "floor")])
 
 
 def draw_reductions(run, path):
     tasks = [("norms", "plain"), ("clipped sum", "plain")]
-    return _dots(run, path, tasks, "")
+    return _dots(run, path, tasks)
 
 
-def _dots(run, path, tasks, title):
-    """Networks down, contenders across on a logarithmic axis; 1 is the yardstick."""
+def _dots(run, path, tasks):
+    """Networks down, times across on a logarithmic axis; 1 is the yardstick.
+
+    Each contender has a height of its own within a network's band; a line through it
+    spans the quartiles of the rounds.
+    """
     panels = [
         (task, base, precision, usual(run, task, precision))
         for task, base in tasks
@@ -288,55 +294,55 @@ def _dots(run, path, tasks, title):
     if not panels:
         return False
     most = max(len(nets) for *_, nets in panels)
-    figure = Figure((2.2 + 5.6 * len(panels), 2.1 + 0.42 * most), layout="constrained")
-    handles = {}
-    for axes, (task, base, precision, nets) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels
-    ):
+    names = [
+        name
+        for name in STYLES
+        if name not in ("plain", "floor")
+        and any(name in rows for *_, nets in panels for rows in nets.values())
+    ]
+    size = (2 + 6 * len(panels), 1.7 + 0.3 * -(-len(names) // 4) + 0.62 * most)
+    figure = Figure(size, layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=len(tasks) > 1)
+    for axes, (task, base, precision, nets) in zip(grid[0], panels):
         values = []
         for y, rows in enumerate(nets.values()):
-            axes.axhline(y, color="0.92", linewidth=8, zorder=0)
-            for name, (colour, marker) in STYLES.items():
-                r = ratio(rows, name, base)
-                if r is None or name == base:
-                    continue
-                values.append(r)
-                handles[name] = axes.plot(
-                    *(r, y, marker),
-                    color=colour,
-                    markersize=11 if name == "vmapsafe" else 8,
-                    markeredgecolor="white" if marker in "oDsPXhv^<>*" else colour,
-                    markeredgewidth=0.7 if marker in "oDsPXhv^<>*" else 2,
-                    linestyle="none",
-                    label=name,
-                    zorder=4 if name.startswith("vmapsafe") else 3,
-                )[0]
-        axes.axvline(1, color="0.2", linewidth=1)
+            axes.axhspan(y - 0.46, y + 0.46, color="0.955", zorder=0)
+            here = [name for name in names if ratio(rows, name, base)]
+            for k, name in enumerate(here):
+                height = y + 0.74 * ((k + 0.5) / len(here) - 0.5)
+                values.append(ratio(rows, name, base))
+                unit = rows[base]["x_plain"]
+                low, high = (rows[name][q] / unit for q in ("x_plain_q1", "x_plain_q3"))
+                axes.plot(
+                    [low, high], [height] * 2, color=STYLES[name][0], linewidth=1.5
+                )
+                axes.plot(values[-1], height, **_look(name, 9), linestyle="none")
+        axes.axvline(1, color="0.2", linewidth=1, zorder=1)
         axes.set_xscale("log")
-        _log_ticks(axes.xaxis, min(values), max(values), axes.set_xlim)
+        _log_ticks(axes, min(values), max(values))
         axes.set_yticks(range(len(nets)), nets)
         axes.set_ylim(len(nets) - 0.5, -0.5)
-        axes.set_xlabel(f"time as a multiple of {WHAT[base]}, logarithmic")
-        axes.set_title(
-            f"{HEADINGS[task]}, {precision}"
-            if len(precisions(run)) > 1
-            else HEADINGS[task]
-        )
+        axes.set_xlabel(f"time as a multiple of {WHAT[base]}; logarithmic")
+        more = f", {precision}" if len(precisions(run)) > 1 else ""
+        axes.set_title(HEADINGS[task] + more)
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color="0.85", linewidth=0.7)
-        axes.set_axisbelow(True)
-    named = [handles[name] for name in STYLES if name in handles]
-    figure.legend(
-        *(named, [handle.get_label() for handle in named]),
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-    )
-    _credit(figure, run)
-    figure.savefig(path, dpi=110)
-    return True
+    return _finish(figure, run, path, names)
+
+
+def _look(name, size):
+    colour, marker = STYLES[name]
+    thin = marker in ("x", "$F$", "|")
+    return {
+        "color": colour,
+        "marker": marker,
+        "markersize": size * (1.3 if name == "vmapsafe" else 1),
+        "markeredgecolor": colour if thin else "white",
+        "markeredgewidth": 1.8 if thin else 0.6,
+        "zorder": 4 if name.startswith("vmapsafe") else 3,
+    }
 
 
 HEADINGS = {
@@ -362,13 +368,12 @@ def draw_growth(run, path):
         return False
     figure = Figure((1 + 4.4 * len(nets), 8.4), layout="constrained")
     grid = figure.subplots(2, len(nets), squeeze=False)
-    handles = {}
     for column, (net, batches) in zip(grid.T, nets.items()):
-        for axes, value, label in (
-            (column[0], lambda row: 1e3 * row["median"], "milliseconds"),
-            (column[1], lambda row: row.get("peak_bytes", 0) / 1e6, "peak memory, MB"),
+        for axes, value in (
+            (column[0], lambda row: 1e3 * row["median"] / row["batch"]),
+            (column[1], lambda row: row.get("peak_bytes", 0) / 1e6),
         ):
-            handles |= _lines(axes, batches, value)
+            _lines(axes, batches, value)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.set_xticks(sorted(batches), [str(b) for b in sorted(batches)])
@@ -377,9 +382,9 @@ def draw_growth(run, path):
             axes.set_xlabel("batch size")
             axes.grid(color="0.9", linewidth=0.7)
         column[0].set_title(net)
-    grid[0, 0].set_ylabel("milliseconds, logarithmic")
+    grid[0, 0].set_ylabel("milliseconds a sample, logarithmic")
     grid[1, 0].set_ylabel("peak memory, MB, logarithmic")
-    return _finish(figure, run, path, handles)
+    return _finish(figure, run, path, _drawn(nets.values()))
 
 
 def draw_shapes(run, path):
@@ -393,7 +398,6 @@ def draw_shapes(run, path):
     if not grown:
         return False
     figure = Figure((1 + 5 * len(grown), 5), layout="constrained")
-    handles = {}
     for axes, (kind, sizes) in zip(
         figure.subplots(1, len(grown), squeeze=False)[0], grown.items()
     ):
@@ -401,7 +405,7 @@ def draw_shapes(run, path):
             size: {name: {"ratio": ratio(rows, name, "floor")} for name in rows}
             for size, rows in sizes.items()
         }
-        handles |= _lines(axes, relative, lambda row: row["ratio"])
+        _lines(axes, relative, lambda row: row["ratio"])
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(sizes), [str(s) for s in sorted(sizes)])
         axes.set_ylim(bottom=0)
@@ -411,50 +415,51 @@ def draw_shapes(run, path):
         of = "4 layers" if kind == "wide" else "32 channels"
         batch = next(row["batch"] for rows in sizes.values() for row in rows.values())
         axes.set_title(f"a chain of convolutions with {of}, batch {batch}")
-    return _finish(figure, run, path, handles)
+    return _finish(figure, run, path, _drawn(grown.values()))
+
+
+def _drawn(panels):
+    """The contenders that were measured at more than one size, {size: rows} each."""
+    counts = Counter(
+        name for sizes in panels for rows in sizes.values() for name in rows
+    )
+    return [name for name in STYLES if counts[name] > len(panels)]
 
 
 def _lines(axes, sizes, value):
     """A line for each contender over {size: {contender: row}}."""
-    handles = {}
-    for name, (colour, marker) in STYLES.items():
+    for name in _drawn([sizes]):
         points = [(s, value(rows[name])) for s, rows in sizes.items() if name in rows]
         points = sorted((s, v) for s, v in points if v)
         if points:
-            handles[name] = axes.plot(
+            axes.plot(
                 *zip(*points),
-                color=colour,
-                marker=marker,
-                markersize=6,
+                **_look(name, 6),
                 linewidth=2.4 if name == "vmapsafe" else 1.2,
                 linestyle="--" if name in ("plain", "floor") else "-",
-                label=name,
-                zorder=4 if name.startswith("vmapsafe") else 3,
-            )[0]
-    return handles
+            )
 
 
-def _finish(figure, run, path, handles):
-    figure.legend(
-        handles=[handles[name] for name in STYLES if name in handles],
-        loc="outside lower center",
-        ncols=5,
-        frameon=False,
-    )
+def _finish(figure, run, path, names):
+    """The key below, the machine above."""
+    handles = [
+        Line2D([], [], **_look(name, 9), linestyle="none", label=name) for name in names
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     _credit(figure, run)
     figure.savefig(path, dpi=110)
     return True
 
 
-def _log_ticks(axis, low, high, limit):
-    ticks = [
-        t for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50) if low / 2 < t < high * 2
-    ]
-    axis.set_major_locator(FixedLocator(ticks))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_minor_locator(NullLocator())
-    limit(min(low / 1.1, 0.9), max(high * 1.1, 2.2))
+def _log_ticks(axes, low, high):
+    low, high = min(low / 1.15, 0.85), max(high * 1.15, 2.3)
+    ticks = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
+    ticks = [t for t in ticks if low < t < high]
+    if len(ticks) > 9:
+        ticks = [t for t in ticks if t not in (0.3, 0.7, 1.5, 4, 7, 15)]
+    axes.set_xlim(low, high)
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _credit(figure, run):
