@@ -91,9 +91,9 @@ def compare_in_float64(task, net, found, batch=None, **workload):
     for name, measured in found.items():
         if name in YARDSTICKS or "compiled" in name:
             continue
-        expected = _reference(task, w, name, references)
         run = None
         try:
+            expected = _reference(task, w, name, references)
             run = TASKS[task][name](w)
             far = max(distances(run(), expected))
         except Exception as error:  # whatever a peer raises is its row
@@ -122,7 +122,9 @@ def start(task, w, found, runs):
         if task in REFERENCES and name not in YARDSTICKS:
             expected = _reference(task, w, name, references)
             measured.distance = distances(answer, expected)[0]
-            if not measured.distance < TOLERANCES[w.precision]:
+            # Statistics of the four values of a small image blow rounding up.
+            factor = 10 if name in OTHER_MEANING else 1
+            if not measured.distance < factor * TOLERANCES[w.precision]:
                 measured.wrong = f"{w.precision}: {measured.distance:.1e} from the loop"
 
 
@@ -130,10 +132,7 @@ def _reference(task, w, name, known):
     """What the loop says, computed once."""
     refer = OTHER_MEANING.get(name, REFERENCES[task])
     if refer not in known:
-        try:
-            known[refer] = refer(w)()
-        except Exception:  # then the contender will have its own words for it
-            known[refer] = {}
+        known[refer] = refer(w)()
     return known[refer]
 
 
