@@ -128,22 +128,24 @@ def plain(w):
 
 
 def floor(w):
-    """``plain``, and as many numbers written to fresh memory as there are rows'."""
-    gradient = plain(w)
+    """``plain``, and as many numbers written to fresh memory as the rows have.
+
+    In tensors like theirs: what an allocator has at hand depends on the size.
+    """
+    gradient, shapes = plain(w), [(w.batch, *p.shape) for p in w.model.parameters()]
 
     def run():
-        result = gradient()
         # Both live together, as the gradients of the activations and the rows do.
-        return result, w.x.new_empty(w.numbers).fill_(1.0)
+        return gradient(), [w.x.new_empty(shape).fill_(1.0) for shape in shapes]
 
     return run
 
 
 def floor_reused(w):
-    gradient, memory = plain(w), w.x.new_empty(w.numbers)
+    gradient, memory = plain(w), floor(w)()[1]
 
     def run():
-        return gradient(), memory.fill_(1.0)
+        return gradient(), [rows.fill_(1.0) for rows in memory]
 
     return run
 

@@ -16,7 +16,10 @@ def group_norm(channels):
 
 
 class Residual(nn.Module):
-    """F.relu(body(x) + short(x)) of He et al., https://arxiv.org/abs/1512.03385."""
+    """relu(body(x) + short(x)) of He et al., https://arxiv.org/abs/1512.03385.
+
+    With ReLU as a module, or BackPACK's converter refuses it.
+    """
 
     def __init__(self, norm, channels, outputs, stride, *layers):
         super().__init__()
@@ -26,9 +29,10 @@ class Residual(nn.Module):
             self.short = nn.Sequential(
                 nn.Conv2d(channels, outputs, 1, stride, bias=False), norm(outputs)
             )
+        self.relu = nn.ReLU()
 
     def forward(self, x):
-        return F.relu(self.body(x) + self.short(x))
+        return self.relu(self.body(x) + self.short(x))
 
 
 def basic(norm, channels, width, stride):

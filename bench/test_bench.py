@@ -29,8 +29,11 @@ BATCHES = {
 }
 
 
-def races(sizes, contenders, quick=()):
-    """Parameters of a test: (network, batch) by contender."""
+def races(sizes, contenders, quick=(), waits=("compiled",)):
+    """Parameters of a test: (network, batch) by contender.
+
+    Quick are the networks named, but for contenders that one ``waits`` for.
+    """
     return pytest.mark.parametrize(
         ("net", "batch", "contender"),
         [
@@ -38,7 +41,7 @@ def races(sizes, contenders, quick=()):
                 *(net, batch, contender),
                 id=f"{net}, {batch}: {contender}",
                 marks=[pytest.mark.quick]
-                * (net in quick and "compiled" not in contender),
+                * (net in quick and not any(w in contender for w in waits)),
             )
             for net, batch in sizes
             for contender in contenders
@@ -56,13 +59,13 @@ def test_rows(contend, net, batch, precision, contender):
     contend("rows", net, batch, precision, contender)
 
 
-@races(usual(REDUCED), NORMS, ("small CNN", "GroupNorm CNN"))
+@races(usual(REDUCED), NORMS, ("small CNN", "GroupNorm CNN"), ("compiled", "JAX"))
 def test_norms(contend, net, batch, precision, contender):
     """The norm of each per-sample gradient, (B,)."""
     contend("norms", net, batch, precision, contender)
 
 
-@races(usual(REDUCED), CLIPPED, ("small CNN", "GroupNorm CNN"))
+@races(usual(REDUCED), CLIPPED, ("small CNN", "GroupNorm CNN"), ("compiled", "JAX"))
 def test_clipped_sum(contend, net, batch, precision, contender):
     """The sum of per-sample gradients, half of them scaled down to one norm."""
     contend("clipped sum", net, batch, precision, contender)
