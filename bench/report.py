@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -80,7 +81,11 @@ def main(argv=None):
 def report(run, pictures):
     """All tables of a run, as a page."""
     title = f"{run['machine']['device_name']}, {run['date']}"
-    parts = [f"{title}\n{'=' * len(title)}\n", machine_line(run), rates_line(run)]
+    parts = [
+        f"{title}\n{'=' * len(title)}\n",
+        filled(machine_line(run)),
+        filled(rates_line(run)),
+    ]
     for precision in precisions(run):
         for task, heading, base, about in (
             ("rows", "The B x P tensor", "floor", ROWS_ABOUT),
@@ -115,8 +120,10 @@ def summary(run, pictures, root):
             "multiples of the floor, by network and contender",
             ROWS_ABOUT,
             ratios(nets, "floor", MAIN).strip("\n"),
-            f"{machine_line(run)} `All tables <{page.as_posix()}>`_: norms, clipped "
-            "sums, forward, memory, growth, and what those said that are missing here.",
+            filled(
+                f"{machine_line(run)} `All tables <{page.as_posix()}>`_: norms, clipped "
+                "sums, forward, memory, growth, and what those said that are missing here."
+            ),
         ]
     )
 
@@ -133,6 +140,10 @@ def put(text, part):
         raise ValueError(f"there is no place for the tables: write {BEGIN!r}, {END!r}")
     head, rest = text.split(BEGIN, 1)
     return f"{head}{BEGIN}\n\n{part}\n\n{END}{rest.split(END, 1)[1]}"
+
+
+def filled(text):
+    return textwrap.fill(text, 88, break_long_words=False, break_on_hyphens=False)
 
 
 def machine_line(run):
