@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
-from results import races, read, write
+from results import joined, races, read, write
 
 # The colours of Okabe and Ito, which the colour-blind tell apart, and a shape for each.
 # Ours stand out by size, not by being first.
@@ -47,7 +47,9 @@ END = ".. The end of that part."
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="parts of one, made on one machine"
+    )
     parser.add_argument(
         "--into", type=Path, default=Path(__file__).with_name("results")
     )
@@ -56,7 +58,7 @@ def main(argv=None):
     )
     parser.add_argument("--command", default="pytest bench", help="that made the run")
     asked = parser.parse_args(argv)
-    run = read(asked.run)
+    run = joined([read(path) for path in asked.runs])
     run.setdefault("command", asked.command)
     asked.into.mkdir(parents=True, exist_ok=True)
     stem = f"{run['machine']['device']}-{run['date']}"
@@ -121,8 +123,9 @@ def summary(run, pictures, root):
             ROWS_ABOUT,
             ratios(nets, "floor", MAIN).strip("\n"),
             filled(
-                f"{machine_line(run)} `All tables <{page.as_posix()}>`_: norms, clipped "
-                "sums, forward, memory, growth, and what those said that are missing here."
+                f"{machine_line(run)} `All tables <{page.as_posix()}>`_: norms, "
+                "clipped sums, forward, memory, growth, and what those said that are "
+                "missing here."
             ),
         ]
     )

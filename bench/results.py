@@ -47,6 +47,24 @@ def write(path, run):
     Path(path).write_text(text + "\n}\n")
 
 
+def joined(runs):
+    """One run of several, so that a long one may be made in parts."""
+    first, *rest = runs
+    same = ("device", "device_name", "threads", "torch", "vmapsafe")
+    for run in rest:
+        apart = [n for n in same if run["machine"].get(n) != first["machine"].get(n)]
+        if apart or run["commit"].get("id") != first["commit"].get("id"):
+            raise ValueError(
+                f"runs to be joined differ in {', '.join(apart) or 'commit'}: "
+                f"{first['machine']}, {run['machine']}"
+            )
+    return {
+        **first,
+        "rows": [row for run in runs for row in run["rows"]],
+        "refused": [row for run in runs for row in run["refused"]],
+    }
+
+
 def races(run):
     """{(task, net, batch, precision): {contender: row}}, in the order of the run."""
     found = {}

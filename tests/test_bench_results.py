@@ -158,6 +158,15 @@ def test_what_the_plugin_wrote_reads_like_a_kept_run(tmp_path):
     assert read == {n: kept[n] for n in (*names, *params, *results.STATS)}
 
 
+def test_parts_of_a_run_are_joined(run):
+    """Rows of both; parts from two versions of torch are refused."""
+    other = copy.deepcopy(run)
+    assert len(results.joined([run, other])["rows"]) == 2 * len(run["rows"])
+    other["machine"]["torch"] = "2.14"
+    with pytest.raises(ValueError, match="differ in torch"):
+        results.joined([run, other])
+
+
 def test_tables_and_pictures(run, tmp_path):
     """Ratios to the floor, the least of a line in bold, refusals in words; README's
     part is written anew and nothing beside it."""
