@@ -63,13 +63,16 @@ def test_area_under_roc_is_the_share_of_pairs_in_the_right_order():
     assert _demo.area_under_roc(SIZES, IS_WRONG) == pytest.approx(16 / 21)
 
 
-def test_norms_are_those_of_each_sample_s_whole_gradient():
-    gradients = {
-        "weight": torch.tensor([[[3.0, 0.0]], [[0.0, 1.0]]]),
-        "a single number": torch.tensor([4.0, 0.0]),
-    }
-    assert _demo.norms(gradients).tolist() == [5.0, 1.0]
-    assert _demo.count(gradients) == 3
+def test_the_three_ways_to_the_norms_agree():
+    """Ours, torch's and the loop's."""
+    torch.manual_seed(0)
+    model = _demo.build().double()
+    x, y = torch.rand(5, 1, 8, 8).double(), torch.arange(5)
+    model(x)
+    loop = _demo.norms_by_loop(model, x, y)
+    assert loop.shape == (5,)
+    for norms in (_demo.norms, _demo.norms_by_torch):
+        torch.testing.assert_close(norms(model, x, y), loop)
 
 
 # ---------------------------------------------------------------------- the whole run
@@ -93,15 +96,11 @@ def test_quick_run_finds_draws_checks_and_times(tmp_path, capsys):
     assert all(float(words[-2]) > 0 and float(words[-1]) > 0 for words in last)
 
 
-def test_gradients_that_differ_from_the_loop_s_end_in_status_1(
+def test_norms_that_differ_from_the_loop_s_end_in_status_1(
     tmp_path, capsys, monkeypatch
 ):
-    right = _demo.per_sample_gradients
-
-    def wrong(model, x, y):
-        return {name: rows * (1 + 1e-6) for name, rows in right(model, x, y).items()}
-
-    monkeypatch.setattr(_demo, "per_sample_gradients", wrong)
+    right = _demo.norms
+    monkeypatch.setattr(_demo, "norms", lambda *args: right(*args) * (1 + 1e-6))
     assert main(["--quick", "--epochs=1", f"--picture={tmp_path / 's.png'}"]) == 1
     assert "NOT EQUAL" in capsys.readouterr().out
 

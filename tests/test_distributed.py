@@ -22,7 +22,13 @@ from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from vmapsafe import clipped_grad_sum, per_sample_grads, vmap_safe
+from vmapsafe import (
+    clipped_grad_sum,
+    per_sample_grad_norms,
+    per_sample_grads,
+    per_sample_sketch,
+    vmap_safe,
+)
 from vmapsafe.testing import assert_same
 
 WORLD = 2
@@ -526,6 +532,57 @@ def one_that_fails_leaves_none_waiting(rank, device):
         if not rank:
             assert "1 of 2 processes failed. See their errors" in str(caught.value)
     assert_same(clip(net, *mine, reduce="all"), clip(net, x, t))
+
+
+# -- Norms and sketches of all processes -----------------------------------------------
+
+GATHERED = {
+    "norms": lambda *args, **options: per_sample_grad_norms(*args, **options),
+    "by parameter": lambda *args, **options: per_sample_grad_norms(
+        *args, per_parameter=True, **options
+    ),
+    "sketches": lambda *args, **options: per_sample_sketch(*args, k=5, **options),
+}
+
+
+@check
+def norms_and_sketches_of_all_processes(rank, device):
+    """Those of the whole batch in one process, by rank, from shares of any size; aux is
+    that of the process."""
+
+    def with_aux(output, target):
+        return F.mse_loss(output, target), output.detach()
+
+    net, (x, t) = small(device), [v[:, 0] for v in batch(device)]
+    net = replaced(net, batch_norm)
+    net(x)
+    for name, call in GATHERED.items():
+        expected = call(net, F.mse_loss, x, t)
+        for mine in (share(rank, x, t), (x, t) if rank else (x[:0], t[:0])):
+            for chunk_size in (None, 2):
+                options = {"gather": "all", "chunk_size": chunk_size}
+                assert_same(call(net, F.mse_loss, *mine, **options), expected)
+            found, aux = call(net, with_aux, *mine, gather="all", has_aux=True)
+            assert_same(found, expected)
+            assert len(aux) == len(mine[0])
+        with pytest.raises(AssertionError):
+            assert_same(call(net, F.mse_loss, *share(rank, x, t)), expected)
+
+
+@check
+def one_without_norms_or_sketches_leaves_none_waiting(rank, device):
+    net, (x, t) = small(device), [v[:, 0] for v in batch(device)]
+    net = replaced(net, batch_norm)
+    net(x)
+    mine = share(rank, x, t)
+    for call in GATHERED.values():
+        options = {"params": ["nope"]} if rank else {}
+        with pytest.raises(ValueError if rank else RuntimeError) as caught:
+            call(net, F.mse_loss, *mine, gather="all", **options)
+        if not rank:
+            assert 'gather="all": 1 of 2 processes failed' in str(caught.value)
+        whole = call(net, F.mse_loss, x, t)
+        assert_same(call(net, F.mse_loss, *mine, gather="all"), whole)
 
 
 # -- Two processes, all checks ---------------------------------------------------------

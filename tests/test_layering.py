@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import vmapsafe
+from vmapsafe import examples
 
 ROOT = Path(vmapsafe.__file__).parent
 # Bottom up; what stands to the right is all a file may import from the package.
@@ -37,17 +38,26 @@ LAYERS = {
     "_batched": {"_call", "_errors"},
     "_formulas": {"_call", "_rule", "rules.batch_norm", "rules.convolution"},
     "_record": {"_call", "_formulas", "rules.batch_norm"},
-    "_samples": {
-        *("_batched", "_call", "_errors", "_record", "_scope", "_state", "_wrap"),
-    },
     "_chunks": {"_errors"},
+    "_samples": {
+        *("_batched", "_call", "_chunks", "_errors", "_record", "_scope", "_state"),
+        "_wrap",
+    },
+    "_processes": {"_errors"},
     "_per_sample": {
         *("_call", "_chunks", "_errors", "_formulas", "_groups", "_record"),
         *("_samples", "_scope"),
     },
     "_norms": {
-        *("_call", "_chunks", "_errors", "_formulas", "_groups", "_samples", "_scope"),
+        *("_call", "_chunks", "_errors", "_formulas", "_groups", "_processes"),
+        *("_samples", "_scope"),
     },
+    "_sketch": {
+        *("_call", "_chunks", "_errors", "_formulas", "_groups", "_processes"),
+        *("_samples", "_scope", "rules.batch_norm"),
+    },
+    "_disk": {"_errors"},
+    "_over": {"_call", "_disk", "_errors", "_state"},
     "_convert": {"_groups"},
     "_report": {"_rule"},
     "_trial": {"_call", "_scope"},
@@ -57,11 +67,19 @@ LAYERS = {
     },
     "testing": {"_call", "_operators", "_rule"},
     "__init__": {
-        *("_batched", "_check", "_convert", "_errors", "_norms", "_per_sample"),
+        *("_batched", "_check", "_convert", "_errors", "_norms", "_over"),
+        *("_per_sample", "_sketch"),
         *("_wrap", "rules"),
     },
     # Users of the public names, as anybody's code is.
-    "_demo": {"vmap_safe"},
+    "_demo": {"per_sample_grad_norms"},
+    "examples.__init__": set(),
+    "examples.digits": set(),
+    "examples.attribution": {"examples", "over", "per_sample_sketch"},
+    "examples.clipped_training": {"clipped_grad_sum", "examples", "vmap_safe"},
+    "examples.ensemble": {"examples", "vmap_safe"},
+    "examples.maml": {"examples", "vmap_safe"},
+    "examples.ntk": {"examples", "vmap_safe"},
     "__main__": {"__version__", "_check", "_demo"},
 }
 
@@ -108,5 +126,10 @@ def test_private_names_of_torch():
 def test_map_of_the_package():
     """The package's docstring names every file."""
     for name in LAYERS:
-        if name not in ("__init__", "testing") and not name.startswith("rules."):
+        folder, _, file = name.rpartition(".")
+        if folder == "examples" and file not in ("__init__", "digits"):
+            assert f"``{file}``" in examples.__doc__, name
+        elif not folder and name not in ("__init__", "testing"):
             assert f"``{name}``" in vmapsafe.__doc__, name
+    for folder in ("rules", "examples"):
+        assert f"``{folder}/``" in vmapsafe.__doc__, folder

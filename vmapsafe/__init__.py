@@ -17,15 +17,20 @@ The map of the package, bottom up; each file imports only from those above it:
 ``_batched``     ``batched``
 ``_formulas``    rows of a weight, their norms and sums, from input and output gradient
 ``_record``      one forward and backward that finds those, layer by layer
-``_samples``     model, loss and batch of a call, checked and bound
 ``_chunks``      samples a few at a time, as many as the memory takes
+``_samples``     model, loss and batch of a call, checked and bound
+``_processes``   results of several processes put together
 ``_per_sample``  per-sample gradients
 ``_norms``       their norms and clipped sums
+``_sketch``      their random projections
+``_disk``        results in files that grow, and go on after an interruption
+``_over``        one of these for every batch of a DataLoader
 ``_convert``     permanent conversions, ``norm_layer``
 ``_report``      the findings of ``check``, and how they print
 ``_trial``       a copy of a model run on an example, and what that shows
 ``_check``       ``check``
 ``_demo``        the main job on real data, an example to copy
+``examples/``    more of these, a file each
 ``__main__``     ``python -m vmapsafe``
 """
 
@@ -38,7 +43,9 @@ from vmapsafe._errors import BlockError as BlockError
 from vmapsafe._errors import NeverUpdatedWarning as NeverUpdatedWarning
 from vmapsafe._norms import clipped_grad_sum as clipped_grad_sum
 from vmapsafe._norms import per_sample_grad_norms as per_sample_grad_norms
+from vmapsafe._over import over as over
 from vmapsafe._per_sample import per_sample_grads as per_sample_grads
+from vmapsafe._sketch import per_sample_sketch as per_sample_sketch
 from vmapsafe._wrap import vmap_safe as vmap_safe
 
 __version__ = "0.1.0"
@@ -50,7 +57,9 @@ __all__ = [
     "clipped_grad_sum",
     "convert",
     "norm_layer",
+    "over",
     "per_sample_grad_norms",
     "per_sample_grads",
+    "per_sample_sketch",
     "vmap_safe",
 ]

@@ -320,7 +320,8 @@ def wrapped_again(outputs: tuple[Tensor | None, ...], level: int) -> Any:
     )
 
 
-# A context in which the innermost transform is not there (torch 2.13).
+# Contexts in which all transforms, or the innermost, are not there (torch 2.13).
+below_all = pyfunctorch.temporarily_clear_interpreter_stack
 below_innermost = pyfunctorch.temporarily_pop_interpreter_stack
 
 

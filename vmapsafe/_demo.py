@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from vmapsafe import vmap_safe
+from vmapsafe import per_sample_grad_norms
 
 WRONG_SHARE = 0.03
 CLASSES = 10
@@ -63,8 +63,8 @@ def run(options: argparse.Namespace) -> int:
         options: what :func:`add_arguments` has put on the parser.
 
     Returns:
-        The exit status: 0, or 1 if the gradients differ from those of a Python loop,
-        or 2 if the extra is not installed.
+        The exit status: 0, or 1 if the norms differ from those of a Python loop, or 2
+        if the extra is not installed.
     """
     for package in ("matplotlib", "sklearn", "tqdm"):
         try:
@@ -86,11 +86,9 @@ def run(options: argparse.Namespace) -> int:
     model = build().to(options.device)
     train(model, x, y, options.epochs)
 
-    gradients = per_sample_gradients(model, x, y)
-    sizes = norms(gradients).cpu()
-    print(
-        f"{sizes.numel()} gradients of {count(gradients)} numbers each, one vmap call"
-    )
+    sizes = norms(model, x, y).cpu()
+    numbers = sum(p.numel() for p in model.parameters())
+    print(f"{sizes.numel()} norms of gradients of {numbers} numbers each, in one call")
 
     report(sizes, is_wrong)
     draw(sizes, images, labels, true_labels, options.picture)
@@ -178,36 +176,14 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
 # -------------------------------------------------------------- per-sample gradients
 
 
-def sample_loss(
-    model: nn.Module, parameters: dict[str, Tensor], image: Tensor, label: Tensor
-) -> Tensor:
-    """The loss of one image, (1, 8, 8), with one label, (); the net wants a batch."""
-    logits = functional_call(model, parameters, image.unsqueeze(0))
-    return F.cross_entropy(logits, label.unsqueeze(0))
+def norms(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The Euclidean norm of each sample's own gradient, (N,).
 
-
-def per_sample_gradients(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Every sample's own gradient: {name: (N, *shape of the parameter)}.
-
-    The model is in training mode, as the training loop has left it. Without
-    ``vmap_safe`` torch refuses this call: BatchNorm would update its statistics.
+    The model is in training mode, as the training loop has left it. torch alone refuses
+    to vmap it: BatchNorm would update its statistics.
     """
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    loss = partial(sample_loss, model)
-    with vmap_safe(model):
-        rows: dict[str, Tensor] = vmap(grad(loss), (None, 0, 0))(parameters, x, y)
-    return rows
-
-
-def norms(gradients: dict[str, Tensor]) -> Tensor:
-    """The Euclidean norm of each sample's whole gradient, (N,)."""
-    squares = [g.reshape(len(g), -1).square().sum(1) for g in gradients.values()]
-    return torch.stack(squares).sum(0).sqrt()
-
-
-def count(gradients: dict[str, Tensor]) -> int:
-    """How many numbers one sample's gradient has."""
-    return sum(g[0].numel() for g in gradients.values())
+    found: Tensor = per_sample_grad_norms(model, F.cross_entropy, x, y)
+    return found
 
 
 # --------------------------------------------------------------------------- ranking
@@ -283,26 +259,30 @@ def switched_by_hand(model: nn.Module) -> Iterator[None]:
             layer.train()
 
 
-def gradients_by_loop(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The same gradients one sample after the other: {name: (N, *shape)}."""
-    names, parameters = zip(*model.named_parameters())
+def norms_by_loop(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The same one sample after the other, (N,)."""
+    parameters = tuple(model.parameters())
+    found = []
     with switched_by_hand(model):
-        rows = [
-            torch.autograd.grad(
-                F.cross_entropy(model(x[i, None]), y[i, None]), parameters
-            )
-            for i in range(len(x))
-        ]
-    return {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
+        for i in range(len(x)):
+            loss = F.cross_entropy(model(x[i, None]), y[i, None])
+            grads = torch.autograd.grad(loss, parameters)
+            found.append(torch.cat([g.flatten() for g in grads]).norm())
+    return torch.stack(found)
 
 
-def gradients_by_torch(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The same gradients by ``vmap(grad)`` in torch alone: {name: (N, *shape)}."""
+def norms_by_torch(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The same by ``vmap(grad)`` in torch alone, of gradients made whole, (N,)."""
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        logits = functional_call(model, parameters, image.unsqueeze(0))
+        return F.cross_entropy(logits, label.unsqueeze(0))
+
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    loss = partial(sample_loss, model)
     with switched_by_hand(model):
-        rows: dict[str, Tensor] = vmap(grad(loss), (None, 0, 0))(parameters, x, y)
-    return rows
+        rows = vmap(grad(loss), (None, 0, 0))(parameters, x, y)
+    squares = [row.flatten(1).square().sum(1) for row in rows.values()]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def summed_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -313,21 +293,20 @@ def summed_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...
 
 
 def check(model: nn.Module, x: Tensor, y: Tensor) -> bool:
-    """Prints how far the gradients are from the loop's; True if they are equal.
+    """Prints how far the norms are from the loop's; True if they are equal.
 
     In float64, on a copy: what is compared is then the mathematics and not the
     rounding, on a GPU's tensor cores too.
     """
     model, x = copy.deepcopy(model).double(), x.double()
-    ours = per_sample_gradients(model, x, y)
-    loop = gradients_by_loop(model, x, y)
-    differences = {name: ours[name] - loop[name] for name in loop}
-    absolute = max(float(d.abs().max()) for d in differences.values())
-    relative = float(norms(differences).norm() / norms(loop).norm())
+    loop = norms_by_loop(model, x, y)
+    difference = norms(model, x, y) - loop
+    relative = float(difference.norm() / loop.norm())
     equal = relative < TOLERANCE
     print(
-        f"against the Python loop, float64: largest difference {absolute:.1e}, "
-        f"relative {relative:.1e}: {'equal' if equal else 'NOT EQUAL'}"
+        f"against the Python loop, float64: largest difference "
+        f"{float(difference.abs().max()):.1e}, relative {relative:.1e}: "
+        f"{'equal' if equal else 'NOT EQUAL'}"
     )
     return equal
 
@@ -336,9 +315,9 @@ def compare_times(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None:
     """Prints the medians of interleaved rounds as a table."""
     contenders: dict[str, Callable[[nn.Module, Tensor, Tensor], object]] = {
         "plain gradient of the summed loss": summed_gradient,
-        "Python loop": gradients_by_loop,
-        "torch, BatchNorm switched by hand": gradients_by_torch,
-        "vmapsafe": per_sample_gradients,
+        "Python loop": norms_by_loop,
+        "torch, BatchNorm switched by hand": norms_by_torch,
+        "vmapsafe": norms,
     }
     medians = time_in_rounds(
         {name: partial(f, model, x, y) for name, f in contenders.items()},

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from vmapsafe._call import tree_map
-from vmapsafe._chunks import ChunkSize, check_chunk_size, in_chunks
+from vmapsafe._chunks import check_chunk_size
 from vmapsafe._errors import worded
 from vmapsafe._formulas import Formula, squared_norms, weighted_sum
 from vmapsafe._groups import NumGroups
-from vmapsafe._samples import Loss, Params, Samples, part_of
+from vmapsafe._processes import agreed, check_all_or_none, gathered, summed
+from vmapsafe._samples import Loss, Params, Samples
 from vmapsafe._scope import Options
 
 
@@ -24,6 +24,7 @@ def per_sample_grad_norms(
     loss_fn: Loss,
     *batch: Any,
     per_parameter: bool = False,
+    gather: str | None = None,
     mode: str = "eval",
     rows: str = "contribution",
     params: Params = None,
@@ -59,6 +60,9 @@ def per_sample_grad_norms(
         loss_fn: as there.
         *batch: as there.
         per_parameter: a dict of norms, one for each parameter, and not one of all.
+        gather: "all" gives the norms of all processes of torch.distributed's default
+            group, those of rank 0 first; their batches may differ in size. Every
+            process has to make the call; if one fails, all raise.
         mode: as there.
         rows: as there.
         params: as there.
@@ -72,10 +76,12 @@ def per_sample_grad_norms(
 
     Returns:
         (B,), or a dict from parameter names to (B,), in the dtype of the parameters and
-        in float32 for those in half precision. With ``has_aux`` a pair: that, and aux.
+        in float32 for those in half precision. With ``has_aux`` a pair: that, and aux,
+        of this process.
 
     Raises:
         ValueError: as :func:`per_sample_grads`.
+        RuntimeError: ``gather`` without process group, or another process failed.
 
     A parameter that is used once, by a linear layer, a convolution or an embedding, or
     by a normalisation layer, takes no memory for its rows, or little. One that is
@@ -84,24 +90,35 @@ def per_sample_grad_norms(
     are in ``vmapsafe/_formulas.py``. The result carries no derivatives, transforms of
     torch.func around it excepted. A sample with NaN has the norm NaN, and no other.
     """
-    options = Options(mode, num_groups, update_running_stats, sync_levels, rows, fast)
-    check_chunk_size(_NORMS, chunk_size, mode)
-    samples = Samples.of(
-        _NORMS, model, loss_fn, batch, params, options, randomness, has_aux
-    )
+    check_all_or_none(_NORMS, "gather", gather, "the norms")
 
-    def norms(batch: tuple[Any, ...]) -> Any:
-        into = _Squares()
-        aux = samples.collect(batch, into)
-        squares = {name: into.squares[name] for name in samples.values}
-        if per_parameter:
-            return {name: s.sqrt() for name, s in squares.items()}, aux
-        return _total(squares).sqrt(), aux
+    def compute() -> Any:
+        options = Options(
+            mode, num_groups, update_running_stats, sync_levels, rows, fast
+        )
+        check_chunk_size(_NORMS, chunk_size, mode)
+        samples = Samples.of(
+            _NORMS, model, loss_fn, batch, params, options, randomness, has_aux
+        )
 
-    found = tree_map(
-        lambda *parts: torch.cat(parts)[: samples.size],
-        *_by_chunk(samples, chunk_size, norms),
-    )
+        def norms(batch: tuple[Any, ...]) -> Any:
+            into = _Squares()
+            aux = samples.collect(batch, into)
+            squares = {name: into.squares[name] for name in samples.values}
+            if per_parameter:
+                return {name: s.sqrt() for name, s in squares.items()}, aux
+            return _total(squares).sqrt(), aux
+
+        return tree_map(
+            lambda *parts: torch.cat(parts)[: samples.size],
+            *samples.by_chunk(chunk_size, norms),
+        )
+
+    if gather == "all":
+        found, aux = agreed(f'{_NORMS} with gather="all"', model, compute)
+        found = tree_map(gathered, found), aux
+    else:
+        found = compute()
     return found if has_aux else found[0]
 
 
@@ -180,11 +197,11 @@ def clipped_grad_sum(
     than its sample: in "sync", which warns, and in "eval" unless the running
     statistics come from public data.
     """
-    _check_reduce(reduce)
-    failed: BaseException | None = None
-    found: Any = None
-    try:
-        _check_clipping(max_grad_norm, mode)
+    check_all_or_none(_CLIPPED, "reduce", reduce, "the sum")
+    _warn_of_sync(mode)
+
+    def compute() -> Any:
+        _check_clipping(max_grad_norm)
         options = Options(
             mode, num_groups, update_running_stats, sync_levels, rows, fast
         )
@@ -199,7 +216,7 @@ def clipped_grad_sum(
             with torch.autocast(samples.device.type, enabled=False):
                 return into.clipped_sum(samples, max_grad_norm), aux
 
-        parts = _by_chunk(samples, chunk_size, clipped)
+        parts = samples.by_chunk(chunk_size, clipped)
         total = {
             name: sum([part[0][name] for part in parts[1:]], parts[0][0][name])
             for name in samples.values
@@ -207,14 +224,13 @@ def clipped_grad_sum(
         aux = tree_map(
             lambda *auxs: torch.cat(auxs)[: samples.size], *[part[1] for part in parts]
         )
-        found = total, aux
-    except BaseException as error:
-        if reduce is None:
-            raise
-        failed = error
+        return total, aux
+
     if reduce == "all":
-        _agree(failed, model)
-        found = _summed(found[0]), found[1]
+        total, aux = agreed(f'{_CLIPPED} with reduce="all"', model, compute)
+        found = summed(total), aux
+    else:
+        found = compute()
     return found if has_aux else found[0]
 
 
@@ -274,37 +290,7 @@ def _total(squares: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(list(squares.values())).sum(0)
 
 
-def _by_chunk(samples: Samples, chunk_size: ChunkSize, function: Any) -> list[Any]:
-    """What ``function`` makes of each chunk of the batch."""
-    parts: list[Any] = []
-
-    def run(start: int, stop: int) -> None:
-        parts.append(function(part_of(samples.batch, start, stop)))
-
-    in_chunks(samples.count, chunk_size, samples.device, run)
-    return parts
-
-
-def _check_reduce(reduce: str | None) -> None:
-    if reduce not in (None, "all"):
-        raise ValueError(
-            worded(
-                _CLIPPED,
-                f"unknown reduce {reduce!r}",
-                'Pass None for the sum in this process, or "all"',
-            )
-        )
-    if reduce == "all" and not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            worded(
-                f'{_CLIPPED} with reduce="all"',
-                "torch.distributed has no process group",
-                "Call torch.distributed.init_process_group first, or leave reduce out",
-            )
-        )
-
-
-def _check_clipping(most: float, mode: str) -> None:
+def _check_clipping(most: float) -> None:
     if not most > 0:
         raise ValueError(
             worded(
@@ -313,6 +299,9 @@ def _check_clipping(most: float, mode: str) -> None:
                 "Pass the largest norm a row may keep, above 0",
             )
         )
+
+
+def _warn_of_sync(mode: str) -> None:
     if mode == "sync":
         warnings.warn(
             worded(
@@ -324,33 +313,3 @@ def _check_clipping(most: float, mode: str) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def _agree(failed: BaseException | None, model: nn.Module) -> None:
-    """Raise in all processes if one has failed: none is left to wait for it."""
-    device = next(model.parameters()).device
-    flag = torch.tensor(float(failed is not None), device=device)
-    dist.all_reduce(flag)
-    if failed is not None:
-        raise failed
-    if flag:
-        raise RuntimeError(
-            worded(
-                f'{_CLIPPED} with reduce="all"',
-                f"{int(flag)} of {dist.get_world_size()} processes failed",
-                "See their errors",
-            )
-        )
-
-
-def _summed(total: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Over all processes, in one message a dtype."""
-    found = dict(total)
-    for dtype in dict.fromkeys([t.dtype for t in total.values()]):
-        names = [name for name, t in total.items() if t.dtype == dtype]
-        message = torch.cat([total[name].flatten() for name in names])
-        dist.all_reduce(message)
-        pieces = torch.split(message, [total[name].numel() for name in names])
-        for name, piece in zip(names, pieces):
-            found[name] = piece.view_as(total[name])
-    return found

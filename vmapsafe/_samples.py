@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 
 from vmapsafe._batched import without_batch_dim
 from vmapsafe._call import beyond_reverse_mode, current_level, tree_flatten, tree_map
+from vmapsafe._chunks import ChunkSize, in_chunks
 from vmapsafe._errors import worded
 from vmapsafe._record import LEVEL, Collector, Recorded, Unrecordable
 from vmapsafe._scope import Options
@@ -178,6 +179,18 @@ class Samples:
         for name, row in rows.items():
             into.whole(name, row)
         return aux
+
+    def by_chunk(
+        self, chunk_size: ChunkSize, function: Callable[[tuple[Any, ...]], Any]
+    ) -> list[Any]:
+        """What ``function`` makes of each chunk of the batch."""
+        parts: list[Any] = []
+
+        def run(start: int, stop: int) -> None:
+            parts.append(function(part_of(self.batch, start, stop)))
+
+        in_chunks(self.count, chunk_size, self.device, run)
+        return parts
 
     def _loss(self, values: Mapping[str, Tensor], inputs: Any, *rest: Any) -> Any:
         """Of one sample, handed to the model as a batch of one."""

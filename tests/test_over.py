@@ -1,0 +1,679 @@
+"""A whole data set: as the calls batch by batch, and files as without a stop."""
+
+import builtins
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from plain import assert_same_state, everything
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from vmapsafe import (
+    _disk,
+    clipped_grad_sum,
+    over,
+    per_sample_grad_norms,
+    per_sample_grads,
+    per_sample_sketch,
+)
+from vmapsafe.testing import assert_same
+
+X = torch.randn(10, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+Y = torch.arange(10) % 3
+PAIRS = list(zip(X.split(4), Y.split(4)))
+
+
+def make():
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)
+    model = nn.Sequential(*layers).double()
+    model(X)
+    return model
+
+
+@pytest.fixture
+def mlp():
+    return make()
+
+
+def loader(**options):
+    return DataLoader(TensorDataset(X, Y), **{"batch_size": 4, **options})
+
+
+def norms_over(batches, model, **options):
+    return over(batches, per_sample_grad_norms, model, F.cross_entropy, **options)
+
+
+# -- One result a batch ----------------------------------------------------------------
+
+FUNCTIONS = {
+    "rows": (per_sample_grads, {}),
+    "norms": (per_sample_grad_norms, {"per_parameter": True}),
+    "norms in sync": (per_sample_grad_norms, {"mode": "sync"}),
+    "sketches": (per_sample_sketch, {"k": 6, "chunk_size": 3}),
+    "partial": (functools.partial(per_sample_sketch, k=6), {}),
+    "clipped": (clipped_grad_sum, {"max_grad_norm": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_each_batch_is_a_call(mlp, name):
+    """The last one short, as often as one likes; the model is left alone."""
+    function, options = FUNCTIONS[name]
+    before = everything(mlp)
+    results = over(loader(), function, mlp, F.cross_entropy, **options)
+    assert len(results) == 3
+    for _ in range(2):
+        found = list(results)
+        expected = [function(mlp, F.cross_entropy, *pair, **options) for pair in PAIRS]
+        assert_same(found, expected)
+    assert_same_state(mlp, before)
+
+
+def energy(output):
+    return output.square().sum()
+
+
+Pair = namedtuple("Pair", "image label")
+# What the loader gives for two tensors, and how it is taken apart.
+BATCHES = {
+    "tuple": (lambda x, y: (x, y), None),
+    "list": (lambda x, y: [x, y], None),
+    "named tuple": (Pair, None),
+    "dict": (lambda x, y: {"label": y, "id": "a", "image": x}, ("image", "label")),
+    "dict, a dict of inputs": (
+        lambda x, y: {"label": y, "input": x},
+        (("input",), "label"),
+    ),
+    "inputs in a list": (lambda x, y: [[x], y], None),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_are_taken_apart(mlp, name):
+    kind, keys = BATCHES[name]
+    found = list(norms_over([kind(*p) for p in PAIRS], mlp, keys=keys))
+    assert_same(torch.cat(found), per_sample_grad_norms(mlp, F.cross_entropy, X, Y))
+
+
+@pytest.mark.parametrize("keys", [None, "image"])
+def test_inputs_alone(mlp, keys):
+    """A tensor, or one key, and a loss of the output."""
+    batches = [{"image": x} if keys else x for x, _ in PAIRS]
+    found = list(over(batches, per_sample_grad_norms, mlp, energy, keys=keys))
+    assert_same(torch.cat(found), per_sample_grad_norms(mlp, energy, X))
+
+
+class TwoInputs(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, a, b):
+        return super().forward(a - 2 * b)
+
+
+def test_what_collate_makes_of_pairs_of_inputs():
+    """Samples ((a, b), y) come as [[a, b], y]: two arguments of the model."""
+    model = TwoInputs().double()
+    samples = [((x, x.flip(0)), y) for x, y in zip(X, Y)]
+    found = list(norms_over(DataLoader(samples, batch_size=4), model))
+    expected = per_sample_grad_norms(model, F.cross_entropy, (X, X.flip(1)), Y)
+    assert_same(torch.cat(found), expected)
+
+
+def test_workers(mlp):
+    found = torch.cat(list(norms_over(loader(num_workers=2), mlp)))
+    assert_same(found, per_sample_grad_norms(mlp, F.cross_entropy, X, Y))
+
+
+def test_no_batches_and_empty_batches(mlp):
+    assert list(norms_over([], mlp)) == []
+    empty = DataLoader(TensorDataset(X[:0], Y[:0]), batch_size=4)
+    assert list(norms_over(empty, mlp)) == [] and len(norms_over(empty, mlp)) == 0
+    pairs = [PAIRS[0], (X[:0], Y[:0]), *PAIRS[1:]]
+    assert [len(norms) for norms in norms_over(pairs, mlp)] == [4, 0, 4, 2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_moved_to_the_model(mlp):
+    expected = per_sample_grad_norms(mlp, F.cross_entropy, X, Y)
+    for pin_memory in (False, True):
+        batches = loader(pin_memory=pin_memory)
+        found = torch.cat(list(norms_over(batches, mlp.cuda())))
+        assert found.device.type == "cuda"
+        assert_same(found.cpu(), expected)
+
+
+def test_progress(mlp, capsys):
+    """A bar that ends full."""
+    assert len(list(norms_over(loader(), mlp, progress=True))) == 3
+    assert "3/3" in capsys.readouterr().err
+    assert len(list(norms_over(iter(PAIRS), mlp, progress=True))) == 3
+    assert "3batch" in capsys.readouterr().err
+
+
+# -- Interruptions ---------------------------------------------------------------------
+
+
+class Stops(Dataset):
+    """Raises, once, when asked for a sample; counts those it has given."""
+
+    def __init__(self, at=None, error=KeyboardInterrupt):
+        self.at, self.error, self.given = at, error, []
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, i):
+        if i == self.at:
+            self.at = None
+            raise self.error
+        self.given.append(i)
+        return X[i], Y[i]
+
+
+@pytest.mark.parametrize("mode", ["eval", "sync"])
+def test_an_interruption_leaves_the_model_as_it_was(mlp, mode):
+    """In the data, in the loss, between two batches, or by forgetting the loop."""
+
+    def loss(output, target):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return F.cross_entropy(output, target)
+
+    before, calls = everything(mlp), []
+    with pytest.raises(KeyboardInterrupt):
+        list(norms_over(DataLoader(Stops(5), batch_size=4), mlp, mode=mode))
+    assert_same_state(mlp, before)
+    with pytest.raises(KeyboardInterrupt):
+        list(over(loader(), per_sample_grad_norms, mlp, loss, mode=mode))
+    assert_same_state(mlp, before)
+    running = iter(norms_over(loader(num_workers=1), mlp, mode=mode, progress=True))
+    next(running)
+    assert_same_state(mlp, before)
+    running.close()
+    running = iter(norms_over(loader(), mlp, mode=mode))
+    next(running)
+    del running
+    assert_same_state(mlp, before)
+
+
+# -- Files -----------------------------------------------------------------------------
+
+SAVED = {name: FUNCTIONS[name] for name in FUNCTIONS if name != "clipped"}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def saved(folder, model, name="norms", batches=None, **options):
+    function, given = SAVED[name]
+    batches = loader() if batches is None else batches
+    results = over(batches, function, model, F.cross_entropy, **given, **options)
+    return results.save(folder, repeatable=True)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_files_are_the_results(mlp, tmp_path, name):
+    """All of them, memory-mapped; one file a tensor; a second call loads them."""
+    function, options = SAVED[name]
+    results = over(loader(), function, mlp, F.cross_entropy, **options)
+    parts = list(results)
+    before = everything(mlp)
+    for _ in range(2):
+        found = results.save(tmp_path / "new" / "folder")
+        assert_same_state(mlp, before)
+        if isinstance(parts[0], torch.Tensor):
+            found, files = {"result": found}, ["result"]
+            expected = {"result": torch.cat(parts)}
+        else:
+            files = list(parts[0])
+            expected = {key: torch.cat([p[key] for p in parts]) for key in files}
+        assert list(found) == files
+        for key, array in found.items():
+            assert isinstance(array, numpy.memmap) and not array.flags.writeable
+            file = tmp_path / "new" / "folder" / f"{key}.npy"
+            assert numpy.array_equal(array, expected[key].numpy())
+            assert numpy.array_equal(numpy.load(file, mmap_mode="r"), array)
+            assert array.dtype == numpy.float64
+
+
+@pytest.mark.parametrize("name", ["rows", "norms", "norms in sync", "sketches"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_goes_on_where_it_stopped(mlp, tmp_path, name, error, at):
+    """Files to the bit as without a stop; finished samples are not asked for again but
+    for the first batch."""
+    saved(tmp_path / "whole", mlp, name)
+    data = Stops(at, error)
+    before = everything(mlp)
+    with pytest.raises(error):
+        saved(tmp_path / "broken", mlp, name, DataLoader(data, batch_size=4))
+    assert_same_state(mlp, before)
+    finished = at // 4 * 4
+    if finished:
+        state = json.loads(contents(tmp_path / "broken")["state.json"])
+        assert state["samples"] == finished and not state["complete"]
+        for path in (tmp_path / "broken").glob("*.npy"):
+            whole = numpy.load(tmp_path / "whole" / path.name)
+            assert numpy.array_equal(numpy.load(path), whole[:finished])
+    else:
+        assert not (tmp_path / "broken").exists()
+    data.given.clear()
+    saved(tmp_path / "broken", mlp, name, DataLoader(data, batch_size=4))
+    assert data.given == [*range(4), *range(max(finished, 4), 10)]
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("batches", ["list", "iterable data", "own sampler", "workers"])
+def test_goes_on_with_any_loader(mlp, tmp_path, batches):
+    """Where batches cannot be left out they are loaded, and no result is made twice."""
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return zip(X, Y)
+
+    make = {
+        "list": lambda: PAIRS,
+        "iterable data": lambda: DataLoader(Stream(), batch_size=4),
+        "own sampler": lambda: loader(sampler=range(9, -1, -1)),
+        "workers": lambda: loader(num_workers=2, prefetch_factor=4),
+    }[batches]
+    calls = []
+
+    def counted(model, loss_fn, x, y):
+        if len(calls) == 2:
+            calls.append("stop")
+            raise KeyboardInterrupt
+        calls.append(x)
+        return per_sample_grad_norms(model, loss_fn, x, y)
+
+    results = over(make(), counted, mlp, F.cross_entropy)
+    with pytest.raises(KeyboardInterrupt):
+        results.save(tmp_path, repeatable=True)
+    found = results.save(tmp_path, repeatable=True)
+    assert len(calls) == 4
+    assert numpy.array_equal(found, torch.cat(list(norms_over(make(), mlp))).numpy())
+
+
+def both(model, loss_fn, x, y):
+    """Two files, quickly, and one of no size."""
+    return {"a/b": x * 2, "y": y, "nothing": x[:, :0]}
+
+
+def test_killed_at_any_moment(mlp, tmp_path, monkeypatch):
+    """Before each flush, each replacement of state.json and each batch: what is there
+    can be loaded, is right, and goes on to the files that there would have been."""
+    monkeypatch.setattr(_disk, "_SECONDS", 0)
+    monkeypatch.setattr(_disk, "_TIMES", 0)  # a checkpoint a batch
+    monkeypatch.setattr(os, "fsync", lambda number: None)  # takes its time
+    results = over(loader(), both, mlp, F.cross_entropy)
+    whole = results.save(tmp_path / "whole")
+    assert numpy.array_equal(whole["a/b"], 2 * X.numpy())
+    assert whole["nothing"].shape == (10, 0)
+    survived = 0
+    for moment in range(1000):
+        folder = tmp_path / str(moment)
+        child = os.fork()
+        if child == 0:
+            _dies_at(moment, monkeypatch)
+            results.save(folder)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFEXITED(status):
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        for path in folder.glob("*.npy"):
+            if path.stat().st_size:
+                done = numpy.load(path)
+                name = path.stem.replace("%2F", "/")
+                assert numpy.array_equal(done, whole[name][: len(done)])
+                survived += len(done)
+        results.save(folder)
+        assert contents(folder) == contents(tmp_path / "whole")
+    assert moment > 50 and survived > moment  # it did go on with something
+
+
+def _dies_at(moment, monkeypatch):
+    """In this process: killed before the step of that number."""
+    left = [moment]
+
+    def counted(function):
+        def call(*args, **kwargs):
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in (
+        *((os, "fsync"), (os, "replace"), (builtins, "open")),
+        *((_disk._Growing, "append"), (_disk._Growing, "cut")),
+    ):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import torch, torch.nn.functional as F
+from test_over import Stops, make
+from torch.utils.data import DataLoader
+from vmapsafe import _disk, over, per_sample_grads
+
+class Killed(Stops):
+    def __getitem__(self, i):
+        if i == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(i)
+
+torch.set_num_threads(1)
+_disk._SECONDS = _disk._TIMES = 0
+loader = DataLoader(Killed(), batch_size=4)
+over(loader, per_sample_grads, make(), F.cross_entropy).save({folder!r})
+"""
+
+
+def test_a_process_that_is_killed(mlp, tmp_path):
+    """Another process goes on with rows, to the bit."""
+    folder = tmp_path / "killed"
+    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder))
+    ended = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    assert json.loads(contents(folder)["state.json"])["samples"] == 8
+    data = Stops()
+    saved(folder, mlp, "rows", DataLoader(data, batch_size=4))
+    assert data.given == [0, 1, 2, 3, 8, 9]
+    saved(tmp_path / "whole", mlp, "rows")
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_half_precision_and_a_slash(tmp_path):
+    """bfloat16 becomes float32; a name with a slash stays one file."""
+    model = nn.Sequential()
+    model.add_module("a/b", nn.Linear(4, 3))
+    model = model.bfloat16()
+    pairs = [(x.bfloat16(), y) for x, y in PAIRS]
+    results = over(pairs, per_sample_grads, model, F.cross_entropy)
+    found = results.save(tmp_path, repeatable=True)
+    assert found["a/b.weight"].dtype == numpy.float32
+    expected = torch.cat([rows["a/b.weight"] for rows in results]).float()
+    assert numpy.array_equal(found["a/b.weight"], expected.numpy())
+
+
+# -- Something else is refused ---------------------------------------------------------
+
+
+def other_weights():
+    model = make()
+    model[0].bias.data[0] += 1e-9
+    return model
+
+
+def other_statistics():
+    model = make()
+    model[1].running_var[0] += 1e-9
+    return model
+
+
+def frozen():
+    model = make()
+    model[1].eval()
+    return model
+
+
+def shifted():
+    return DataLoader(TensorDataset(X + 1e-9, Y), batch_size=4)
+
+
+def another_loss(output, target):
+    return F.cross_entropy(output, target)
+
+
+CHANGES = {
+    "k was '6' and is '7'": {"k": 7},
+    "seed was '0' and is '1'": {"seed": 1},
+    "kind was \"'rademacher'\" and is \"'gaussian'\"": {"kind": "gaussian"},
+    "mode was \"'eval'\" and is \"'group_norm'\"": {"mode": "group_norm"},
+    "params was 'None' and is ": {"params": ["0.bias"]},
+    "batch_size was 4 and is 5; batches was 3 and is 2": {
+        "batches": lambda: loader(batch_size=5)
+    },
+    "first batch: other data, or another order": {"batches": shifted},
+    "parameters and buffers was ": {"model": other_weights},
+    "buffers was '": {"model": other_statistics},
+    "training and requires_grad was ": {"model": frozen},
+    "loss_fn was 'torch.nn.functional.cross_entropy' and is 'test_over.another_loss'": {
+        "loss_fn": another_loss
+    },
+    "function was 'vmapsafe._sketch.per_sample_sketch' and is 'vmapsafe._norms.": {
+        "function": per_sample_grad_norms,
+        "k": None,
+    },
+}
+
+
+@pytest.mark.parametrize("text", CHANGES)
+@pytest.mark.parametrize("complete", [True, False])
+def test_another_question_is_refused(mlp, tmp_path, text, complete):
+    """It says what differs, and nothing is written."""
+
+    def save(
+        model=make,
+        batches=loader,
+        loss_fn=F.cross_entropy,
+        function=per_sample_sketch,
+        **options,
+    ):
+        options = {k: v for k, v in {"k": 6, **options}.items() if v is not None}
+        results = over(batches(), function, model(), loss_fn, **options)
+        return results.save(tmp_path)
+
+    if complete:
+        save()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            save(batches=lambda: DataLoader(Stops(5), batch_size=4))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        save(**CHANGES[text])
+    assert text in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert contents(tmp_path) == before
+    assert len(save(chunk_size=3)) == 10  # which changes nothing
+
+
+def test_chunks_count_in_sync(mlp, tmp_path):
+    """There they are batches."""
+    saved(tmp_path, mlp, "norms in sync")
+    with pytest.raises(ValueError, match="chunk_size was 'None' and is '2'"):
+        saved(tmp_path, mlp, "norms in sync", chunk_size=2)
+
+
+def spoil_state(folder):
+    (folder / "state.json").write_text("{")
+
+
+def cut_rows(folder):
+    os.truncate(folder / "result.npy", 128 + 7 * 8)
+    state = json.loads((folder / "state.json").read_text())
+    state.update(complete=False, batches=2, samples=8)
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def forget_state(folder):
+    (folder / "state.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil,text",
+    [
+        (spoil_state, "holds a state.json that cannot be read. Give another path."),
+        (cut_rows, "lacks rows of result.npy that state.json counts"),
+        (forget_state, "is not empty and holds no state.json. Give another path."),
+    ],
+)
+def test_spoilt_folders(mlp, tmp_path, spoil, text):
+    norms_over(loader(), mlp).save(tmp_path)
+    spoil(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        norms_over(loader(), mlp).save(tmp_path)
+    assert text in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert contents(tmp_path).keys() == before.keys()
+    if spoil is not cut_rows:
+        assert contents(tmp_path) == before
+
+
+def test_nothing_to_save(mlp, tmp_path):
+    empty = DataLoader(TensorDataset(X[:0], Y[:0]), batch_size=4)
+    with pytest.raises(ValueError, match="gave no batch, so that the results have no"):
+        norms_over(empty, mlp).save(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file' is no folder"):
+        norms_over(loader(), mlp).save(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# -- Errors ----------------------------------------------------------------------------
+
+
+def take_one(results):
+    next(iter(results))
+
+
+def save_it(results):
+    results.save("never-made")
+
+
+class Backwards(torch.utils.data.Sampler):
+    def __iter__(self):
+        return iter(range(9, -1, -1))
+
+    def __len__(self):
+        return 10
+
+
+MAKING = [
+    ({"loader": TensorDataset(X, Y)}, TypeError, "the loader is a TensorDataset. Give"),
+    ({"loader": X}, TypeError, "the loader is a Tensor"),
+    ({"loader": 3}, TypeError, "over(...): the loader is a int. Give batches, e.g. "),
+    ({"function": make()}, TypeError, "function is a Sequential. Write over(loader"),
+    ({"loss_fn": Y}, TypeError, "loss_fn is a Tensor"),
+    ({"model": F.mse_loss}, TypeError, "model is a function, not an nn.Module"),
+    (
+        {"nodes": 3},
+        TypeError,
+        "got an unexpected keyword argument 'nodes'. See its arg",
+    ),
+    (
+        {"function": per_sample_sketch},
+        TypeError,
+        "over(...): vmapsafe._sketch.per_sample_sketch needs k=. Write over(..., k=..",
+    ),
+]
+TAKING = [
+    (
+        {"loader": [{"x": X, "y": Y}]},
+        TypeError,
+        "the loader gave a dict with the keys ['x', 'y']. Say what is what, e.g. keys=",
+    ),
+    (
+        {"loader": [{"x": X, "y": Y}], "keys": ("x", "label")},
+        ValueError,
+        "keys= names 'label', and the batch has ['x', 'y']",
+    ),
+    ({"keys": "x"}, TypeError, "keys= for a batch that is a list. Leave keys= out."),
+    ({"loader": ["xy"]}, TypeError, "the loader gave a batch that is a str. Let its"),
+    ({"loader": [(X, "y")]}, ValueError, "batch[1] holds 'y', which has no batch dim"),
+    ({"loader": [(X, Y[:3])]}, ValueError, "batch sizes disagree"),
+    ({"mode": "train"}, ValueError, "unknown mode 'train'"),
+]
+SAVING = [
+    ({"loader": PAIRS}, ValueError, "order is not known to be the same each time"),
+    (
+        {"loader": loader(shuffle=True)},
+        ValueError,
+        "Give a DataLoader with shuffle=Fal",
+    ),
+    ({"loader": loader(sampler=Backwards())}, ValueError, "say repeatable=True."),
+    ({"has_aux": True}, ValueError, "has_aux=True, and aux has no place in the files"),
+    (
+        {"update_running_stats": True, "mode": "sync"},
+        ValueError,
+        "update_running_stats=True, and a model that changes cannot go on",
+    ),
+    ({"gather": "all"}, ValueError, "gather='all', and a file of its own for each"),
+    (
+        {"function": clipped_grad_sum, "max_grad_norm": 1.0},
+        ValueError,
+        "for a batch of 4 the function gave '0.weight': (5, 4). What can be saved is",
+    ),
+    (
+        {"function": lambda *args: list(args)},
+        ValueError,
+        "for a batch of 4 the function gave a list",
+    ),
+    ({"function": lambda *args: {}}, ValueError, "the function gave a dict"),
+]
+ERRORS = [
+    *((lambda results: None, *row) for row in MAKING),
+    *((take_one, *row) for row in TAKING),
+    *((save_it, *row) for row in SAVING),
+]
+
+
+@pytest.mark.parametrize("use,changed,kind,text", ERRORS, ids=[e[-1] for e in ERRORS])
+def test_errors(mlp, tmp_path, monkeypatch, use, changed, kind, text):
+    monkeypatch.chdir(tmp_path)
+    before = everything(mlp)
+    given = {
+        "loader": loader(),
+        "function": per_sample_grad_norms,
+        "model": mlp,
+        "loss_fn": F.cross_entropy,
+        **changed,
+    }
+    with pytest.raises(kind) as caught:
+        use(over(**given))
+    assert text in str(caught.value)
+    assert_same_state(mlp, before)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "package,call,text",
+    [
+        (
+            "tqdm",
+            lambda model: norms_over(loader(), model, progress=True),
+            'over(...) with progress=True: tqdm cannot be imported here. pip install "'
+            'vmapsafe[progress]".',
+        ),
+        (
+            "numpy",
+            lambda model: norms_over(loader(), model).save("never-made"),
+            'over(...).save(...): numpy cannot be imported here. pip install "'
+            'vmapsafe[disk]".',
+        ),
+    ],
+)
+def test_a_missing_extra_is_named(mlp, monkeypatch, package, call, text):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        call(mlp)
+    assert str(caught.value) == text
+    assert len(list(norms_over(loader(), mlp))) == 3

@@ -1,0 +1,106 @@
+"""Results of all processes of torch.distributed's default group, put together.
+
+A process that fails before the others send would leave them waiting. So all first tell
+whether they have something to send, and if one has not, all raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vmapsafe._errors import worded
+
+
+def check_all_or_none(called: str, option: str, value: str | None, one: str) -> None:
+    """Raise unless ``value`` is None, or "all" and there are processes to ask.
+
+    Args:
+        called: the public function, for errors.
+        option: the name of its argument.
+        value: what was given.
+        one: what None gives.
+
+    Raises:
+        ValueError: another value.
+        RuntimeError: "all" without a process group.
+    """
+    if value not in (None, "all"):
+        raise ValueError(
+            worded(
+                called,
+                f"unknown {option} {value!r}",
+                f'Pass None for {one} in this process, or "all"',
+            )
+        )
+    if value == "all" and not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            worded(
+                f'{called} with {option}="all"',
+                "torch.distributed has no process group",
+                "Call torch.distributed.init_process_group first, or leave "
+                f"{option} out",
+            )
+        )
+
+
+def agreed(called: str, model: nn.Module, compute: Callable[[], Any]) -> Any:
+    """What ``compute`` gives, in all processes or in none: none is left waiting.
+
+    Raises:
+        RuntimeError: it failed in another process.
+    """
+    failed: BaseException | None = None
+    found = None
+    try:
+        found = compute()
+    except BaseException as error:
+        failed = error
+    flag = torch.tensor(float(failed is not None), device=_device(model))
+    dist.all_reduce(flag)
+    if failed is not None:
+        raise failed
+    if flag:
+        raise RuntimeError(
+            worded(
+                called,
+                f"{int(flag)} of {dist.get_world_size()} processes failed",
+                "See their errors",
+            )
+        )
+    return found
+
+
+def summed(total: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Over all processes, in one message a dtype."""
+    found = dict(total)
+    for dtype in dict.fromkeys([t.dtype for t in total.values()]):
+        names = [name for name, t in total.items() if t.dtype == dtype]
+        message = torch.cat([total[name].flatten() for name in names])
+        dist.all_reduce(message)
+        pieces = torch.split(message, [total[name].numel() for name in names])
+        for name, piece in zip(names, pieces):
+            found[name] = piece.view_as(total[name])
+    return found
+
+
+def gathered(part: Tensor) -> Tensor:
+    """(sum of all B, ...) of each process's (B, ...), by rank; the B may differ."""
+    world = dist.get_world_size()
+    size = torch.tensor([len(part)], device=part.device)
+    sizes = [torch.empty_like(size) for _ in range(world)]
+    dist.all_gather(sizes, size)
+    most = max([int(s) for s in sizes])
+    padded = part.new_zeros(most, *part.shape[1:])
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.cat([p[: int(s)] for p, s in zip(parts, sizes)])
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
