@@ -13,14 +13,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from results import joined, races, read, write
 
 # The colours of Okabe and Ito, which the colour-blind tell apart, and a shape for each.
 # Ours stand out by size, not by being first.
 STYLES = {
-    "plain": ("0.45", "|"),
-    "floor": ("0.45", "$F$"),
+    "plain": ("0.45", "."),
+    "floor": ("0.2", "."),
     "loop": ("0.45", "x"),
     "vmapsafe": ("#d55e00", "o"),
     "vmapsafe, fast=False": ("#d55e00", "v"),
@@ -37,6 +37,7 @@ STYLES = {
     "BackPACK BatchL2Grad": ("#cc79a7", ">"),
     "JAX": ("#56b4e9", "h"),
 }
+DASHES = {"plain": ":", "floor": "--"}
 MAIN = (
     *("vmapsafe", "vmapsafe, out=", "vmapsafe, compiled", "vmap(grad)", "loop"),
     *("vmap(grad), compiled", "Opacus hooks", "ExpandedWeights", "BackPACK", "JAX"),
@@ -348,7 +349,7 @@ def _dots(run, path, tasks):
 
 def _look(name, size):
     colour, marker = STYLES[name]
-    thin = marker in ("x", "$F$", "|")
+    thin = marker == "x"
     return {
         "color": colour,
         "marker": marker,
@@ -392,7 +393,9 @@ def draw_growth(run, path):
             axes.set_yscale("log")
             axes.set_xticks(sorted(batches), [str(b) for b in sorted(batches)])
             axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.set_xlabel("batch size")
             axes.grid(color="0.9", linewidth=0.7)
         column[0].set_title(net)
@@ -450,16 +453,20 @@ def _lines(axes, sizes, value):
                 *zip(*points),
                 **_look(name, 6),
                 linewidth=2.4 if name == "vmapsafe" else 1.2,
-                linestyle="--" if name in ("plain", "floor") else "-",
+                linestyle=DASHES.get(name, "-"),
             )
 
 
 def _finish(figure, run, path, names):
     """The key below, the machine above."""
     handles = [
-        Line2D([], [], **_look(name, 9), linestyle="none", label=name) for name in names
+        Line2D([], [], **_look(n, 9), linestyle=DASHES.get(n, "none"), label=n)
+        for n in names
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    columns = max(2, int(figure.get_figwidth() / 2.2))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False
+    )
     _credit(figure, run)
     figure.savefig(path, dpi=110)
     return True
