@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from per_sample_grads import now
+from measuring import seconds_in_turn
 from torch.func import grad, vmap
 
 from vmapsafe import vmap_safe
@@ -54,18 +54,10 @@ def contenders(batch, channels, side, device):
 
 
 def medians(runs, rounds, device):
-    times = {name: [] for name in runs}
     expected = runs["torch"]()
     for run in runs.values():
         torch.testing.assert_close(run(), expected, rtol=1e-3, atol=1e-3)
-    for i in range(rounds + 1):
-        for name in list(runs)[:: 1 if i % 2 else -1]:
-            started = now(device)
-            result = runs[name]()
-            stopped = now(device)
-            del result
-            if i:
-                times[name].append(stopped - started)
+    times = seconds_in_turn(runs, rounds, 60.0, device)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

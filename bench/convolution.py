@@ -1,4 +1,4 @@
-"""Which algorithm for weight gradients of convolutions, shape by shape: the regimes.
+"""Weight gradients of a convolution, one a sample: which algorithm wins where.
 
 Each algorithm of vmapsafe/rules/convolution.py takes its turn under vmap with torch's
 own batching rule; a line of the table is a shape, its numbers are multiples of torch's

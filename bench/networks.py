@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,7 +16,10 @@ def group_norm(channels):
 
 
 class Residual(nn.Module):
-    """F.relu(body(x) + short(x)) of He et al., https://arxiv.org/abs/1512.03385."""
+    """relu(body(x) + short(x)) of He et al., https://arxiv.org/abs/1512.03385.
+
+    With ReLU as a module, or BackPACK's converter refuses it.
+    """
 
     def __init__(self, norm, channels, outputs, stride, *layers):
         super().__init__()
@@ -24,9 +29,10 @@ class Residual(nn.Module):
             self.short = nn.Sequential(
                 nn.Conv2d(channels, outputs, 1, stride, bias=False), norm(outputs)
             )
+        self.relu = nn.ReLU()
 
     def forward(self, x):
-        return F.relu(self.body(x) + self.short(x))
+        return self.relu(self.body(x) + self.short(x))
 
 
 def basic(norm, channels, width, stride):
@@ -134,6 +140,15 @@ def mlp():
     )
 
 
+def chain(width, depth):
+    """As many equal layers, to see what grows with width and with depth."""
+    layers = [nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
+    for _ in range(depth - 1):
+        layers += [nn.Conv2d(width, width, 3, padding=1)]
+        layers += [nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers, *head(width))
+
+
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -197,6 +212,20 @@ NETWORKS = {
     "BN MLP": (mlp, (32, 784)),
     "ViT-like": (ViT, (16, 3, 32, 32)),
     "GroupNorm ResNet-18": (lambda: resnet18(group_norm), (16, 3, 32, 32)),
+    "GroupNorm ResNet-50": (lambda: resnet50(group_norm), (8, 3, 64, 64)),
+    "GroupNorm MobileNetV2": (lambda: mobilenet_v2(group_norm), (16, 3, 64, 64)),
     "GroupNorm CNN": (lambda: small_cnn(group_norm), (32, 3, 32, 32)),
+    "GroupNorm conv1d net": (lambda: conv1d_net(group_norm), (32, 2, 512)),
     "tiny net": (tiny, (8, 1, 8, 8)),
 }
+
+# The same for what grows: images of 16 x 16 behind the first layer.
+WIDTHS = {
+    f"CNN, {width} wide": (partial(chain, width, 4), (16, 3, 32, 32))
+    for width in (8, 16, 32, 64, 128, 256)
+}
+DEPTHS = {
+    f"CNN, {depth} deep": (partial(chain, 32, depth), (16, 3, 32, 32))
+    for depth in (1, 2, 4, 8, 16, 32)
+}
+GROWN = {**WIDTHS, **DEPTHS}

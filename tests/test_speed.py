@@ -202,12 +202,19 @@ def test_every_kind_under_every_transform(name, kinds, taken):
     test_same_as_torchs_own(name, kinds, taken)
 
 
-def test_without_recording(net, taken):
-    """Under no_grad parameters that require gradients are as good as any."""
+def test_without_recording(net, monkeypatch):
+    """Under no_grad parameters that require gradients cost no more than others."""
+    plain, calls = convolution._plain_products, []
+    monkeypatch.setattr(
+        convolution, "_plain_products", lambda *given: calls.append(1) or plain(*given)
+    )
     params = dict(net.named_parameters())
-    with vmap_safe(net, fast=True), torch.no_grad():
-        actual = rows(net, params, X)
-    assert taken
+    with vmap_safe(net, fast=True):
+        rows(net, params, X)
+        assert not calls
+        with torch.no_grad():
+            actual = rows(net, params, X)
+    assert len(calls) == 3
     assert_same(actual, rows(net.eval(), tensors(net), X))
 
 
@@ -464,6 +471,20 @@ with vmap_safe(torch.nn.ReLU(), fast=True):
 assert warnings.filters == filters
 """
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+def test_torchs_own_stays_where_no_model_is_on_a_measured_device():
+    """A process that only ever opens blocks elsewhere pays nothing."""
+    program = """
+import torch
+from vmapsafe import vmap_safe, _operators
+from vmapsafe.rules import convolution
+with vmap_safe(torch.nn.Conv2d(1, 1, 1, device="meta")):
+    assert convolution._backward not in _operators._installed
+with vmap_safe(torch.nn.Conv2d(1, 1, 1)):
+    assert convolution._backward in _operators._installed
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_per_sample_grads(net, taken):

@@ -19,11 +19,12 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from vmapsafe._call import (
     Call,
@@ -40,9 +41,9 @@ from vmapsafe._call import (
 from vmapsafe._rule import Rule, speed_rules
 
 
-def enter(block: object, fast: bool) -> None:
-    """A block opens: ``fast`` True asks for the rules, False switches them off for all
-    threads.
+def enter(block: object, fast: bool, models: Iterable[nn.Module]) -> None:
+    """A block for ``models`` opens: ``fast`` True asks for the rules that may take a
+    call on their devices, False switches all off for all threads.
 
     What torch.compile traces does not count: its graphs are made after the block.
     """
@@ -50,9 +51,11 @@ def enter(block: object, fast: bool) -> None:
         return
     with _lock:
         # Older versions of torch cannot give their own rule back: no speed rules there.
-        if fast and not _installed and hasattr(torch.library, "get_kernel"):
-            for operator in speed_rules():
-                _install(operator)
+        if fast and hasattr(torch.library, "get_kernel"):
+            devices = _devices(models)
+            for operator, rules in speed_rules().items():
+                if operator not in _installed and _may_take(rules, devices):
+                    _install(operator)
         (_fast if fast else _slow).add(block)
 
 
@@ -81,6 +84,21 @@ def only(rule: Rule) -> Iterator[None]:
         yield
     finally:
         _alone = before
+
+
+def _devices(models: Iterable[nn.Module]) -> set[str]:
+    """The types of device of the models' first parameters."""
+    firsts = [next(model.parameters(), None) for model in models]
+    return {first.device.type for first in firsts if first is not None}
+
+
+def _may_take(rules: tuple[Rule, ...], devices: Collection[str]) -> bool:
+    return not devices or any(
+        [
+            rule.devices is None or not {*devices}.isdisjoint(rule.devices)
+            for rule in rules
+        ]
+    )
 
 
 _KEY = "FuncTorchBatched"

@@ -46,6 +46,8 @@ class Rule:
             and ``reference``, and returns a tuple of them, batch dimension first.
         reference: the same meaning on the whole batch (``call.in_dims``), batch
             dimension first, in plain torch without vmap and without ``batched``'s code.
+        devices: of an operator's rule: the types of device on which it may take a call,
+            so that torch's own is left in place where no model is on one; None for all.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Rule:
     accepts: Callable[[Call], bool]
     batched: Callable[[Call], Any]
     reference: Callable[[Call], Any]
+    devices: Collection[str] | None = None
 
     @property
     def of_operator(self) -> bool:

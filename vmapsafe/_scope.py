@@ -224,7 +224,7 @@ class Scope(TorchFunctionMode):
         self.listening = False
         try:
             self.listening = _listen(self)
-            enter(self, self.options.fast)
+            enter(self, self.options.fast, [model.root for model in self.models])
             _push_mode(self)  # type: ignore[no-untyped-call]
         except BaseException:
             leave(self)

@@ -94,5 +94,6 @@ for _name, _operator in (("attention", _forward), ("attention_backward", _backwa
             accepts=_accepts,
             batched=_merged,
             reference=_slice_by_slice,
+            devices=("cpu",),
         )
     )

@@ -6,8 +6,10 @@ place; where is a matter of the machine, see ``regimes``.
 
 Tried on a CPU and beaten everywhere: a product for each position of the kernel, with or
 without a copy of what it sees; an ordinary convolution a sample; ``F.unfold``, which
-takes up to ten times as long as a copy of strided windows. For depthwise ones torch's
-own rule is already one call with B * C channels.
+takes up to ten times as long as a copy of strided windows; torch's own form without the
+copies that its rule makes of tensors of which only the sizes count. For a depthwise one
+torch's own is already one call with B * C channels, and its forward merges the batch
+dimensions.
 """
 
 from __future__ import annotations
@@ -37,7 +39,6 @@ def _accepts(call: Call) -> bool:
         in_dims["grad_output"] is not None
         and in_dims["input"] is not None
         and in_dims["weight"] is None
-        and grad.dtype == x.dtype == weight.dtype
         and min(grad.numel(), x.numel(), weight.numel()) > 0
         and len(call["stride"]) == len(call["padding"]) == weight.dim() - 2
         and _algorithm(call) in ALGORITHMS
@@ -153,7 +154,7 @@ def _plain_products(
     padding = call["padding"]
     step = max(1, REGIMES[x.device.type].columns // (groups * columns * positions))
     copies = room = None
-    if x.size(1) * columns == channels and x[0].numel() == groups * columns * positions:
+    if columns == channels and x[0].numel() == groups * columns * positions:
         step = len(x)  # a kernel of one position sees the input as it is
     else:
         step = min(step, len(x))
@@ -275,5 +276,6 @@ register(
         accepts=_accepts,
         batched=_merged,
         reference=_slice_by_slice,
+        devices=REGIMES,
     )
 )

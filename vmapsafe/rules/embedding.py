@@ -73,5 +73,6 @@ register(
         accepts=_makes_large_rows,
         batched=_sparse_sum,
         reference=_slice_by_slice,
+        devices=("cpu",),
     )
 )

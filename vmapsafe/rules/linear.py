@@ -88,6 +88,7 @@ register(
         accepts=_makes_large_rows,
         batched=_into_memory,
         reference=_slice_by_slice,
+        devices=REGIMES,
     )
 )
 register(
@@ -98,5 +99,6 @@ register(
         accepts=_adds_a_bias,
         batched=_fused,
         reference=_slice_by_slice,
+        devices=REGIMES,
     )
 )

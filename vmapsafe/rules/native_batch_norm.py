@@ -277,5 +277,6 @@ for _name, _operator, _accepts, _batched, _reference in (
             accepts=_accepts,
             batched=_batched,
             reference=_slice_by_slice(_reference),
+            devices=REGIMES,
         )
     )

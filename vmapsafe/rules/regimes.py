@@ -1,7 +1,7 @@
 """What wins where: the thresholds of the speed rules, by type of device.
 
-Read off the benchmarks in bench/, which print what stands here; a further device is
-added by running them on it. A type of device without an entry has torch's own rules.
+Read off the benchmarks in bench/, which propose what may stand here; a further device
+is added by running them on it. A type of device without an entry has torch's own rules.
 """
 
 from __future__ import annotations

@@ -1,0 +1,587 @@
+"""Who is measured: every way to a result, under the name that the tables give it.
+
+A contender is a function of a ``Workload`` that prepares what a training script would
+prepare once and returns what is to be timed. ``TASKS`` has them by what they compute.
+Peers are imported where they are used: one that is not installed, or that refuses the
+network, raises, and its first line becomes its row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from functools import cached_property
+from pathlib import Path
+
+import numpy
+import torch
+import torch.nn.functional as F
+from networks import GROWN, NETWORKS
+from torch import nn
+from torch.func import (
+    functional_call,
+    grad,
+    replace_all_batch_norm_modules_,
+    vmap,
+)
+
+import vmapsafe
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+class Workload:
+    """A network with running statistics of its own, in training mode, and a batch.
+
+    Args:
+        net: a key of ``NETWORKS`` or ``GROWN``.
+        batch: samples, by default as the table of networks says.
+        dtype: float64 where answers are compared, float32 where time counts.
+        device: where all of it lies.
+        precision: "bf16" is autocast and "tf32" a setting of the process: see
+            ``arithmetic``, in which contenders run.
+        options: of the contenders in other processes, such as "jax_python".
+    """
+
+    def __init__(
+        self,
+        net,
+        batch=None,
+        dtype=torch.float32,
+        device="cpu",
+        precision="fp32",
+        **options,
+    ):
+        make, (usual, *shape) = {**NETWORKS, **GROWN}[net]
+        self.net, self.batch = net, batch or usual
+        self.dtype, self.device, self.precision = dtype, device, precision
+        self.options = options
+        torch.compiler.reset()  # a workload before this one was compiled otherwise
+        torch.manual_seed(0)
+        model = make()
+        with torch.no_grad():
+            model(torch.randn(64, *shape))
+        self.model = model.to(device, dtype)
+        self.x = torch.randn(self.batch, *shape).to(device, dtype)
+        self.y = torch.randint(3, (self.batch,)).to(device)
+
+    @cached_property
+    def switched(self):
+        """The way without this library: the BatchNorm layers in eval mode."""
+        model = copy.deepcopy(self.model)
+        for layer in _batch_norms(model):
+            layer.eval()
+        return model
+
+    @cached_property
+    def params(self):
+        return {name: p.detach() for name, p in self.switched.named_parameters()}
+
+    @property
+    def numbers(self):
+        """How many numbers the per-sample gradients are, B x P."""
+        return self.batch * sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def max_grad_norm(self):
+        """A bound that clips half of the samples."""
+        return float(norms(loop(self)()).median())
+
+    @contextlib.contextmanager
+    def arithmetic(self):
+        """What the precision asked for means to torch."""
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        matmul.allow_tf32 = cudnn.allow_tf32 = self.precision == "tf32"
+        low = self.precision == "bf16" and self.dtype == torch.float32
+        try:
+            with torch.autocast(self.device, torch.bfloat16, enabled=low):
+                yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _batch_norms(model):
+    kind = nn.modules.batchnorm._BatchNorm
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+# ------------------------------------------------------- yardsticks and the reference
+
+
+def plain(w):
+    """One forward and one backward for the whole batch."""
+    leaves = list(w.switched.parameters())
+
+    def run():
+        loss = F.cross_entropy(w.switched(w.x), w.y, reduction="sum")
+        return torch.autograd.grad(loss, leaves)
+
+    return run
+
+
+def floor(w):
+    """``plain``, and as many numbers written to fresh memory as the rows have.
+
+    In tensors like theirs: what an allocator has at hand depends on the size.
+    """
+    gradient, shapes = plain(w), [(w.batch, *p.shape) for p in w.model.parameters()]
+
+    def run():
+        # Both live together, as the gradients of the activations and the rows do.
+        return gradient(), [w.x.new_empty(shape).fill_(1.0) for shape in shapes]
+
+    return run
+
+
+def floor_reused(w):
+    gradient, memory = plain(w), floor(w)()[1]
+
+    def run():
+        return gradient(), [rows.fill_(1.0) for rows in memory]
+
+    return run
+
+
+def loop(w, model=None):
+    """One sample after the other, into one result: what all others must equal."""
+    model = copy.deepcopy(model or w.switched)
+    names, leaves = zip(*model.named_parameters())
+    # The gradient that reaches a layer is made contiguous: for a batch of one torch's
+    # batch_norm backward on a CPU is wrong where it is not.
+    for layer in _batch_norms(model):
+        layer.register_forward_hook(_contiguous_gradient)
+
+    def run():
+        rows = {n: p.new_empty(w.batch, *p.shape) for n, p in zip(names, leaves)}
+        for i in range(w.batch):
+            loss = F.cross_entropy(model(w.x[i, None]), w.y[i, None])
+            for row, gradient in zip(
+                rows.values(), torch.autograd.grad(loss, leaves), strict=True
+            ):
+                row[i] = gradient
+        return rows
+
+    return run
+
+
+def _contiguous_gradient(module, args, out):
+    if out.requires_grad:
+        out.register_hook(lambda gradient: gradient.contiguous())
+
+
+# ----------------------------------------------------------------------- torch's own
+
+
+def by_vmap(w, model=None, compiled=False, then=None):
+    """``vmap(grad)``; ``then`` takes the rows and is compiled with them."""
+    model = model or w.switched
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def sample_loss(params, x, y):
+        out = functional_call(model, params, (x.unsqueeze(0),))
+        return F.cross_entropy(out, y.unsqueeze(0))
+
+    rows = vmap(grad(sample_loss), (None, 0, 0))
+
+    def call(params, x, y):
+        return then(rows(params, x, y)) if then else rows(params, x, y)
+
+    if compiled:
+        call = torch.compile(call)
+    return lambda: call(params, w.x, w.y)
+
+
+def replaced(w):
+    """Every sample normalised by its own statistics: a different network."""
+    if not _batch_norms(w.model):
+        raise ValueError("there is no BatchNorm to replace")
+    return replace_all_batch_norm_modules_(copy.deepcopy(w.model))
+
+
+def expanded_weights(w):
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    model = copy.deepcopy(w.switched)
+    per_sample = call_for_per_sample_grads(model, loss_reduction="sum")
+
+    def run():
+        F.cross_entropy(per_sample(w.x), w.y, reduction="sum").backward()
+        return _taken(model, "grad_sample")
+
+    return run
+
+
+# --------------------------------------------------------------------------- vmapsafe
+
+
+def ours(w, **options):
+    return lambda: vmapsafe.per_sample_grads(
+        w.model, F.cross_entropy, w.x, w.y, **options
+    )
+
+
+def ours_reused(w):
+    """The rows are written into memory that the caller keeps."""
+    if "out" not in inspect.signature(vmapsafe.per_sample_grads).parameters:
+        raise NotImplementedError("not there yet: per_sample_grads has no out=")
+    memory = {n: p.new_empty(w.batch, *p.shape) for n, p in w.params.items()}
+    return ours(w, fast=True, out=memory)
+
+
+def ours_compiled(w, then=None):
+    """The block stands around the compiled call: its rules are there when it traces."""
+    compiled = by_vmap(w, w.model, compiled=True, then=then)
+
+    def run():
+        with vmapsafe.vmap_safe(w.model, fast=True):
+            return compiled()
+
+    return run
+
+
+def our_norms(w):
+    reduce = _ours_or_nothing("per_sample_grad_norms")
+    return lambda: reduce(w.model, F.cross_entropy, w.x, w.y, fast=True)
+
+
+def our_clipped_sum(w):
+    reduce = _ours_or_nothing("clipped_grad_sum")
+    bound = w.max_grad_norm
+    options = {"max_grad_norm": bound, "fast": True}
+    return lambda: reduce(w.model, F.cross_entropy, w.x, w.y, **options)
+
+
+def _ours_or_nothing(name):
+    function = getattr(vmapsafe, name, None)
+    if function is None:
+        raise NotImplementedError(f"not there yet: vmapsafe has no {name}")
+    return function
+
+
+# ----------------------------------------------------------------------------- peers
+
+
+def opacus(w, **options):
+    """Hooks on the layers; ``force_functorch`` is their other way."""
+    from opacus import GradSampleModule
+
+    model = copy.deepcopy(w.switched)
+    hooked = GradSampleModule(model, loss_reduction="sum", **options)
+
+    def run():
+        F.cross_entropy(hooked(w.x), w.y, reduction="sum").backward()
+        return _taken(model, "grad_sample")
+
+    return run
+
+
+def _ghost(w, model, bound):
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+    return GradSampleModuleFastGradientClipping(
+        model, loss_reduction="sum", max_grad_norm=bound, use_ghost_clipping=True
+    )
+
+
+def ghost_norms(w):
+    model = copy.deepcopy(w.switched)
+    hooked = _ghost(w, model, 1.0)
+
+    def run():
+        F.cross_entropy(hooked(w.x), w.y, reduction="sum").backward()
+        result = hooked.get_norm_sample()
+        hooked.zero_grad()
+        return result
+
+    return run
+
+
+def ghost_clipped_sum(w):
+    """Two backward passes, the second of the losses scaled by the clip factors."""
+    model = copy.deepcopy(w.switched)
+    hooked = _ghost(w, model, w.max_grad_norm)
+
+    def run():
+        hooked.enable_hooks()
+        losses = F.cross_entropy(hooked(w.x), w.y, reduction="none")
+        losses.sum().backward(retain_graph=True)
+        factors = hooked.get_clipping_coef()
+        hooked.zero_grad()
+        hooked.disable_hooks()
+        (factors * losses).sum().backward()
+        return _taken(model, "grad")
+
+    return run
+
+
+def backpack(w, extension="BatchGrad", attribute="grad_batch"):
+    """Without the converter where the network is a Sequential of layers."""
+    from backpack import backpack, extend, extensions
+
+    model = copy.deepcopy(w.switched)
+    names = {id(p): name for name, p in model.named_parameters()}
+    layers_only = all(type(m).__module__.startswith("torch.") for m in model.modules())
+    extended = extend(model, use_converter=not layers_only)
+    loss_fn = extend(nn.CrossEntropyLoss(reduction="sum"))
+    quantity = getattr(extensions, extension)
+
+    def run():
+        with backpack(quantity()), warnings.catch_warnings():
+            # It passes over a layer it does not know.
+            warnings.filterwarnings("error", "Extension saving to")
+            loss_fn(extended(w.x), w.y).backward()
+        return _taken(extended, attribute, names)
+
+    return run
+
+
+def batch_l2(w):
+    squares = backpack(w, "BatchL2Grad", "batch_l2")
+    return lambda: torch.stack(list(squares().values())).sum(0).sqrt()
+
+
+def _taken(model, attribute, names=None):
+    """The attribute of every parameter, taken off it, and ``grad`` with it."""
+    found = {}
+    for name, p in model.named_parameters():
+        found[names[id(p)] if names else name] = getattr(p, attribute)
+        if attribute == "grad_sample":
+            p.grad_sample = None
+        elif attribute != "grad":
+            delattr(p, attribute)
+        p.grad = None
+    return found
+
+
+class Jax:
+    """jit(vmap(grad)) in a process of its own, which takes part in every round.
+
+    ``__call__`` gives its answer as torch tensors, ``seconds`` its own clock's time.
+    """
+
+    def __init__(self, w, task):
+        python = w.options.get("jax_python") or os.environ.get("VMAPSAFE_JAX_PYTHON")
+        if w.net not in ("BN MLP", "small CNN", "ResNet-18"):
+            raise NotImplementedError(f"jax_rows.py has no {w.net}")
+        if w.precision == "bf16":
+            raise NotImplementedError("bf16 autocast has no counterpart in jax_rows.py")
+        self.task, self.folder = task, tempfile.TemporaryDirectory()
+        batch = Path(self.folder.name, "batch.npz")
+        state = {f"net/{n}": t for n, t in w.switched.state_dict().items()}
+        given = {**state, "x": w.x, "y": w.y}
+        numpy.savez(batch, **{n: t.cpu().numpy() for n, t in given.items()})
+        script = Path(__file__).with_name("jax_rows.py")
+        bound = w.max_grad_norm if task == "clipped sum" else 1.0
+        self.process = subprocess.Popen(
+            [python or sys.executable, str(script), w.net, str(batch), task]
+            + [str(bound), w.device, w.precision],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            self._heard()
+        except RuntimeError:
+            self.close()
+            raise
+
+    def __call__(self):
+        path = Path(self.folder.name, "answer.npz")
+        self._asked(save=str(path))
+        with numpy.load(path) as saved:
+            answer = {name: torch.from_numpy(saved[name]) for name in saved}
+        return answer.get("", answer)
+
+    def seconds(self, number):
+        return self._asked(number=number)["seconds"]
+
+    def peak(self):
+        return self._asked()["peak"]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+        self.folder.cleanup()
+
+    def _asked(self, **what):
+        print(json.dumps(what), file=self.process.stdin, flush=True)
+        return self._heard()
+
+    def _heard(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"jax_rows.py ended with status {self.process.wait()}")
+        heard = json.loads(line)
+        if "refused" in heard:
+            raise RuntimeError(heard["refused"])
+        return heard
+
+
+# ---------------------------------------------------------------------------- forward
+
+
+def forward(w, function=None):
+    """A whole batch merged, in one call."""
+
+    @torch.no_grad()
+    def run():
+        return (function or w.switched)(w.x)
+
+    return run
+
+
+def forward_by_vmap(w):
+    function = vmap(w.switched)
+    return forward(w, lambda x: function(x.unsqueeze(1)).squeeze(1))
+
+
+def our_forward(w, **options):
+    function = vmap(w.model)
+
+    def blocked(x):
+        with vmapsafe.vmap_safe(w.model, **options):
+            return function(x.unsqueeze(1)).squeeze(1)
+
+    return forward(w, blocked)
+
+
+# ---------------------------------------------------------------- entering and leaving
+
+
+def eval_and_train(w):
+    def run():
+        w.model.eval()
+        w.model.train()
+
+    return run
+
+
+def block(w, **options):
+    def run():
+        with vmapsafe.vmap_safe(w.model, **options):
+            pass
+
+    return run
+
+
+# ------------------------------------------------------------------------- reductions
+
+
+def norms(rows):
+    """The norm of each sample's whole gradient, (B,)."""
+    squares = [g.flatten(1).square().sum(1) for g in rows.values()]
+    return torch.stack(squares).sum(0).sqrt()
+
+
+def clipped_sum(rows, bound):
+    factors = (bound / norms(rows)).clamp(max=1.0)
+    return {
+        name: torch.tensordot(factors.to(g.dtype), g, 1) for name, g in rows.items()
+    }
+
+
+def _then_norms(build):
+    return lambda w: _composed(norms, build(w))
+
+
+def _then_clipped(build):
+    return lambda w: _composed(
+        lambda rows, bound=w.max_grad_norm: clipped_sum(rows, bound), build(w)
+    )
+
+
+def _composed(reduce, run):
+    return lambda: reduce(run())
+
+
+# ------------------------------------------------------------------------- the tables
+
+ROWS = {
+    "plain": plain,
+    "floor": floor,
+    "floor, reused": floor_reused,
+    "loop": loop,
+    "vmapsafe": lambda w: ours(w, fast=True),
+    "vmapsafe, fast=False": lambda w: ours(w, fast=False),
+    "vmapsafe, out=": ours_reused,
+    "vmapsafe, compiled": ours_compiled,
+    "vmap(grad)": by_vmap,
+    "vmap(grad), compiled": lambda w: by_vmap(w, compiled=True),
+    "vmap(grad), BN replaced": lambda w: by_vmap(w, replaced(w)),
+    "Opacus hooks": opacus,
+    "Opacus functorch": lambda w: opacus(w, force_functorch=True),
+    "ExpandedWeights": expanded_weights,
+    "BackPACK": backpack,
+    "JAX plain": lambda w: Jax(w, "plain"),
+    "JAX": lambda w: Jax(w, "rows"),
+}
+
+NORMS = {
+    "plain": plain,
+    "loop": _then_norms(loop),
+    "vmapsafe": our_norms,
+    "vmapsafe, rows reduced": _then_norms(ROWS["vmapsafe"]),
+    "vmap(grad)": _then_norms(by_vmap),
+    "vmap(grad), compiled": lambda w: by_vmap(w, compiled=True, then=norms),
+    "Opacus ghost clipping": ghost_norms,
+    "BackPACK BatchL2Grad": batch_l2,
+    "JAX plain": lambda w: Jax(w, "plain"),
+    "JAX": lambda w: Jax(w, "norms"),
+}
+
+CLIPPED = {
+    "plain": plain,
+    "loop": _then_clipped(loop),
+    "vmapsafe": our_clipped_sum,
+    "vmapsafe, rows reduced": _then_clipped(ROWS["vmapsafe"]),
+    "vmap(grad)": _then_clipped(by_vmap),
+    "vmap(grad), compiled": lambda w: by_vmap(
+        w, compiled=True, then=lambda rows, c=w.max_grad_norm: clipped_sum(rows, c)
+    ),
+    "Opacus hooks": _then_clipped(opacus),
+    "Opacus ghost clipping": ghost_clipped_sum,
+    "BackPACK": _then_clipped(backpack),
+    "JAX plain": lambda w: Jax(w, "plain"),
+    "JAX": lambda w: Jax(w, "clipped sum"),
+}
+
+FORWARD = {
+    "plain": forward,
+    "vmapsafe": lambda w: our_forward(w, fast=True),
+    "vmapsafe, fast=False": lambda w: our_forward(w, fast=False),
+    "vmap": forward_by_vmap,
+}
+
+BLOCK = {
+    "plain": eval_and_train,
+    "vmapsafe": lambda w: block(w, fast=True),
+    "vmapsafe, fast=False": lambda w: block(w, fast=False),
+    'vmapsafe, mode="sync"': lambda w: block(w, mode="sync"),
+}
+
+TASKS = {
+    "rows": ROWS,
+    "norms": NORMS,
+    "clipped sum": CLIPPED,
+    "forward": FORWARD,
+    "block": BLOCK,
+}
+
+# What each answer is compared with; the yardsticks' have no counterpart.
+REFERENCES = {
+    "rows": loop,
+    "norms": NORMS["loop"],
+    "clipped sum": CLIPPED["loop"],
+    "forward": forward,
+}
+YARDSTICKS = ("plain", "floor", "floor, reused", "JAX plain")
+OTHER_MEANING = {"vmap(grad), BN replaced": lambda w: loop(w, replaced(w))}

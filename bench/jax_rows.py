@@ -1,0 +1,165 @@
+"""The same networks in plain jax.numpy, in a process of its own, asked line by line.
+
+It stands alone: jax lives in an environment without torch. Weights, running statistics
+and the batch come in a ``.npz``; each line of JSON on standard input is answered by one
+on standard output::
+
+    python bench/jax_rows.py "small CNN" batch.npz rows 1.0 cpu fp32
+    {"number": 3}            ->  {"seconds": 0.041, "peak": 12345678}
+    {"save": "answer.npz"}   ->  the answer too, in a file
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+# One thread, before jax starts: as torch is measured.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+)
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy  # noqa: E402
+from jax import lax  # noqa: E402
+
+EPS = 1e-5
+
+
+def conv(p, name, x, stride=1, padding=0):
+    y = lax.conv_general_dilated(
+        *(x, p[f"{name}.weight"], (stride, stride), [(padding, padding)] * 2),
+        dimension_numbers=("NCHW", "OIHW", "NCHW"),
+    )
+    bias = p.get(f"{name}.bias")
+    return y if bias is None else y + bias[:, None, None]
+
+
+def batch_norm(p, name, x):
+    """By running statistics."""
+    scale = p[f"{name}.weight"] * lax.rsqrt(p[f"{name}.running_var"] + EPS)
+    shift = p[f"{name}.bias"] - p[f"{name}.running_mean"] * scale
+    shape = (-1,) + (1,) * (x.ndim - 2)
+    return x * scale.reshape(shape) + shift.reshape(shape)
+
+
+def linear(p, name, x):
+    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+
+def max_pool(x):
+    window = (1, 1, 2, 2)
+    return lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID")
+
+
+def mlp(p, x):
+    x = jax.nn.relu(batch_norm(p, "1", linear(p, "0", x)))
+    x = jax.nn.relu(batch_norm(p, "4", linear(p, "3", x)))
+    return linear(p, "6", x)
+
+
+def small_cnn(p, x):
+    x = max_pool(jax.nn.relu(batch_norm(p, "1", conv(p, "0", x, padding=1))))
+    x = max_pool(jax.nn.relu(batch_norm(p, "5", conv(p, "4", x, padding=1))))
+    x = jax.nn.relu(batch_norm(p, "9", conv(p, "8", x, padding=1)))
+    return linear(p, "13", x.mean((2, 3)))
+
+
+def resnet18(p, x):
+    x = jax.nn.relu(batch_norm(p, "1", conv(p, "0", x, padding=1)))
+    for i in range(8):
+        name, stride = str(3 + i), 2 if i in (2, 4, 6) else 1
+        y = conv(p, f"{name}.body.0", x, stride, 1)
+        y = jax.nn.relu(batch_norm(p, f"{name}.body.1", y))
+        y = batch_norm(p, f"{name}.body.4", conv(p, f"{name}.body.3", y, padding=1))
+        if stride > 1:
+            x = conv(p, f"{name}.short.0", x, stride)
+            x = batch_norm(p, f"{name}.short.1", x)
+        x = jax.nn.relu(x + y)
+    return linear(p, "13", x.mean((2, 3)))
+
+
+NETWORKS = {"BN MLP": mlp, "small CNN": small_cnn, "ResNet-18": resnet18}
+
+
+def functions(net, buffers, bound):
+    """{task: function of (params, x, y)}"""
+
+    def loss(params, x, y):
+        log = jax.nn.log_softmax(net({**params, **buffers}, x))
+        return -jnp.take_along_axis(log, y[:, None], 1).sum()
+
+    def rows(params, x, y):
+        one = jax.grad(lambda p, x, y: loss(p, x[None], y[None]))
+        return jax.vmap(one, (None, 0, 0))(params, x, y)
+
+    def norms(params, x, y):
+        return norms_of(rows(params, x, y))
+
+    def norms_of(rows):
+        squares = [jnp.square(g).reshape(len(g), -1).sum(1) for g in rows.values()]
+        return jnp.sqrt(sum(squares))
+
+    def clipped_sum(params, x, y):
+        gradients = rows(params, x, y)
+        factors = jnp.minimum(bound / norms_of(gradients), 1.0)
+        return {n: jnp.tensordot(factors, g, 1) for n, g in gradients.items()}
+
+    return {
+        "plain": jax.grad(loss),
+        "rows": rows,
+        "norms": norms,
+        "clipped sum": clipped_sum,
+    }
+
+
+def serve(net, path, task, bound, device, precision):
+    given = dict(numpy.load(path))
+    jax.config.update("jax_enable_x64", given["x"].dtype == numpy.float64)
+    jax.config.update(
+        "jax_default_matmul_precision",
+        "tensorfloat32" if precision == "tf32" else "highest",
+    )
+    put = jax.devices("gpu" if device == "cuda" else "cpu")[0]
+    x = jax.device_put(given.pop("x"), put)
+    y = jax.device_put(given.pop("y").astype(numpy.int32), put)
+    state = {n.removeprefix("net/"): jax.device_put(t, put) for n, t in given.items()}
+    buffers = {n: t for n, t in state.items() if "running_" in n}
+    params = {n: t for n, t in state.items() if n not in buffers and t.dtype == x.dtype}
+    function = functions(NETWORKS[net], buffers, float(bound))[task]
+    compiled = jax.jit(function).lower(params, x, y).compile()
+    memory = compiled.memory_analysis()  # XLA's own count
+    peak = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    now = time.perf_counter if device == "cuda" else time.process_time
+    jax.block_until_ready(compiled(params, x, y))
+    tell({"ready": jax.__version__})
+    for line in sys.stdin:
+        asked = json.loads(line)
+        number = asked.get("number", 1)
+        started = now()
+        for _ in range(number):
+            answer = jax.block_until_ready(compiled(params, x, y))
+        seconds = (now() - started) / number
+        if "save" in asked:
+            named = answer if isinstance(answer, dict) else {"": answer}
+            numpy.savez(
+                asked["save"], **{n: numpy.asarray(t) for n, t in named.items()}
+            )
+        del answer
+        tell({"seconds": seconds, "peak": peak})
+
+
+def tell(what):
+    print(json.dumps(what), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        serve(*sys.argv[1:])
+    except Exception as error:  # the other side prints it as this contender's row
+        lines = str(error).splitlines() or [""]
+        tell({"refused": f"{type(error).__name__}: {lines[0]}"})

@@ -1,0 +1,345 @@
+"""How things are measured: one clock, contenders in turn, answers compared first.
+
+The clock is the process's own time on a CPU with one thread, which a neighbour on the
+same core disturbs least, and otherwise the device's events or the wall. Contenders run
+in turn in every round, in alternating order, so that all of them meet the same noise.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import gc
+import multiprocessing
+import platform
+import re
+import statistics
+import textwrap
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from contenders import OTHER_MEANING, REFERENCES, TASKS, YARDSTICKS, Workload
+from torch.utils.flop_counter import FlopCounterMode
+
+import vmapsafe
+
+# Largest distances to the loop. In float64 that of each parameter, which is what shows
+# that a contender is right. In what is timed that of the whole gradient: rounding sends
+# single values over the kinks of ReLU, and a mistake is of the order of 1.
+TOLERANCES = {"float64": 1e-9, "fp32": 5e-2, "tf32": 1e-1, "bf16": 3e-1}
+# The clipping factor of Opacus has 1e-6 beside the norm.
+ROUGHER = {"Opacus ghost clipping": 1e-5}
+LARGEST = 1_500_000_000  # bytes of rows in float64; beyond, fewer samples are compared
+SHORTEST = 5e-3  # seconds; shorter calls are repeated within a round
+
+
+@dataclass
+class Measured:
+    """What a race says about one contender."""
+
+    seconds: list[float] = field(default_factory=list)  # one a round
+    peak: int | None = None  # bytes above what was there before
+    distance: float | None = None  # to the loop, of the whole, as it is timed
+    refused: str = ""  # its own words
+    wrong: str = ""
+
+
+def race(task, net, names, rounds=7, budget=60.0, memory=True, **workload):
+    """Compares, then times, contenders for one task on one network.
+
+    Args:
+        task: a key of ``TASKS``.
+        net: a key of ``NETWORKS`` or ``GROWN``.
+        names: of contenders; "plain" is always among those that run.
+        rounds: in which each runs; 0 for the comparison alone.
+        budget: seconds for all rounds; at least three are run.
+        memory: whether peaks are measured too.
+        **workload: of ``Workload``.
+
+    Returns:
+        {name: Measured}.
+    """
+    names = list(dict.fromkeys(["plain", *names]))
+    found = {name: Measured() for name in names}
+    found = apart(compared, task, net, found, **workload)
+    return apart(timed, task, net, found, rounds, budget, memory, **workload)
+
+
+def apart(function, *args, **kwargs):
+    """Calls it in a process of its own, as a training script is.
+
+    In a process that has measured other things before, the allocator hands memory that
+    was written before to those whose requests happen to fit: three times faster for a
+    result of 100 MB.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    threads = torch.get_num_threads()
+    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_quietly, threads, function, args, kwargs).result()
+
+
+def _quietly(threads, function, args, kwargs):
+    torch.set_num_threads(threads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what peers warn of
+        return function(*args, **kwargs)
+
+
+def compared(task, net, found, batch=None, **workload):
+    """Fills ``refused`` and ``wrong``, in float64; compiled ones wait for ``timed``."""
+    if task not in REFERENCES:
+        return found
+    w = Workload(net, 1)
+    samples = min(batch or Workload(net).batch, max(4, LARGEST // (8 * w.numbers)))
+    w = Workload(net, samples, torch.float64, **workload)
+    references = {}
+    for name, measured in found.items():
+        if name in YARDSTICKS or "compiled" in name:
+            continue
+        run = None
+        try:
+            expected = _reference(task, w, name, references)
+            run = TASKS[task][name](w)
+            far = max(distances(run(), expected))
+        except Exception as error:  # whatever a peer raises is its row
+            measured.refused = first_line(error)
+        else:
+            if not far < ROUGHER.get(name, TOLERANCES["float64"]):
+                measured.wrong = f"float64: {far:.1e} from the loop"
+        finally:
+            if hasattr(run, "close"):
+                run.close()
+    return found
+
+
+def timed(task, net, found, rounds, budget, memory, **workload):
+    """Fills the rest, for those that were not refused and are not wrong."""
+    w = Workload(net, **workload)
+    runs = {}
+    try:
+        with w.arithmetic():
+            _start(task, w, found, runs)
+            if memory and rounds:
+                for name, run in runs.items():
+                    found[name].peak = peak(run, w.device)
+            times = seconds_in_turn(runs, rounds, budget, w.device)
+        for name, seconds in times.items():
+            found[name].seconds = seconds
+    finally:
+        for run in runs.values():
+            if hasattr(run, "close"):
+                run.close()
+    return found
+
+
+def _start(task, w, found, runs):
+    """Fills ``runs``: each has run once, and its answer was compared."""
+    references = {}
+    for name, measured in found.items():
+        if measured.refused or measured.wrong:
+            continue
+        try:
+            run = TASKS[task][name](w)
+            answer = run()
+        except Exception as error:
+            measured.refused = first_line(error)
+            continue
+        runs[name] = run
+        if task in REFERENCES and name not in YARDSTICKS:
+            expected = _reference(task, w, name, references)
+            measured.distance = distances(answer, expected)[0]
+            # Statistics of the four values of a small image blow rounding up.
+            factor = 10 if name in OTHER_MEANING else 1
+            if not measured.distance < factor * TOLERANCES[w.precision]:
+                measured.wrong = f"{w.precision}: {measured.distance:.1e} from the loop"
+
+
+def _reference(task, w, name, known):
+    """What the loop says, computed once."""
+    refer = OTHER_MEANING.get(name, REFERENCES[task])
+    if refer not in known:
+        known[refer] = refer(w)()
+    return known[refer]
+
+
+def first_line(error):
+    """An exception in a table: its type and its first line without a path."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = re.sub(r"(?<![\w.])/[\w./-]+", "…", lines[0] if lines else "")
+    name = type(error).__name__
+    return textwrap.shorten(f"{name}: {text}", 160, placeholder=" …")
+
+
+def distances(actual, expected):
+    """[that of the whole, those of its tensors], as parts of what is expected.
+
+    A tensor of next to nothing counts by a thousandth of the whole.
+    """
+    if isinstance(expected, torch.Tensor):
+        actual, expected = {"": actual}, {"": expected}
+    if {n: t.shape for n, t in actual.items()} != {
+        n: t.shape for n, t in expected.items()
+    }:
+        return [float("inf")]
+    sizes = {name: float(t.norm()) for name, t in expected.items()}
+    whole = sum(size**2 for size in sizes.values()) ** 0.5
+    apart = {n: float((actual[n].to(t) - t).norm()) for n, t in expected.items()}
+    return [
+        sum(d**2 for d in apart.values()) ** 0.5 / whole,
+        *(d / (sizes[name] + 1e-3 * whole) for name, d in apart.items()),
+    ]
+
+
+# ------------------------------------------------------------------------------ clock
+
+
+def seconds_in_turn(runs, rounds, budget, device):
+    """{name: seconds of each round}; all have run once before."""
+    if not rounds:
+        return {name: [] for name in runs}
+    first = {name: _seconds(run, 1, device) for name, run in runs.items()}
+    numbers = {
+        name: max(1, round(SHORTEST / max(t, 1e-7))) for name, t in first.items()
+    }
+    once = sum(numbers[name] * t for name, t in first.items())
+    rounds = max(3, min(rounds, int(budget / once)))
+    times = {name: [] for name in runs}
+    # Cycles that one contender leaves behind are not collected on another's time. What
+    # is there already is put aside: to go through it takes a quarter of a second.
+    gc.collect()
+    gc.freeze()
+    try:
+        for i in range(rounds):
+            for name in list(runs)[:: 1 if i % 2 else -1]:
+                gc.collect()
+                times[name].append(_seconds(runs[name], numbers[name], device))
+    finally:
+        gc.unfreeze()
+    return times
+
+
+def _seconds(run, number, device):
+    """Of one call; the result is let go after the clock has stopped."""
+    if hasattr(run, "seconds"):
+        return run.seconds(number)
+    result = None
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(number):
+            result = run()
+        end.record()
+        torch.cuda.synchronize()
+        taken = start.elapsed_time(end) / 1e3
+    else:
+        now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        started = now()
+        for _ in range(number):
+            result = run()
+        taken = now() - started
+    del result
+    return taken / number
+
+
+# ----------------------------------------------------------------------------- memory
+
+
+def peak(run, device):
+    """Bytes above what was there before, of a call that has run before.
+
+    None where the system keeps no peak that can be set back (it takes Linux).
+    """
+    if hasattr(run, "peak"):
+        return run.peak()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    status = Path("/proc/self/status")
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+    except (OSError, AttributeError):
+        return None
+    before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
+    result = run()
+    after = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    del result
+    return 1024 * max(0, after - before)
+
+
+# ---------------------------------------------------------------------------- machine
+
+
+def machine(device):
+    """What is measured on: names, versions, and the rates that floors come from."""
+    record = {
+        "device": device,
+        "device_name": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vmapsafe": vmapsafe.__version__,
+        **rates(device),
+    }
+    if device == "cuda":
+        record["device_name"] = torch.cuda.get_device_name()
+        record["cuda"] = torch.version.cuda
+    return record
+
+
+def cpu_name():
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = re.search(r"model name\s*:\s*(.+)", text)
+    return named[1].strip() if named else platform.machine()
+
+
+def rates(device, megabytes=256, size=2048):
+    """Bytes and operations a second: a copy, a fill of kept and of fresh memory, a
+    matrix product in float32 (and tf32 and bfloat16 on a GPU)."""
+    n = megabytes * 2**20 // 4
+    if device == "cpu":
+        size //= 2
+    source, target = torch.ones(n, device=device), torch.ones(n, device=device)
+    a = torch.randn(size, size, device=device)
+
+    def median(run):
+        run()
+        return statistics.median(_seconds(run, 1, device) for _ in range(5))
+
+    found = {
+        "copy_bytes_per_s": 8 * n / median(lambda: target.copy_(source)),
+        "fill_bytes_per_s": 4 * n / median(lambda: target.fill_(1.0)),
+        "fresh_fill_bytes_per_s": 4
+        * n
+        / median(lambda: torch.empty(n, device=device).fill_(1.0)),
+        "matmul_flop_per_s": 2 * size**3 / median(lambda: a @ a),
+    }
+    if device == "cuda":
+        low = a.bfloat16()
+        found["bf16_matmul_flop_per_s"] = 2 * size**3 / median(lambda: low @ low)
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        found["tf32_matmul_flop_per_s"] = 2 * size**3 / median(lambda: a @ a)
+        torch.backends.cuda.matmul.allow_tf32 = before
+    return found
+
+
+def work(net, batch=None):
+    """Operations of the plain gradient and bytes of the rows: the floor on paper."""
+    w = Workload(net, batch)
+    with FlopCounterMode(display=False) as counter:
+        TASKS["rows"]["plain"](w)()
+    return {"flop": counter.get_total_flops(), "bytes": 4 * w.numbers}

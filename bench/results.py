@@ -1,0 +1,74 @@
+"""Saved runs: read what ``pytest bench --benchmark-json`` wrote, keep what counts.
+
+A kept run is a line for every number. Both forms read alike::
+
+    {"machine": {...}, "date": "2026-01-31", "commit": {...},
+     "rows": [{"task", "net", "batch", "precision", "contender", "rounds",
+               "median", "q1", "q3" (seconds), "x_plain", "peak_bytes", ...}],
+     "refused": [{"task", "net", "batch", "precision", "contender", "why"}]}
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+STATS = ("median", "q1", "q3", "rounds")
+
+
+def read(path):
+    saved = json.loads(Path(path).read_text())
+    if "benchmarks" not in saved:
+        return saved
+    return {
+        "machine": saved["machine_info"],
+        "date": saved["datetime"][:10],
+        "commit": saved["commit_info"],
+        "rows": [
+            {
+                **row["extra_info"],
+                **row["params"],
+                **{name: row["stats"][name] for name in STATS},
+            }
+            for row in saved["benchmarks"]
+        ],
+        "refused": saved["refused"],
+    }
+
+
+def write(path, run):
+    """One line a row: a change in one number is a change in one line."""
+    lists = {name: run[name] for name in ("rows", "refused")}
+    head = {name: value for name, value in run.items() if name not in lists}
+    text = json.dumps(head, indent=1)[:-2]
+    for name, rows in lists.items():
+        lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
+        text += f',\n "{name}": [\n{lines}\n ]'
+    Path(path).write_text(text + "\n}\n")
+
+
+def joined(runs):
+    """One run of several, so that a long one may be made in parts."""
+    first, *rest = runs
+    same = ("device", "device_name", "threads", "torch", "vmapsafe")
+    for run in rest:
+        apart = [n for n in same if run["machine"].get(n) != first["machine"].get(n)]
+        if apart or run["commit"].get("id") != first["commit"].get("id"):
+            raise ValueError(
+                f"runs to be joined differ in {', '.join(apart) or 'commit'}: "
+                f"{first['machine']}, {run['machine']}"
+            )
+    return {
+        **first,
+        "rows": [row for run in runs for row in run["rows"]],
+        "refused": [row for run in runs for row in run["refused"]],
+    }
+
+
+def races(run):
+    """{(task, net, batch, precision): {contender: row}}, in the order of the run."""
+    found = {}
+    for row in run["rows"]:
+        key = tuple(row[n] for n in ("task", "net", "batch", "precision"))
+        found.setdefault(key, {})[row["contender"]] = row
+    return found

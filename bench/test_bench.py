@@ -1,0 +1,106 @@
+"""``pytest bench`` measures all of it, ``pytest bench -k quick`` a small part.
+
+Every test is one contender; the tests of one task on one network are one race, see
+``conftest.py``. A contender that is not installed or that refuses the network is
+skipped, with what it said.
+"""
+
+from __future__ import annotations
+
+import pytest
+from contenders import BLOCK, CLIPPED, FORWARD, NORMS, ROWS
+from networks import DEPTHS, GROWN, NETWORKS, WIDTHS
+
+QUICK = ("BN MLP", "small CNN", "GroupNorm CNN", "conv1d net", "tiny net")
+REDUCED = (
+    *("BN MLP", "small CNN", "conv1d net", "ResNet-18"),
+    *("GroupNorm CNN", "GroupNorm ResNet-18"),
+)
+# For growth: the ways that a user chooses between, and the yardsticks.
+SOME = (
+    *("plain", "floor", "loop", "vmapsafe", "vmapsafe, fast=False", "vmapsafe, out="),
+    *("vmap(grad)", "BackPACK", "JAX plain", "JAX"),
+)
+# Up to what fits into the memory of a small machine, 3 GB of rows.
+BATCHES = {
+    "small CNN": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+    "BN MLP": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+    "ResNet-18": (1, 2, 4, 8, 16, 32, 64),
+}
+
+
+def races(sizes, contenders, quick=(), waits=("compiled",)):
+    """Parameters of a test: (network, batch) by contender.
+
+    Quick are the networks named, but for contenders that one ``waits`` for.
+    """
+    return pytest.mark.parametrize(
+        ("net", "batch", "contender"),
+        [
+            pytest.param(
+                *(net, batch, contender),
+                id=f"{net}, {batch}: {contender}",
+                marks=[pytest.mark.quick]
+                * (net in quick and not any(w in contender for w in waits)),
+            )
+            for net, batch in sizes
+            for contender in contenders
+        ],
+    )
+
+
+def usual(nets):
+    return [(net, {**NETWORKS, **GROWN}[net][1][0]) for net in nets]
+
+
+@races(usual(NETWORKS), ROWS, QUICK)
+def test_rows(contend, net, batch, precision, contender):
+    """The B x P tensor, every per-sample gradient."""
+    contend("rows", net, batch, precision, contender)
+
+
+@races(usual(REDUCED), NORMS, ("small CNN",), ("compiled", "JAX"))
+def test_norms(contend, net, batch, precision, contender):
+    """The norm of each per-sample gradient, (B,)."""
+    contend("norms", net, batch, precision, contender)
+
+
+@races(usual(REDUCED), CLIPPED, ("small CNN",), ("compiled", "JAX"))
+def test_clipped_sum(contend, net, batch, precision, contender):
+    """The sum of per-sample gradients, half of them scaled down to one norm."""
+    contend("clipped sum", net, batch, precision, contender)
+
+
+@races(usual(NETWORKS), FORWARD, QUICK)
+def test_forward(contend, net, batch, precision, contender):
+    """The network under vmap without a gradient, ``plain`` is one merged call."""
+    contend("forward", net, batch, precision, contender)
+
+
+@races(usual(("tiny net", "ResNet-18", "ResNet-50")), BLOCK, ("tiny net",))
+def test_block(contend, net, batch, precision, contender):
+    """Entering and leaving; ``plain`` is ``model.eval(); model.train()``."""
+    contend("block", net, batch, precision, contender)
+
+
+@races(
+    [
+        (net, batch)
+        for net, batches in BATCHES.items()
+        for batch in batches
+        if batch != NETWORKS[net][1][0]  # which test_rows has measured
+    ],
+    SOME,
+)
+def test_growth_with_batch(contend, net, batch, precision, contender):
+    contend("rows", net, batch, precision, contender)
+
+
+@races(usual(WIDTHS), SOME)
+def test_growth_with_width(contend, net, batch, precision, contender):
+    contend("rows", net, batch, precision, contender)
+
+
+@races(usual(DEPTHS), SOME)
+def test_growth_with_depth(contend, net, batch, precision, contender):
+    contend("rows", net, batch, precision, contender)

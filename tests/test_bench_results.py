@@ -1,0 +1,220 @@
+"""What bench does without a clock: answers compared, runs kept, tabled and compared."""
+
+import copy
+import json
+
+import compare
+import contenders
+import measuring
+import pytest
+import report
+import results
+import torch
+
+from vmapsafe import _operators
+
+PEERS = ("BackPACK", "ExpandedWeights", "JAX", "JAX plain", "Opacus")
+
+
+def row(contender, x_plain, net="a net", batch=2, **more):
+    return {
+        **{"task": "rows", "net": net, "batch": batch, "precision": "fp32"},
+        **{"contender": contender, "rounds": 3, "x_plain": x_plain},
+        **{"x_plain_q1": x_plain - 0.1, "x_plain_q3": x_plain + 0.1},
+        **{"median": x_plain / 100, "q1": x_plain / 110, "q3": x_plain / 90},
+        **{"peak_bytes": 1_000_000},
+        **more,
+    }
+
+
+@pytest.fixture
+def run():
+    work = {"flop": 10**9, "bytes": 10**6}
+    rates = ("copy_bytes", "fill_bytes", "fresh_fill_bytes", "matmul_flop")
+    times = {"floor": 2.0, "vmapsafe": 2.5, "vmap(grad)": 5.0, "vmapsafe, out=": 1.5}
+    machine = {"device": "cpu", "device_name": "a processor", "threads": 1}
+    return {
+        "machine": {
+            **machine,
+            **{"torch": "2.13", "python": "3.11"},
+            **{f"{rate}_per_s": 10**10 for rate in rates},
+        },
+        "date": "2026-01-31",
+        "commit": {"id": "0123456789abcdef", "dirty": False},
+        "rows": [
+            row("plain", 1.0, **work),
+            *(row(name, x_plain) for name, x_plain in times.items()),
+        ]
+        + [
+            row(name, x_plain * batch, f"CNN, {batch} deep" if deep else "a net", batch)
+            for batch in (4, 8)
+            for name, x_plain in (("plain", 1.0), *times.items())
+            for deep in (True, False)
+        ],
+        "refused": [
+            {
+                **{"task": "rows", "net": "a net", "batch": 2, "precision": "fp32"},
+                **{"contender": "BackPACK", "why": "ImportError: No module 'backpack'"},
+            }
+        ],
+    }
+
+
+# ------------------------------------------------------------------------- contenders
+
+
+def compared(task, *names):
+    return measuring.compared(
+        task, "tiny net", {name: measuring.Measured() for name in names}
+    )
+
+
+@pytest.mark.parametrize("task", contenders.REFERENCES)
+def test_contenders_agree_on_the_tiny_net(task):
+    """Every contender that needs torch alone gives the loop's answer, to 1e-9."""
+    names = [n for n in contenders.TASKS[task] if not n.startswith(PEERS)]
+    for name, measured in compared(task, *names).items():
+        assert not measured.wrong, (name, measured.wrong)
+        if measured.refused:
+            assert "not there yet" in measured.refused, (name, measured.refused)
+
+
+def test_a_wrong_contender_is_found_out(monkeypatch):
+    """One number that is off by a millionth is wrong."""
+
+    def slightly_off(w):
+        rows = contenders.by_vmap(w)
+
+        def run():
+            answer = rows()
+            answer["0.bias"][1] *= 1 + 1e-6
+            return answer
+
+        return run
+
+    monkeypatch.setitem(contenders.ROWS, "slightly off", slightly_off)
+    assert compared("rows", "slightly off")["slightly off"].wrong.startswith("float64")
+
+
+def test_a_contender_that_raises_is_a_row_in_its_own_words(monkeypatch):
+    def refuses(w):
+        raise RuntimeError("No BatchNorm!\nIn /home/me/peer.py")
+
+    monkeypatch.setitem(contenders.ROWS, "peer", refuses)
+    assert compared("rows", "peer")["peer"].refused == "RuntimeError: No BatchNorm!"
+
+
+def test_a_race_in_a_process_of_its_own():
+    """Every contender has its rounds, none is wrong, and this process is as it was."""
+    before = dict(_operators._installed)
+    names = ["floor", "vmapsafe", "vmap(grad)"]
+    found = measuring.race("rows", "tiny net", names, rounds=3)
+    assert list(found) == ["plain", *names]
+    for measured in found.values():
+        assert len(measured.seconds) == 3 and not measured.wrong + measured.refused
+    assert dict(_operators._installed) == before
+
+
+def test_first_line_names_no_path():
+    error = ImportError("cannot import name 'a' from 'b' (/home/me/b.py)")
+    assert measuring.first_line(error) == (
+        "ImportError: cannot import name 'a' from 'b' (…)"
+    )
+
+
+def test_max_grad_norm_clips_half():
+    w = contenders.Workload("tiny net", dtype=torch.float64)
+    norms = contenders.norms(contenders.loop(w)())
+    assert int((norms > w.max_grad_norm).sum()) == w.batch // 2
+
+
+# ------------------------------------------------------------------------------- runs
+
+
+def test_a_kept_run_reads_as_it_was(run, tmp_path):
+    results.write(tmp_path / "run.json", run)
+    assert results.read(tmp_path / "run.json") == run
+
+
+def test_what_the_plugin_wrote_reads_like_a_kept_run(tmp_path):
+    names = ("task", "x_plain")
+    kept = row("plain", 1.0)
+    params = ("net", "batch", "precision", "contender")
+    written = {
+        "machine_info": {"device": "cpu"},
+        "datetime": "2026-01-31T12:00:00",
+        "commit_info": {},
+        "benchmarks": [
+            {
+                "extra_info": {n: kept[n] for n in names},
+                "params": {n: kept[n] for n in params},
+                "stats": {**{n: kept[n] for n in results.STATS}, "mean": 1.0},
+            }
+        ],
+        "refused": [],
+    }
+    (tmp_path / "run.json").write_text(json.dumps(written))
+    (read,) = results.read(tmp_path / "run.json")["rows"]
+    assert read == {n: kept[n] for n in (*names, *params, *results.STATS)}
+
+
+def test_parts_of_a_run_are_joined(run):
+    """Rows of both; parts from two versions of torch are refused."""
+    other = copy.deepcopy(run)
+    assert len(results.joined([run, other])["rows"]) == 2 * len(run["rows"])
+    other["machine"]["torch"] = "2.14"
+    with pytest.raises(ValueError, match="differ in torch"):
+        results.joined([run, other])
+
+
+def test_tables_and_pictures(run, tmp_path):
+    """Ratios to the floor, the least of a line in bold, refusals in words; README's
+    part is written anew and nothing beside it."""
+    results.write(tmp_path / "run.json", run)
+    readme = tmp_path / "README.rst"
+    readme.write_text(f"before\n\n{report.BEGIN}\nstale words\n{report.END}\n\nafter\n")
+    report.main(
+        [str(tmp_path / "run.json"), "--into", str(tmp_path / "out")]
+        + ["--readme", str(readme), "--command", "pytest bench -k some"]
+    )
+    page = (tmp_path / "out" / "cpu-2026-01-31.rst").read_text()
+    (line,) = [x for x in page.splitlines() if x.startswith("a net, 2") and "**" in x]
+    assert line.split()[3:] == ["1.25", "2.50", "**0.75**"]
+    assert "BackPACK (a net): ``ImportError: No module 'backpack'``" in page
+    for name in ("rows", "growth", "shapes"):
+        assert f"cpu-2026-01-31-{name}.png" in page
+        picture = (tmp_path / "out" / f"cpu-2026-01-31-{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert "stale" not in text and ".. image:: out/cpu-2026-01-31-rows.png" in text
+    assert "pytest bench -k some" in text
+
+
+# ------------------------------------------------------------------------- comparison
+
+
+def test_compare_finds_what_got_slower(run, tmp_path, capsys):
+    """By ratio to plain, of vmapsafe alone; a refusal of what there was counts."""
+    new = copy.deepcopy(run)
+    for each in new["rows"]:
+        each["median"] *= 10  # a slower machine
+        if each["contender"] == "vmap(grad)":
+            each["x_plain"] *= 2  # not ours
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, content in zip(paths, (run, new)):
+        results.write(path, content)
+    assert compare.main([str(path) for path in paths]) == 0
+
+    new["rows"][2]["x_plain"] *= 1.2
+    gone = new["rows"].pop(4)
+    params = ("task", "net", "batch", "precision", "contender")
+    new["refused"].append({**{n: gone[n] for n in params}, "why": "an error"})
+    results.write(paths[1], new)
+    capsys.readouterr()
+    assert compare.main([str(path) for path in paths]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "inf times slower: vmapsafe, out=, rows, a net" in lines[0]
+    assert "1.20 times slower: vmapsafe, rows, a net, batch 2" in lines[1]
+    assert "2.50 -> 3.00 x plain" in lines[1] and len(lines) == 3
+    assert compare.main([*map(str, paths), "--threshold", "1e999"]) == 0
