@@ -315,3 +315,47 @@ def test_autocast(mode):
             out = vmap(model)(x)
         expected = torch.stack([plain(slice_) for slice_ in x])
     torch.testing.assert_close(out.float(), expected.float(), rtol=0.05, atol=0.05)
+
+
+class Recursive(torch.nn.Module):
+    """Calls itself, and assigns a buffer after the inner call has returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = torch.nn.Linear(4, 4)
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x, depth=2):
+        if depth:
+            x = self(x, depth - 1)
+        self.seen = self.seen + 1
+        return self.norm(self.mix(x))
+
+
+class Holder(torch.nn.Module):
+    """A module without buffers that calls itself by way of one it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Recursive()
+
+    def forward(self, x, again=True):
+        if again:
+            x = self(x, False)
+        self.inner.seen = self.inner.seen + 1
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("make", [Recursive, Holder])
+def test_a_module_that_calls_itself(make, mode):
+    """The end of the inner call is not taken for that of the outer one."""
+    model = make().double()
+    model(torch.randn(6, 4, dtype=torch.float64))
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    plain = switched(model, mode)
+    before = everything(model)
+    with block(model, mode):
+        actual = vmap(model)(x)
+    assert_same_state(model, before)
+    close(actual, torch.stack([plain(one) for one in x]))
