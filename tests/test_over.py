@@ -28,6 +28,9 @@ from vmapsafe import (
 )
 from vmapsafe.testing import assert_same
 
+# Python 3.12 on, where anything has left a thread; tqdm does.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 X = torch.randn(10, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Y = torch.arange(10) % 3
 PAIRS = list(zip(X.split(4), Y.split(4)))
@@ -313,6 +316,7 @@ def both(model, loss_fn, x, y):
     return {"a/b": x * 2, "y": y, "nothing": x[:, :0]}
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_moment(mlp, tmp_path, monkeypatch):
     """Before each flush, each replacement of state.json and each batch: what is there
     can be loaded, is right, and goes on to the files that there would have been."""
