@@ -23,6 +23,7 @@ LAYERS = {
     "rules.attention": {"_call", "_rule"},
     "rules.convolution": {"_call", "_rule", "rules.regimes"},
     "rules.embedding": {"_call", "_memory", "_rule"},
+    "rules.group_norm": {"_call", "_rule", "rules.batch_norm", "rules.regimes"},
     "rules.layer_norm": {"_call", "_rule", "rules.regimes"},
     "rules.linear": {"_call", "_memory", "_rule", "rules.regimes"},
     "rules.native_batch_norm": {"_call", "_rule", "rules.regimes"},

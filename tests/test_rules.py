@@ -59,6 +59,16 @@ def instance_norm(*shape, affine=True):
     return case
 
 
+def group_norm(*shape, groups, eps=1e-5):
+    return {
+        "input": randn(*shape),
+        "num_groups": groups,
+        "weight": randn(shape[1]),
+        "bias": randn(shape[1]),
+        "eps": eps,
+    }
+
+
 def running(case):
     channels = case["input"].shape[1]
     mean, var = randn(channels), randn(channels).square() + 0.5
@@ -319,6 +329,11 @@ CASES = {
     "embedding_dense_backward, into memory of zeros": EMBEDDINGS,
     "mm, into large pages": [{"self": randn(3, 2), "mat2": randn(2, 4)}],
     "addmm, batches merged": LINEARS,
+    "group_norm, by layer norm and batch norm": [
+        group_norm(2, 4, 3, groups=2),
+        group_norm(1, 6, 3, 2, groups=3),
+        group_norm(2, 4, 2, 2, groups=4, eps=0.3),
+    ],
     "in-place write to a buffer, left out": [{"0": randn(3), "1": 1.0}],
 }
 
@@ -361,6 +376,7 @@ def force(monkeypatch, algorithm):
         convolutions=(regimes.Convolution(algorithm),),
         columns=50,
         batch_norm=3,
+        group_norm=3,
         layer_norm=0,
         layer_norm_slice=8,
         linear=0,

@@ -1,15 +1,17 @@
 """Batch norm's operators: the same numbers with the rules and without, everywhere."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_speed import TRANSFORMS, rows, tensors
 from torch import nn
 
 from vmapsafe import _operators, vmap_safe
 from vmapsafe._rule import registered
-from vmapsafe.rules import native_batch_norm
+from vmapsafe.rules import group_norm, native_batch_norm
 from vmapsafe.rules.regimes import REGIMES
 from vmapsafe.testing import assert_same
 
@@ -142,3 +144,87 @@ def test_other_devices_are_left_alone(taken, monkeypatch):
     with vmap_safe(model):
         rows(model, tensors(model), X)
     assert not taken
+
+
+# -- Group norm and instance norm, which become batch norm ----------------------------
+
+
+@pytest.fixture
+def by_layer_norm(monkeypatch):
+    """The calls of group norm that were taken apart, however small."""
+    calls = []
+
+    def layer_norm(*args):
+        calls.append(args)
+        return F.layer_norm(*args)
+
+    spied = SimpleNamespace(
+        layer_norm=layer_norm, batch_norm=F.batch_norm, group_norm=F.group_norm
+    )
+    monkeypatch.setattr(group_norm, "F", spied)
+    monkeypatch.setitem(REGIMES, "cpu", replace(REGIMES["cpu"], group_norm=2))
+    return calls
+
+
+def grouped():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.Tanh(),
+        nn.Conv2d(4, 2, 3),
+        nn.Flatten(),
+    ).double()
+
+
+# Beyond one reverse mode torch's own, whose derivatives are right.
+ONE_REVERSE_MODE = {"vmap(grad)", "chunk_size", "in_dims", "channels_last"}
+ONE_REVERSE_MODE |= {"vmap(jacrev)", "nested vmap", "ensemble"}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_group_norm(name, by_layer_norm):
+    """fast=True and fast=False give the same, and the rule was there, or was not."""
+    if name == "vmap(hessian)":
+        pytest.skip("differentiates by a layer that is not in this net")
+    if name == "jacrev(vmap(grad))":
+        pytest.skip("of the rows of another shape")
+    model = grouped()
+    with vmap_safe(model, fast=False):
+        expected = TRANSFORMS[name](model, tensors(model), X)
+    assert not by_layer_norm
+    with vmap_safe(model):
+        actual = TRANSFORMS[name](model, tensors(model), X)
+    assert_same(actual, expected)
+    assert bool(by_layer_norm) == (name in ONE_REVERSE_MODE)
+
+
+def test_group_norm_that_is_left_to_torch(by_layer_norm, monkeypatch):
+    """Small, without weights, in other dtypes, on other devices, in no model."""
+    layer = nn.GroupNorm(2, 4, affine=False).double()
+    x = torch.randn(3, 1, 4, 2, 2, dtype=torch.float64)
+    half = nn.GroupNorm(2, 4).bfloat16()
+    with vmap_safe(layer), vmap_safe(half):
+        torch.func.vmap(layer)(x)
+        torch.func.vmap(lambda x: F.group_norm(x, 2, x[0, :, 0, 0], x[0, :, 1, 1]))(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.func.vmap(half)(x.bfloat16())
+    monkeypatch.delitem(REGIMES, "cpu")
+    layer = nn.GroupNorm(2, 4).double()
+    with vmap_safe(layer):
+        torch.func.vmap(layer)(x)
+    assert not by_layer_norm
+
+
+def test_instance_norm_is_batch_norm(taken):
+    """torch makes it one, with a channel for each sample and channel."""
+    layer = nn.InstanceNorm2d(3, affine=True).double()
+    x = torch.randn(3, 2, 3, 4, 4, dtype=torch.float64)
+    found = []
+    for fast in (False, True):
+        with vmap_safe(layer, fast=fast):
+            found.append(rows(layer, tensors(layer), x))
+    assert_same(found[1], found[0])
+    assert [name.split(",")[0] for name in taken] == [
+        "native_batch_norm",
+        "native_batch_norm_backward",
+    ]

@@ -48,6 +48,8 @@ class Rule:
             dimension first, in plain torch without vmap and without ``batched``'s code.
         devices: of an operator's rule: the types of device on which it may take a call,
             so that torch's own is left in place where no model is on one; None for all.
+        speed: whether it changes speed only, and is left out with ``fast=False``; those
+            of operators always are.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Rule:
     batched: Callable[[Call], Any]
     reference: Callable[[Call], Any]
     devices: Collection[str] | None = None
+    speed: bool = False
 
     @property
     def of_operator(self) -> bool:
@@ -67,7 +70,7 @@ class Rule:
 Table = Mapping[Function, tuple[Rule, ...]]
 
 _rules: list[Rule] = []
-_tables: dict[str, Table] = {}
+_tables: dict[tuple[str, bool], Table] = {}
 _speed_rules: dict[Function, tuple[Rule, ...]] = {}
 _parameters: dict[Function, Parameters] = {}
 
@@ -96,17 +99,20 @@ def registered() -> tuple[Rule, ...]:
     return tuple(_rules)
 
 
-def table(mode: str) -> Table:
-    """The rules of ``mode`` by function; what is registered later is not in it."""
-    if mode not in _tables:
+def table(mode: str, fast: bool) -> Table:
+    """The rules of ``mode`` by function, those for speed only where ``fast``; what is
+    registered later is not in it."""
+    if (mode, fast) not in _tables:
         found: dict[Function, tuple[Rule, ...]] = {}
         # A rule of this mode is asked before one that holds in several.
         for rule in sorted(_rules, key=lambda rule: len(rule.modes)):
-            if mode in rule.modes and not rule.of_operator:
+            if rule.of_operator or (rule.speed and not fast):
+                continue
+            if mode in rule.modes:
                 for function in rule.functions:
                     found[function] = (*found.get(function, ()), rule)
-        _tables[mode] = found
-    return _tables[mode]
+        _tables[mode, fast] = found
+    return _tables[mode, fast]
 
 
 def speed_rules() -> Table:

@@ -177,7 +177,7 @@ class Scope(TorchFunctionMode):
         self.models = models
         self.closed = False
         self.checkpointed: set[nn.Module] = set()
-        self.table: Table = table(options.mode)
+        self.table: Table = table(options.mode, options.fast)
         self.outer = innermost()
         self.running: list[Running] = [] if self.outer is None else self.outer.running
         self.traced: list[Running] = []

@@ -66,6 +66,8 @@ class Regimes:
             are to stay in the cache.
         batch_norm: values per sample and channel from which on the fused backward by
             running statistics wins over plain operations.
+        group_norm: values per sample and channel from which on it wins to take it apart
+            into layer norm and batch norm.
         layer_norm: numbers in the whole batch from which on ours wins.
         layer_norm_slice: numbers in a slice from which on a call of torch's kernel a
             slice wins: it needs no memory for what it sums up.
@@ -76,6 +78,7 @@ class Regimes:
     convolutions: tuple[Convolution, ...]
     columns: int
     batch_norm: int
+    group_norm: int
     layer_norm: int
     layer_norm_slice: int
     linear: int
@@ -124,6 +127,7 @@ REGIMES = {
         ),
         columns=2**19,
         batch_norm=256,
+        group_norm=256,
         layer_norm=2**17,
         layer_norm_slice=2**13,
         linear=2**17,
