@@ -199,7 +199,7 @@ def test_group_norm(name, by_layer_norm):
 
 
 def test_group_norm_that_is_left_to_torch(by_layer_norm, monkeypatch):
-    """Small, without weights, in other dtypes, on other devices, in no model."""
+    """Small, without weights, in other dtypes, on other devices, forward alone."""
     layer = nn.GroupNorm(2, 4, affine=False).double()
     x = torch.randn(3, 1, 4, 2, 2, dtype=torch.float64)
     half = nn.GroupNorm(2, 4).bfloat16()
@@ -208,10 +208,12 @@ def test_group_norm_that_is_left_to_torch(by_layer_norm, monkeypatch):
         torch.func.vmap(lambda x: F.group_norm(x, 2, x[0, :, 0, 0], x[0, :, 1, 1]))(x)
         with torch.autocast("cpu", torch.bfloat16):
             torch.func.vmap(half)(x.bfloat16())
-    monkeypatch.delitem(REGIMES, "cpu")
     layer = nn.GroupNorm(2, 4).double()
     with vmap_safe(layer):
         torch.func.vmap(layer)(x)
+    monkeypatch.delitem(REGIMES, "cpu")
+    with vmap_safe(layer):
+        torch.func.vmap(torch.func.grad(lambda x: layer(x).sum()))(x)
     assert not by_layer_norm
 
 

@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import Call, beyond_reverse_mode, current_level, innermost
+from vmapsafe._call import (
+    Call,
+    beyond_reverse_mode,
+    current_level,
+    innermost,
+    is_differentiated,
+)
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 from vmapsafe.rules.batch_norm import has_own_weights
 from vmapsafe.rules.regimes import REGIMES
@@ -41,10 +47,10 @@ def _accepts(call: Call) -> bool:
 def _by_other_norms(call: Call) -> Tensor:
     x, groups, eps = call["input"], call["num_groups"], call["eps"]
     weight, bias = call["weight"], call["bias"]
-    if current_level() == 0:  # torch's kernel is whole there
-        return F.group_norm(x, groups, weight, bias, eps)
     if innermost(x).numel() == 0:  # of an empty batch vmap forgets shapes (torch 2.13)
         return torch.clone(x)
+    if current_level() == 0 or not is_differentiated(x):  # torch's forward is whole
+        return F.group_norm(x, groups, weight, bias, eps)
     grouped = x.reshape(x.size(0), groups, x[0].numel() // groups)
     y = F.layer_norm(grouped, grouped.shape[2:], None, None, eps).reshape(x.shape)
     mean, var = y.new_zeros(x.size(1)), y.new_ones(x.size(1))
