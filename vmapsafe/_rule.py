@@ -134,10 +134,22 @@ def check_mode(called: str, mode: str) -> None:
         raise ValueError(f"{called}: unknown mode {mode!r}. Choose one of {listed}.")
 
 
-def slice_by_slice(plain: Callable[[Call], Tensor]) -> Callable[[Call], Tensor]:
-    """A reference that is a Python loop of ``plain`` over the slices."""
+def slice_by_slice(plain: Callable[[Call], Any]) -> Callable[[Call], Any]:
+    """A reference that is a Python loop of ``plain`` over the slices.
 
-    def reference(call: Call) -> Tensor:
-        return torch.stack([plain(one) for one in slices(call, batch_size(call))])
+    ``plain`` gives a tensor, or, as operators do, several, and None for what was not
+    asked.
+    """
+
+    def reference(call: Call) -> Any:
+        outputs = [plain(one) for one in slices(call, batch_size(call))]
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs)
+        return tuple(
+            [
+                None if column[0] is None else torch.stack(column)
+                for column in zip(*outputs)
+            ]
+        )
 
     return reference

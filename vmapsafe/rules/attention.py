@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmapsafe._call import Call, batch_size, expanded, slices
-from vmapsafe._rule import MODES, Rule, register
+from vmapsafe._call import Call, batch_size, expanded
+from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -79,13 +79,10 @@ def _plain_backward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return of_weights @ key * scale, of_weights.mT @ query * scale, shares.mT @ grad
 
 
-def _slice_by_slice(call: Call) -> tuple[Tensor, ...]:
-    plain = _plain if call.function is _forward else _plain_backward
-    rows = [plain(one) for one in slices(call, batch_size(call))]
-    return tuple(torch.stack(column) for column in zip(*rows))
-
-
-for _name, _operator in (("attention", _forward), ("attention_backward", _backward)):
+for _name, _operator, _reference in (
+    ("attention", _forward, _plain),
+    ("attention_backward", _backward, _plain_backward),
+):
     register(
         Rule(
             name=f"{_name} on the CPU, batches merged",
@@ -93,7 +90,7 @@ for _name, _operator in (("attention", _forward), ("attention_backward", _backwa
             modes=MODES,
             accepts=_accepts,
             batched=_merged,
-            reference=_slice_by_slice,
+            reference=slice_by_slice(_reference),
             devices=("cpu",),
         )
     )

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import Call, batch_size, is_plain, slices, unwatched
-from vmapsafe._rule import MODES, Rule, register
+from vmapsafe._call import Call, batch_first, batch_size, is_plain, unwatched
+from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 from vmapsafe.rules.regimes import REGIMES
 
 _backward = torch.ops.aten.convolution_backward.default
@@ -65,9 +65,7 @@ def _algorithm(call: Call) -> str:
 
 def _merged(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """All three gradients; that of the input is one call for the whole batch."""
-    grad, x = (
-        call[name].movedim(call.in_dims[name], 0) for name in ("grad_output", "input")
-    )
+    grad, x = (batch_first(call, name) for name in ("grad_output", "input"))
     wants_input, _, wants_bias = call["output_mask"]
     of_input = of_bias = None
     if wants_input:
@@ -238,13 +236,6 @@ ALGORITHMS: Mapping[str, Callable[..., Tensor]] = {
 # -- The slow form -------------------------------------------------------------------
 
 
-def _slice_by_slice(call: Call) -> tuple[Tensor | None, ...]:
-    rows = [_by_autograd(one) for one in slices(call, batch_size(call))]
-    return tuple(
-        None if column[0] is None else torch.stack(column) for column in zip(*rows)
-    )
-
-
 def _by_autograd(call: Call) -> tuple[Tensor | None, ...]:
     """The gradients that torch's convolution itself has."""
     asked = call["output_mask"]
@@ -275,7 +266,7 @@ register(
         modes=MODES,
         accepts=_accepts,
         batched=_merged,
-        reference=_slice_by_slice,
+        reference=slice_by_slice(_by_autograd),
         devices=REGIMES,
     )
 )

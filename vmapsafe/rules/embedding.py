@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vmapsafe import _memory
-from vmapsafe._call import Call, batch_first, batch_size, is_plain, slices
-from vmapsafe._rule import MODES, Rule, register
+from vmapsafe._call import Call, batch_first, batch_size, is_plain
+from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 
 _backward = torch.ops.aten.embedding_dense_backward.default
 
@@ -51,10 +51,6 @@ def _sparse_sum(call: Call) -> tuple[Tensor]:
 # -- The slow form -------------------------------------------------------------------
 
 
-def _slice_by_slice(call: Call) -> tuple[Tensor]:
-    return (torch.stack([_plain(one) for one in slices(call, batch_size(call))]),)
-
-
 def _plain(call: Call) -> Tensor:
     """Row v is the sum of the gradients at the places of word v."""
     grad: Tensor = call["grad_output"]
@@ -72,7 +68,7 @@ register(
         modes=MODES,
         accepts=_makes_large_rows,
         batched=_sparse_sum,
-        reference=_slice_by_slice,
+        reference=slice_by_slice(_plain),
         devices=("cpu",),
     )
 )

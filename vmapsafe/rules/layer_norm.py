@@ -16,13 +16,11 @@ from torch import Tensor
 from vmapsafe._call import (
     Call,
     batch_first,
-    batch_size,
     expanded,
     is_differentiated,
     is_plain,
-    slices,
 )
-from vmapsafe._rule import MODES, Rule, register
+from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 from vmapsafe.rules.regimes import REGIMES
 
 _forward = torch.ops.aten.native_layer_norm.default
@@ -155,14 +153,6 @@ def _as_functions(
 # -- The slow form -------------------------------------------------------------------
 
 
-def _slice_by_slice(call: Call) -> tuple[Tensor | None, ...]:
-    plain = _plain if call.function is _forward else _plain_backward
-    rows = [plain(one) for one in slices(call, batch_size(call))]
-    return tuple(
-        None if column[0] is None else torch.stack(column) for column in zip(*rows)
-    )
-
-
 def _plain(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Ba et al., https://arxiv.org/abs/1607.06450, section 3.1."""
     x = call["input"]
@@ -210,7 +200,7 @@ register(
         modes=MODES,
         accepts=_accepts,
         batched=_merged,
-        reference=_slice_by_slice,
+        reference=slice_by_slice(_plain),
     )
 )
 register(
@@ -220,6 +210,6 @@ register(
         modes=MODES,
         accepts=_accepts_backward,
         batched=_merged_backward,
-        reference=_slice_by_slice,
+        reference=slice_by_slice(_plain_backward),
     )
 )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vmapsafe import _memory
-from vmapsafe._call import Call, batch_first, batch_size, is_plain, slices
-from vmapsafe._rule import MODES, Rule, register
+from vmapsafe._call import Call, batch_first, is_plain
+from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 from vmapsafe.rules.regimes import REGIMES
 
 _mm = torch.ops.aten.mm.default
@@ -65,11 +65,6 @@ def _fused(call: Call) -> tuple[Tensor]:
 # -- The slow form -------------------------------------------------------------------
 
 
-def _slice_by_slice(call: Call) -> tuple[Tensor]:
-    plain = _plain_product if call.function is _mm else _plain_sum
-    return (torch.stack([plain(one) for one in slices(call, batch_size(call))]),)
-
-
 def _plain_product(call: Call) -> Tensor:
     return torch.einsum("ij,jk->ik", call["self"], call["mat2"])
 
@@ -87,7 +82,7 @@ register(
         modes=MODES,
         accepts=_makes_large_rows,
         batched=_into_memory,
-        reference=_slice_by_slice,
+        reference=slice_by_slice(_plain_product),
         devices=REGIMES,
     )
 )
@@ -98,7 +93,7 @@ register(
         modes=MODES,
         accepts=_adds_a_bias,
         batched=_fused,
-        reference=_slice_by_slice,
+        reference=slice_by_slice(_plain_sum),
         devices=REGIMES,
     )
 )

@@ -10,13 +10,11 @@ themselves, as an ensemble's, stay with torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from vmapsafe._call import Call, batch_first, batch_size, slices
-from vmapsafe._rule import MODES, Rule, register
+from vmapsafe._call import Call, batch_first
+from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 from vmapsafe.rules.regimes import REGIMES
 
 _forward = torch.ops.aten.native_batch_norm.default
@@ -179,18 +177,6 @@ def _normalised_backward(
 # -- The slow forms ------------------------------------------------------------------
 
 
-def _slice_by_slice(
-    plain: Callable[[Call], tuple[Tensor | None, ...]],
-) -> Callable[[Call], tuple[Tensor | None, ...]]:
-    def reference(call: Call) -> tuple[Tensor | None, ...]:
-        rows = [plain(one) for one in slices(call, batch_size(call))]
-        return tuple(
-            None if column[0] is None else torch.stack(column) for column in zip(*rows)
-        )
-
-    return reference
-
-
 def _statistics(call: Call, training: bool) -> tuple[Tensor, Tensor]:
     x = call["input"]
     over = [d for d in range(x.dim()) if d != 1]
@@ -276,7 +262,7 @@ for _name, _operator, _accepts, _batched, _reference in (
             modes=MODES,
             accepts=_accepts,
             batched=_batched,
-            reference=_slice_by_slice(_reference),
+            reference=slice_by_slice(_reference),
             devices=REGIMES,
         )
     )
