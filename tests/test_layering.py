@@ -46,8 +46,8 @@ LAYERS = {
     },
     "_processes": {"_errors"},
     "_per_sample": {
-        *("_call", "_chunks", "_errors", "_formulas", "_groups", "_record"),
-        *("_samples", "_scope"),
+        *("_call", "_chunks", "_errors", "_formulas", "_groups", "_memory"),
+        *("_record", "_samples", "_scope"),
     },
     "_norms": {
         *("_call", "_chunks", "_errors", "_formulas", "_groups", "_processes"),

@@ -6,6 +6,10 @@ the C library gives blocks of that size back when they are freed, and never keep
 Pages of 2 MiB are there for programs that ask (transparent huge pages, madvise): a
 third of the time (bench/layers.py). THP_MEM_ALLOC_ENABLE=1 in the environment makes
 torch itself ask, for all it allocates.
+
+In a virtual machine whose host takes free memory back (free page reporting), pages of
+either size cost up to ten times as much after a second without use. Nothing here helps
+there; memory that is kept does, as with ``per_sample_grads(out=)``.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmapsafe import _memory
 from vmapsafe._call import current_level, tree_map
 from vmapsafe._chunks import ChunkSize, check_chunk_size, in_chunks
 from vmapsafe._errors import worded
@@ -143,21 +144,41 @@ _CALLED = "per_sample_grads(...)"
 _SMALL = 2**16
 
 
-class _Rows:
-    """Collects rows into memory that is there."""
+class _Fresh(dict[str, Tensor]):
+    """Rows that get their memory when they are first asked for: in backward, where the
+    memory of activations has become free."""
 
-    def __init__(self, into: Mapping[str, Tensor]) -> None:
+    def __init__(self, samples: Samples) -> None:
+        super().__init__()
+        self._samples = samples
+
+    def __missing__(self, name: str) -> Tensor:
+        value = self._samples.values[name]
+        shape = (self._samples.count, *value.shape)
+        # To write them is most of the work for matrices. The rows of convolutions had
+        # better be small pages, which their copies of windows have just given back.
+        matrix = value.dim() == 2
+        self[name] = _memory.empty(shape, value) if matrix else value.new_empty(shape)
+        return self[name]
+
+
+class _Rows:
+    """Collects the rows of some of the samples into given memory."""
+
+    def __init__(self, into: Mapping[str, Tensor], start: int, stop: int) -> None:
         self._into = into
+        self._part = slice(start, stop)
 
     def storage(self, name: str) -> Tensor:
-        return self._into[name]
+        return self._into[name][self._part]
 
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
-        formula.rows(x, grad, self._into[name])
+        formula.rows(x, grad, self.storage(name))
 
     def whole(self, name: str, rows: Tensor) -> None:
-        if rows is not self._into[name]:
-            self._into[name].copy_(rows)
+        into = self.storage(name)
+        if rows.data_ptr() != into.data_ptr():
+            into.copy_(rows)
 
 
 def _quickly(samples: Samples, chunk_size: ChunkSize) -> Any:
@@ -171,16 +192,15 @@ def _quickly(samples: Samples, chunk_size: ChunkSize) -> Any:
         return None
     if not samples.recordable() or samples.watched():
         return None
-    if samples.count * sum([v.numel() for v in samples.values.values()]) < _SMALL:
+    values = samples.values
+    if samples.count * sum([value.numel() for value in values.values()]) < _SMALL:
         return None
-    rows = {
-        name: value.new_empty(samples.count, *value.shape)
-        for name, value in samples.values.items()
-    }
+    rows = _Fresh(samples)
     try:
-        return rows, _into(rows, samples, chunk_size, derivatives=True)
+        aux = _into(rows, samples, chunk_size, derivatives=True)
     except Unrecordable:
         return None
+    return {name: rows[name] for name in values}, aux
 
 
 def _into(
@@ -197,7 +217,7 @@ def _into(
     parts: list[Any] = []
 
     def run(start: int, stop: int) -> None:
-        into = _Rows({name: row[start:stop] for name, row in rows.items()})
+        into = _Rows(rows, start, stop)
         batch = part_of(samples.batch, start, stop)
         parts.append(samples.collect(batch, into, derivatives))
 
