@@ -12,7 +12,7 @@ import itertools
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch.func import vmap
@@ -20,7 +20,7 @@ from torch.func import vmap
 from vmapsafe import _operators
 from vmapsafe._rule import speed_rules
 from vmapsafe.rules import convolution
-from vmapsafe.rules.regimes import ANY, REGIMES, Convolution, Regimes
+from vmapsafe.rules.regimes import ANY, REGIMES, Convolution, regimes
 
 (RULE,) = speed_rules()[convolution._backward]
 FEATURES = [field.name for field in fields(Convolution)[1:]]
@@ -140,8 +140,8 @@ def call_of(shape, batch, device, dtype):
 
 def use(algorithm, device):
     """Put it in force for all shapes; "torch" is none of ours."""
-    columns = REGIMES.get(device, Regimes()).columns
-    REGIMES[device] = Regimes((Convolution(algorithm),), columns)
+    given = regimes(torch.device(device))
+    REGIMES[device] = replace(given, convolutions=(Convolution(algorithm),))
 
 
 def ratios(shape, batch, rounds, device, dtype):
@@ -271,7 +271,7 @@ def main():
     parser.add_argument("--worst", type=float, default=1.03, help="loss in a row")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    given = REGIMES.get(asked.device, Regimes()).convolutions
+    given = regimes(torch.device(asked.device)).convolutions
     measured = {}
     dtype = getattr(torch, asked.dtype)
     for shape in shapes():

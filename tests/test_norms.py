@@ -18,6 +18,7 @@ from vmapsafe import (
     per_sample_grads,
     vmap_safe,
 )
+from vmapsafe.rules.regimes import REGIMES
 from vmapsafe.testing import assert_same
 
 # -- Networks: everything a parameter may go through -----------------------------------
@@ -313,9 +314,13 @@ def clipped(rows, most):
 
 # torch's weight norm, under vmap
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("measured", [True, False])
 @pytest.mark.parametrize("name,mode", CASES)
-def test_against_the_loop(name, mode):
-    """Norms, norms by parameter, clipped sums and rows into given memory."""
+def test_against_the_loop(name, mode, measured, monkeypatch):
+    """Norms, norms by parameter, clipped sums and rows into given memory; also on a
+    type of device for which no regimes were measured."""
+    if not measured:
+        monkeypatch.delitem(REGIMES, "cpu")
     model, x, y = problem(name)
     expected = slow(model, mode, x, y)
     before = everything(model)

@@ -25,14 +25,14 @@ from torch import Tensor
 
 from vmapsafe._call import Call, batch_first, batch_size, is_plain, unwatched
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
-from vmapsafe.rules.regimes import REGIMES
+from vmapsafe.rules.regimes import REGIMES, regimes
 
 _backward = torch.ops.aten.convolution_backward.default
 
 
 def _accepts(call: Call) -> bool:
     weight, in_dims = call["weight"], call.in_dims
-    if weight.device.type not in REGIMES or not call["output_mask"][1]:
+    if not call["output_mask"][1]:
         return False
     grad, x = call["grad_output"], call["input"]
     return (
@@ -57,7 +57,7 @@ def _algorithm(call: Call) -> str:
     seen_by = call["input" if call["transposed"] else "grad_output"]
     positions = seen_by.numel() // (batch_size(call) * outputs)
     shape = (len(kernel), math.prod(kernel), groups, channels, outputs // groups)
-    for row in REGIMES[weight.device.type].convolutions:
+    for row in regimes(weight.device).convolutions:
         if row.holds(*shape, positions):
             return row.algorithm
     return "torch"
@@ -150,7 +150,7 @@ def _plain_products(
     else:
         result = out.view(shape_of_result)
     padding = call["padding"]
-    step = max(1, REGIMES[x.device.type].columns // (groups * columns * positions))
+    step = max(1, regimes(x.device).columns // (groups * columns * positions))
     copies = room = None
     if columns == channels and x[0].numel() == groups * columns * positions:
         step = len(x)  # a kernel of one position sees the input as it is

@@ -24,20 +24,18 @@ from vmapsafe._call import (
 )
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 from vmapsafe.rules.batch_norm import has_own_weights
-from vmapsafe.rules.regimes import REGIMES
+from vmapsafe.rules.regimes import regimes
 
 
 def _accepts(call: Call) -> bool:
     x, weight, bias = call["input"], call["weight"], call["bias"]
-    regimes = REGIMES.get(x.device.type)
     return (
-        regimes is not None
-        and weight is not None
+        weight is not None
         and bias is not None
         and x.dtype == weight.dtype == bias.dtype
         and x.dim() > 2
         and x.numel() > 0
-        and x[0, 0].numel() >= regimes.group_norm
+        and x[0, 0].numel() >= regimes(x.device).group_norm
         and not torch.is_autocast_enabled(x.device.type)
         and not has_own_weights(call)  # left to _record
         and not beyond_reverse_mode(x, weight, bias)

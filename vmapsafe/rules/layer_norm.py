@@ -21,7 +21,7 @@ from vmapsafe._call import (
     is_plain,
 )
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
-from vmapsafe.rules.regimes import REGIMES
+from vmapsafe.rules.regimes import regimes
 
 _forward = torch.ops.aten.native_layer_norm.default
 _backward = torch.ops.aten.native_layer_norm_backward.default
@@ -38,8 +38,7 @@ def _accepts(call: Call) -> bool:
 
 
 def _is_worth(x: Tensor) -> bool:
-    regimes = REGIMES.get(x.device.type)
-    return regimes is not None and x.numel() >= max(1, regimes.layer_norm)
+    return x.numel() >= max(1, regimes(x.device).layer_norm)
 
 
 def _has_affine(call: Call, dtype: torch.dtype) -> bool:
@@ -87,8 +86,7 @@ def _merged_backward(call: Call) -> tuple[Tensor | None, ...]:
     wants_input, *wanted = call["output_mask"]
     of_input = _gradient_of_input(call, batches) if wants_input else None
     x = batches["input"]
-    regimes = REGIMES.get(x.device.type)
-    if regimes and x[0].numel() >= regimes.layer_norm_slice and is_plain(x):
+    if is_plain(x) and x[0].numel() >= regimes(x.device).layer_norm_slice:
         return of_input, *_rows_by_kernel(call, batches, wanted)
     return of_input, *_rows(call, batches, wanted)
 

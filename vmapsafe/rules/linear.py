@@ -13,7 +13,7 @@ from torch import Tensor
 from vmapsafe import _memory
 from vmapsafe._call import Call, batch_first, is_plain
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
-from vmapsafe.rules.regimes import REGIMES
+from vmapsafe.rules.regimes import REGIMES, regimes
 
 _mm = torch.ops.aten.mm.default
 _addmm = torch.ops.aten.addmm.default
@@ -44,10 +44,9 @@ def _into_memory(call: Call) -> tuple[Tensor]:
 
 def _adds_a_bias(call: Call) -> bool:
     bias, x, weight = call["self"], call["mat1"], call["mat2"]
-    regimes = REGIMES.get(x.device.type)
+    numbers = x.numel() // max(1, len(weight)) * weight.size(-1)
     return (
-        regimes is not None
-        and x.numel() // max(1, len(weight)) * weight.size(-1) >= regimes.linear
+        numbers >= regimes(x.device).linear
         and call.in_dims["mat1"] is not None
         and call.in_dims["mat2"] is None
         and call.in_dims["self"] is None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vmapsafe._call import Call, batch_first
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
-from vmapsafe.rules.regimes import REGIMES
+from vmapsafe.rules.regimes import REGIMES, regimes
 
 _forward = torch.ops.aten.native_batch_norm.default
 _backward = torch.ops.aten.native_batch_norm_backward.default
@@ -73,7 +73,7 @@ def _backward_by_running(call: Call) -> bool:
 def _affine_backward(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, grad = batch_first(call, "input"), batch_first(call, "grad_out")
     batch, n, channels = x.shape[:3]
-    if x.numel() >= REGIMES[x.device.type].batch_norm * batch * n * channels:
+    if x.numel() >= regimes(x.device).batch_norm * batch * n * channels:
         merged = {
             # Another layout than this is wrong for batches of one in torch 2.13.
             "grad_out": grad.reshape(1, batch * n * channels, -1).contiguous(),

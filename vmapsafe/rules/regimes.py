@@ -1,12 +1,15 @@
 """What wins where: the thresholds of the speed rules, by type of device.
 
 Read off the benchmarks in bench/, which propose what may stand here; a further device
-is added by running them on it. A type of device without an entry has torch's own rules.
+is added by running them on it. On a type of device without an entry nothing has won
+yet: torch's own rules.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import torch
 
 Interval = tuple[float, float]
 ANY: Interval = (0, float("inf"))
@@ -75,15 +78,21 @@ class Regimes:
             product and sum wins.
     """
 
-    convolutions: tuple[Convolution, ...]
-    columns: int
-    batch_norm: int
-    group_norm: int
-    layer_norm: int
-    layer_norm_slice: int
-    linear: int
+    convolutions: tuple[Convolution, ...] = ()
+    columns: int = 2**24
+    batch_norm: float = float("inf")
+    group_norm: float = float("inf")
+    layer_norm: float = float("inf")
+    layer_norm_slice: float = float("inf")
+    linear: float = float("inf")
 
 
+def regimes(device: torch.device) -> Regimes:
+    """Those of its type."""
+    return REGIMES.get(device.type, _UNKNOWN)
+
+
+_UNKNOWN = Regimes()
 ONE, MANY = (1, 1), float("inf")
 
 REGIMES = {
