@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -305,9 +306,22 @@ def would_be_cast(call: Call) -> bool:
     """
     tensors = [call[name] for name in call.in_dims]
     device = tensors[0].device.type
-    return torch.is_autocast_enabled(device) and any(
+    return autocasts(device) and any(
         [t.dtype != torch.get_autocast_dtype(device) for t in tensors]
     )
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on; some types of device, as "meta", know none."""
+    known = torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A context in which it is off."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def wrapped_again(outputs: tuple[Tensor | None, ...], level: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmapsafe._call import tree_map
+from vmapsafe._call import tree_map, without_autocast
 from vmapsafe._chunks import check_chunk_size
 from vmapsafe._errors import worded
 from vmapsafe._formulas import Formula, squared_norms, weighted_sum
@@ -213,7 +213,7 @@ def clipped_grad_sum(
         def clipped(batch: tuple[Any, ...]) -> Any:
             into = _Kept()
             aux = samples.collect(batch, into)
-            with torch.autocast(samples.device.type, enabled=False):
+            with without_autocast(samples.device.type):
                 return into.clipped_sum(samples, max_grad_norm), aux
 
         parts = samples.by_chunk(chunk_size, clipped)

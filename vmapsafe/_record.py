@@ -43,6 +43,7 @@ from vmapsafe._call import (
     is_wrapped,
     slices_of,
     tree_map,
+    without_autocast,
 )
 from vmapsafe._formulas import Bias, Convolution, Embedding, Formula, Linear
 from vmapsafe.rules.batch_norm import by_running_statistics
@@ -134,7 +135,7 @@ class Recorded:
         device = self.losses.device.type
         # Under autocast backward runs in the dtypes of forward, and our sums in those
         # of the parameters.
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             grads: Sequence[Tensor | None] = ()
             if inputs:
                 ones = torch.ones_like(self.losses)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmapsafe._call import below_all, tree_map
+from vmapsafe._call import below_all, tree_map, without_autocast
 from vmapsafe._chunks import check_chunk_size
 from vmapsafe._errors import worded
 from vmapsafe._formulas import Formula
@@ -180,7 +180,7 @@ class _Projected:
         blocks = _blocks(rows.size(1), self._k, self._kind, seed, rows)
         start = 0
         total = rows.new_zeros(len(rows), self._k)
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device.type):
             for block in blocks:
                 total = total.addmm(rows[:, start : start + len(block)], block)
                 start += len(block)

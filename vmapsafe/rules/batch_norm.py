@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import Call, batched_levels, beyond_reverse_mode
+from vmapsafe._call import Call, autocasts, batched_levels, beyond_reverse_mode
 from vmapsafe._errors import worded
 from vmapsafe._groups import groups_for
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
@@ -182,7 +182,7 @@ def _reads_statistics(call: Call) -> bool:
     return (
         torch.compiler.is_compiling()
         or call["input"].dtype != mean.dtype
-        or torch.is_autocast_enabled(call["input"].device.type)
+        or autocasts(call["input"].device.type)
     ) and not has_own_weights(
         call
     )  # left to _record

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vmapsafe._call import (
     Call,
+    autocasts,
     beyond_reverse_mode,
     current_level,
     innermost,
@@ -36,7 +37,7 @@ def _accepts(call: Call) -> bool:
         and x.dim() > 2
         and x.numel() > 0
         and x[0, 0].numel() >= regimes(x.device).group_norm
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasts(x.device.type)
         and not has_own_weights(call)  # left to _record
         and not beyond_reverse_mode(x, weight, bias)
     )

@@ -1,0 +1,79 @@
+"""Devices other than the one that regimes were measured on.
+
+The "meta" device computes shapes alone, refuses tensors of other devices beside its own,
+and knows neither autocast nor what was measured: what runs there makes nothing on the
+CPU by mistake, wherever the tests run.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vmapsafe import (
+    clipped_grad_sum,
+    per_sample_grad_norms,
+    per_sample_grads,
+    per_sample_sketch,
+    vmap_safe,
+)
+
+MODES = ("eval", "no_running_stats", "group_norm", "sync")
+
+
+def convolutions():
+    return nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()),
+        *(nn.Conv2d(4, 4, 3, groups=4), nn.GroupNorm(2, 4), nn.ReLU()),
+        *(nn.Conv2d(4, 8, 1), nn.InstanceNorm2d(8, affine=True), nn.Flatten()),
+        nn.Linear(8 * 4 * 4, 3),
+    )
+
+
+class Words(nn.Module):
+    """Embeddings, attention, layer norm, and batch norm over the words."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(9, 8), nn.Linear(8, 24)
+        self.norm, self.batch_norm = nn.LayerNorm(8), nn.BatchNorm1d(8)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        split = self.mix(self.norm(self.embed(x))).unflatten(-1, (3, 2, 4))
+        y = F.scaled_dot_product_attention(*split.permute(2, 0, 3, 1, 4))
+        y = y.transpose(1, 2).flatten(2)
+        return self.out(self.batch_norm(y.mT).mean(2))
+
+
+NETS = {
+    "convolutions": (convolutions, lambda n: torch.empty(n, 3, 6, 6)),
+    "words": (Words, lambda n: torch.zeros(n, 5, dtype=torch.long)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.filterwarnings(r"ignore:clipped_grad_sum.* in mode \"sync\":UserWarning")
+@pytest.mark.parametrize("samples", [4, 6000])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("net", NETS)
+def test_nothing_is_made_on_another_device(net, mode, samples):
+    """Of few samples, whose rows vmap(grad) makes, and of many."""
+    make, inputs = NETS[net]
+    with torch.device("meta"):
+        model, x = make(), inputs(samples)
+        y = torch.zeros(samples, dtype=torch.long)
+    options = {"mode": mode, "num_groups": 2}
+    with vmap_safe(model, **options):
+        outputs = torch.func.vmap(lambda x: model(x[None]))(x)
+    rows = per_sample_grads(model, F.cross_entropy, x, y, **options)
+    norms = per_sample_grad_norms(model, F.cross_entropy, x, y, **options)
+    total = clipped_grad_sum(model, F.cross_entropy, x, y, max_grad_norm=1.0, **options)
+    sketch = per_sample_sketch(model, F.cross_entropy, x, y, k=5, **options)
+    for name, parameter in model.named_parameters():
+        assert rows[name].shape == (samples, *parameter.shape)
+        assert total[name].shape == parameter.shape
+        assert rows[name].is_meta and total[name].is_meta
+    assert norms.shape == (samples,) and norms.is_meta
+    assert sketch.shape == (samples, 5) and sketch.is_meta
+    assert outputs.shape == (samples, 1, 3) and outputs.is_meta
