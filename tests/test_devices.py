@@ -1,9 +1,8 @@
 """Devices other than the one that regimes were measured on.
 
-The "meta" device computes shapes alone, refuses tensors of other devices beside its own,
-and knows neither autocast nor what was measured: what runs there makes nothing on the
-CPU by mistake, wherever the tests run.
-"""
+The "meta" device computes shapes alone, refuses tensors of other devices beside its
+own, and knows neither autocast nor what was measured: what runs there makes nothing on
+the CPU by mistake, wherever the tests run.
 
 import pytest
 import torch
