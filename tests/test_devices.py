@@ -3,6 +3,7 @@
 The "meta" device computes shapes alone, refuses tensors of other devices beside its
 own, and knows neither autocast nor what was measured: what runs there makes nothing on
 the CPU by mistake, wherever the tests run.
+"""
 
 import pytest
 import torch
