@@ -11,6 +11,7 @@ import concurrent.futures
 import ctypes
 import gc
 import multiprocessing
+import os
 import platform
 import re
 import statistics
@@ -289,6 +290,11 @@ def machine(device):
         "python": platform.python_version(),
         "torch": torch.__version__,
         "vmapsafe": vmapsafe.__version__,
+        "allocator": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("MALLOC_", "THP_MEM_")) or name == "LD_PRELOAD"
+        },
         **rates(device),
     }
     if device == "cuda":

@@ -155,6 +155,8 @@ def machine_line(run):
     where = m["device_name"]
     if m["device"] == "cpu":
         where += f", {m['threads']} thread" + "s" * (m["threads"] > 1)
+    for name, value in m.get("allocator", {}).items():
+        where += f", {name}={value}"
     commit = run["commit"]["id"][:10] + " and changes" * run["commit"]["dirty"]
     return (
         f"Made by ``{run.get('command', 'pytest bench')}`` on {run['date']}: {where}, "

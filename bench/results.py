@@ -50,7 +50,7 @@ def write(path, run):
 def joined(runs):
     """One run of several, so that a long one may be made in parts."""
     first, *rest = runs
-    same = ("device", "device_name", "threads", "torch", "vmapsafe")
+    same = ("device", "device_name", "threads", "torch", "vmapsafe", "allocator")
     for run in rest:
         apart = [n for n in same if run["machine"].get(n) != first["machine"].get(n)]
         if apart or run["commit"].get("id") != first["commit"].get("id"):
