@@ -7,6 +7,8 @@ from torch import nn
 
 from vmapsafe import (
     _chunks,
+    _memory,
+    _per_sample,
     clipped_grad_sum,
     per_sample_grad_norms,
     per_sample_grads,
@@ -138,6 +140,25 @@ def test_an_earlier_peak_hides_what_a_chunk_took(monkeypatch):
     memory.peak = 390
     CALLS["norms"](Hungry(memory).double(), "auto")
     assert memory.ran == [4, 10, 23]
+
+
+@pytest.mark.parametrize("chunk_size,first", [("auto", "rows"), (None, "forward")])
+def test_when_rows_get_their_memory(monkeypatch, chunk_size, first):
+    """In backward; but before the first chunk where its need is to be measured."""
+    events = []
+    memory = Memory(monkeypatch, 100)
+    monkeypatch.setattr(memory, "take", lambda count: events.append("forward"))
+    monkeypatch.setattr(_per_sample, "_SMALL", 0)
+    empty = _memory.empty
+
+    def noted(shape, like):
+        events.append("rows")
+        return empty(shape, like)
+
+    monkeypatch.setattr(_memory, "empty", noted)
+    CALLS["rows"](Hungry(memory).double(), chunk_size)
+    assert events.count("rows") == 2  # the weights
+    assert events[0] == first and events[1] == "rows"
 
 
 def test_the_system_tells():

@@ -196,6 +196,9 @@ def _quickly(samples: Samples, chunk_size: ChunkSize) -> Any:
     if samples.count * sum([value.numel() for value in values.values()]) < _SMALL:
         return None
     rows = _Fresh(samples)
+    if chunk_size is not None:  # "auto" is to measure what a chunk takes besides
+        for name in values:
+            rows[name]
     try:
         aux = _into(rows, samples, chunk_size, derivatives=True)
     except Unrecordable:
