@@ -263,8 +263,11 @@ class _Kept(_Squares):
         self._rows: dict[str, Tensor] = {}
 
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
-        super().streamed(name, formula, x, grad)
-        self._uses[name] = formula, x, grad
+        if formula.shape.numel() * len(grad) <= x.numel() + grad.numel():
+            self.whole(name, formula.rows(x, grad))  # made once, and no larger
+        else:
+            super().streamed(name, formula, x, grad)
+            self._uses[name] = formula, x, grad
 
     def whole(self, name: str, rows: Tensor) -> None:
         super().whole(name, rows)
