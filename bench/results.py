@@ -4,7 +4,8 @@ A kept run is a line for every number. Both forms read alike::
 
     {"machine": {...}, "date": "2026-01-31", "commit": {...},
      "rows": [{"task", "net", "batch", "precision", "contender", "rounds",
-               "median", "q1", "q3" (seconds), "x_plain", "peak_bytes", ...}],
+               "median", "q1", "q3" (seconds), "x_plain", "peak_bytes", ...,
+               "commit" where it is another}],
      "refused": [{"task", "net", "batch", "precision", "contender", "why"}]}
 """
 
@@ -47,22 +48,31 @@ def write(path, run):
     Path(path).write_text(text + "\n}\n")
 
 
+KEY = ("task", "net", "batch", "precision", "contender")
+
+
 def joined(runs):
-    """One run of several, so that a long one may be made in parts."""
+    """One run of several, so that a long one may be made in parts.
+
+    What was measured again replaces what was measured before, and says so where it was
+    at another commit than the first run's.
+    """
     first, *rest = runs
     same = ("device", "device_name", "threads", "torch", "vmapsafe", "allocator")
     for run in rest:
         apart = [n for n in same if run["machine"].get(n) != first["machine"].get(n)]
-        if apart or run["commit"].get("id") != first["commit"].get("id"):
+        if apart:
             raise ValueError(
-                f"runs to be joined differ in {', '.join(apart) or 'commit'}: "
+                f"runs to be joined differ in {', '.join(apart)}: "
                 f"{first['machine']}, {run['machine']}"
             )
-    return {
-        **first,
-        "rows": [row for run in runs for row in run["rows"]],
-        "refused": [row for run in runs for row in run["refused"]],
-    }
+    kept = {"rows": {}, "refused": {}}
+    for run in runs:
+        commit = run["commit"].get("id")
+        later = {} if commit == first["commit"].get("id") else {"commit": commit[:10]}
+        for kind, rows in kept.items():
+            rows.update({tuple(r[n] for n in KEY): {**r, **later} for r in run[kind]})
+    return {**first, **{kind: list(rows.values()) for kind, rows in kept.items()}}
 
 
 def races(run):

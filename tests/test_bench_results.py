@@ -159,9 +159,22 @@ def test_what_the_plugin_wrote_reads_like_a_kept_run(tmp_path):
 
 
 def test_parts_of_a_run_are_joined(run):
-    """Rows of both; parts from two versions of torch are refused."""
+    """Rows of both, the later ones where both have some, with their commit if it is
+    another; parts from two versions of torch are refused."""
     other = copy.deepcopy(run)
-    assert len(results.joined([run, other])["rows"]) == 2 * len(run["rows"])
+    assert results.joined([run, other]) == run
+    other["commit"]["id"] = "fedcba98765432"
+    del other["rows"][1:]
+    other["rows"][0]["median"] = 7.0
+    first, *rest = results.joined([run, other])["rows"]
+    assert first == {**other["rows"][0], "commit": "fedcba9876"}
+    assert rest == run["rows"][1:]
+    task = run["rows"][0]["task"]
+    again = report.machine_line(results.joined([run, other]))
+    assert f"commit 0123456789 ({task}: fedcba9876)." in " ".join(again.split())
+    for row in other["rows"]:
+        row["net"] = "another"
+    assert len(results.joined([run, other])["rows"]) == len(run["rows"]) + 1
     other["machine"]["torch"] = "2.14"
     with pytest.raises(ValueError, match="differ in torch"):
         results.joined([run, other])
