@@ -33,6 +33,7 @@ from vmapsafe._call import Call
 from vmapsafe._rule import speed_rules
 from vmapsafe.rules.batch_norm import wide
 from vmapsafe.rules.convolution import seen_by_kernel, weight_gradient
+from vmapsafe.rules.regimes import regimes
 
 
 @dataclass(frozen=True)
@@ -161,15 +162,17 @@ class Convolution(_Products):
 
     def rows(self, x: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
         call = self._call(x, grad)
-        rules = speed_rules()[call.function]
-        positions = grad[0].numel() // self.shape[0]
-        windows = self.groups == 1 and set(self.dilation) == {1}
-        few = windows and positions * self.shape.numel() < _ONE_CALL
-        if few or any([rule.accepts(call) for rule in rules]):
+        if any([rule.accepts(call) for rule in speed_rules()[call.function]]):
             return weight_gradient(call, grad, x, out)
-        if x.device.type != "cpu" or self.groups > 1:  # torch's own batching rule
+        numbers = x.numel() + grad.numel() + len(grad) * self.shape.numel()
+        own = regimes(x.device).own_convolution[len(self.stride) - 1]
+        if self.groups > 1 or numbers <= own:  # torch's own batching rule
             rows = vmap(self._ordinary)(x, grad)
             return rows if out is None else out.copy_(rows)
+        positions = grad[0].numel() // self.shape[0]
+        few = positions * self.shape.numel() < _ONE_CALL
+        if few and set(self.dilation) == {1}:
+            return weight_gradient(call, grad, x, out)
         if out is None:
             out = grad.new_empty(len(grad), *self.shape)
         for row, one_x, one_grad in zip(out, x, grad):

@@ -67,6 +67,9 @@ class Regimes:
         convolutions: the first row that holds counts; where none does, torch's own.
         columns: how many numbers of copied windows to hold at a time, at most; they
             are to stay in the cache.
+        own_convolution: where no row of ``convolutions`` holds: numbers in the inputs,
+            output gradients and rows of a batch up to which torch's own rule wins over
+            products and calls a sample; for 1, 2 and 3 spatial dimensions.
         batch_norm: values per sample and channel from which on the fused backward by
             running statistics wins over plain operations.
         group_norm: values per sample and channel from which on it wins to take it apart
@@ -80,6 +83,7 @@ class Regimes:
 
     convolutions: tuple[Convolution, ...] = ()
     columns: int = 2**24
+    own_convolution: tuple[float, float, float] = (float("inf"),) * 3
     batch_norm: float = float("inf")
     group_norm: float = float("inf")
     layer_norm: float = float("inf")
@@ -135,6 +139,7 @@ REGIMES = {
             ),
         ),
         columns=2**19,
+        own_convolution=(0, 7 * 2**18, 7 * 2**18),
         batch_norm=256,
         group_norm=256,
         layer_norm=2**17,
