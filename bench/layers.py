@@ -1,8 +1,8 @@
 """Speed rules of layer norm, linear layers, embedding and attention, shape by shape.
 
 Prints the time of vmapsafe's rule as a multiple of torch's own. What
-vmapsafe/rules/regimes.py, and ``LARGE`` in vmapsafe/_memory.py, say was read off these
-tables: a rule may hold where all ratios are below 1.
+vmapsafe/rules/regimes.py says was read off these tables: a rule may hold where all
+ratios are below 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch.func import vmap
 
-from vmapsafe import _memory, _operators
+from vmapsafe import _operators
 from vmapsafe._rule import speed_rules
 from vmapsafe.rules import attention, embedding, layer_norm, linear
 
@@ -44,11 +44,6 @@ def linear_forward(batch, tokens, width, device):
     x = torch.randn(batch, tokens, width, device=device)
     w, b = torch.randn(width, width, device=device), torch.randn(width, device=device)
     return vmap(lambda x: linear._addmm(b, x, w)), (x,)
-
-
-def linear_rows(batch, tokens, width, device):
-    x, grad = torch.randn(2, batch, tokens, width, device=device)
-    return vmap(lambda grad, x: linear._mm(grad.mT, x)), (grad, x)
 
 
 def embedding_rows(batch, tokens, width, device):
@@ -92,7 +87,6 @@ FAMILIES = {
         *((1, 4, 16, 64, 256), (16, 64, 192, 768)),
     ),
     "linear": (linear._addmm, linear_forward, (1, 16, 64, 256), (16, 64, 192, 768)),
-    "linear, rows": (linear._mm, linear_rows, (1, 16, 64), (256, 512, 1024)),
     "embedding, rows": (
         embedding._backward,
         embedding_rows,
@@ -146,27 +140,6 @@ def now(device):
     return time.process_time()  # a neighbour on the core does not count
 
 
-def fresh_memory(rounds):
-    """Filling new memory: large pages by torch.empty, by size."""
-    row = []
-    for size in (2**22, 2**23, 2**24, 2**25, 2**26, 2**28):
-        times = {"large": [], "torch": []}
-        for _ in range(rounds):
-            for name in times:
-                started = time.process_time()
-                shape, like = (size // 4,), torch.empty(0)
-                if name == "large":
-                    result = _memory._in_large_pages(shape, like)
-                else:
-                    result = torch.empty(shape)
-                result.fill_(1.0)
-                times[name].append(time.process_time() - started)
-                del result
-        found = statistics.median(times["large"]) / statistics.median(times["torch"])
-        row.append(f"{size >> 20} MiB: {found:.2f}")
-    print(f"{'fresh memory':28}", "  ".join(row), flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -176,8 +149,6 @@ def main():
     torch.set_num_threads(1)
     # torch says at every call that its own attention is a loop.
     torch._C._functorch._set_vmap_fallback_warning_enabled(False)
-    if asked.device == "cpu":
-        fresh_memory(asked.rounds)
     for name in asked.only:
         operator, make, lengths, widths = FAMILIES[name]
         if asked.device != "cpu" and "attention" in name:

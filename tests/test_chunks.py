@@ -7,7 +7,6 @@ from torch import nn
 
 from vmapsafe import (
     _chunks,
-    _memory,
     _per_sample,
     clipped_grad_sum,
     per_sample_grad_norms,
@@ -149,15 +148,15 @@ def test_when_rows_get_their_memory(monkeypatch, chunk_size, first):
     memory = Memory(monkeypatch, 100)
     monkeypatch.setattr(memory, "take", lambda count: events.append("forward"))
     monkeypatch.setattr(_per_sample, "_SMALL", 0)
-    empty = _memory.empty
+    make = _per_sample._Fresh.__missing__
 
-    def noted(shape, like):
+    def noted(rows, name):
         events.append("rows")
-        return empty(shape, like)
+        return make(rows, name)
 
-    monkeypatch.setattr(_memory, "empty", noted)
+    monkeypatch.setattr(_per_sample._Fresh, "__missing__", noted)
     CALLS["rows"](Hungry(memory).double(), chunk_size)
-    assert events.count("rows") == 2  # the weights
+    assert events.count("rows") == 4
     assert events[0] == first and events[1] == "rows"
 
 

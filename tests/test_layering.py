@@ -25,7 +25,7 @@ LAYERS = {
     "rules.embedding": {"_call", "_memory", "_rule"},
     "rules.group_norm": {"_call", "_rule", "rules.batch_norm", "rules.regimes"},
     "rules.layer_norm": {"_call", "_rule", "rules.regimes"},
-    "rules.linear": {"_call", "_memory", "_rule", "rules.regimes"},
+    "rules.linear": {"_call", "_rule", "rules.regimes"},
     "rules.native_batch_norm": {"_call", "_rule", "rules.regimes"},
     "rules.__init__": {"rules"},
     "_operators": {"_call", "_rule"},
@@ -48,8 +48,8 @@ LAYERS = {
     },
     "_processes": {"_errors"},
     "_per_sample": {
-        *("_call", "_chunks", "_errors", "_formulas", "_groups", "_memory"),
-        *("_record", "_samples", "_scope"),
+        *("_call", "_chunks", "_errors", "_formulas", "_groups", "_record"),
+        *("_samples", "_scope"),
     },
     "_norms": {
         *("_call", "_chunks", "_errors", "_formulas", "_groups", "_processes"),

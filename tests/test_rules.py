@@ -327,7 +327,6 @@ CASES = {
         attention_backward(*a, **k) for a, k in ATTENTIONS
     ],
     "embedding_dense_backward, into memory of zeros": EMBEDDINGS,
-    "mm, into large pages": [{"self": randn(3, 2), "mat2": randn(2, 4)}],
     "addmm, batches merged": LINEARS,
     "group_norm, by layer norm and batch norm": [
         group_norm(2, 4, 3, groups=2),

@@ -5,7 +5,7 @@ The map of the package, bottom up; each file imports only from those above it:
 ``_errors``      how a failure is worded
 ``_groups``      how many groups a group norm makes of C channels
 ``_call``        one torch call, bound by name
-``_memory``      memory for large results
+``_memory``      large zeros
 ``_rule``        what a torch call means when it sees a slice   <- start reading here
 ``_state``       the flags of a model's layers: found, switched, put back
 ``rules/``       the rules, a file a family

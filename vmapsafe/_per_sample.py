@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmapsafe import _memory
 from vmapsafe._call import current_level, tree_map
 from vmapsafe._chunks import ChunkSize, check_chunk_size, in_chunks
 from vmapsafe._errors import worded
@@ -154,11 +153,7 @@ class _Fresh(dict[str, Tensor]):
 
     def __missing__(self, name: str) -> Tensor:
         value = self._samples.values[name]
-        shape = (self._samples.count, *value.shape)
-        # To write them is most of the work for matrices. The rows of convolutions had
-        # better be small pages, which their copies of windows have just given back.
-        matrix = value.dim() == 2
-        self[name] = _memory.empty(shape, value) if matrix else value.new_empty(shape)
+        self[name] = value.new_empty(self._samples.count, *value.shape)
         return self[name]
 
 
