@@ -147,7 +147,6 @@ def test_when_rows_get_their_memory(monkeypatch, chunk_size, first):
     events = []
     memory = Memory(monkeypatch, 100)
     monkeypatch.setattr(memory, "take", lambda count: events.append("forward"))
-    monkeypatch.setattr(_per_sample, "_SMALL", 0)
     make = _per_sample._Fresh.__missing__
 
     def noted(rows, name):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_speed import TRANSFORMS, rows, tensors
 from torch import nn
 
-from vmapsafe import _operators, vmap_safe
+from vmapsafe import _operators, _per_sample, per_sample_grads, vmap_safe
 from vmapsafe._rule import registered
 from vmapsafe.rules import group_norm, native_batch_norm
 from vmapsafe.rules.regimes import REGIMES
@@ -230,3 +230,41 @@ def test_instance_norm_is_batch_norm(taken):
         "native_batch_norm",
         "native_batch_norm_backward",
     ]
+
+
+class Scaled(nn.Module):
+    """Layer norm behind a tensor of its own that is neither parameter nor buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.linspace(0.5, 2, 5).double().requires_grad_()
+        self.norm = nn.LayerNorm(5).double()
+
+    def forward(self, x):
+        return self.norm(x * self.scale)
+
+
+def test_rows_of_few_numbers_keep_their_derivatives(monkeypatch):
+    """Whoever asks for derivatives by what only the model knows of gets those of the
+    speed rule that mends torch's own."""
+    monkeypatch.setattr(_per_sample, "_SMALL", 2**16)
+    model, (x, y) = Scaled(), torch.randn(2, 3, 2, 5).double()
+
+    def loss(out, y):
+        return (out**3 * y).sum()
+
+    found = per_sample_grads(model, loss, x, y)["norm.weight"]
+    expected = torch.stack(
+        [
+            torch.autograd.grad(
+                loss(model(x[i, None]), y[i]), model.norm.weight, create_graph=True
+            )[0]
+            for i in range(3)
+        ]
+    )
+    assert_same(found, expected)
+    found, expected = (
+        torch.autograd.grad((rows**2).sum(), model.scale)[0]
+        for rows in (found, expected)
+    )
+    assert_same(found, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def per_sample_grads(
 
 _CALLED = "per_sample_grads(...)"
 # Numbers in the rows below which vmap(grad), which has less to do before it begins, is
-# the faster one; measured on a CPU (bench/per_sample_grads.py).
+# the faster one, without speed rules; measured on a CPU (bench/per_sample_grads.py).
 _SMALL = 2**16
 
 
@@ -177,10 +178,9 @@ class _Rows:
 
 
 def _quickly(samples: Samples, chunk_size: ChunkSize) -> Any:
-    """(rows, aux) from a record, or None where only vmap(grad) will do.
+    """(rows, aux) that carry no derivatives, or None where some are wanted.
 
-    The record's rows carry no derivatives; that some are wanted may show only when the
-    loss has been computed.
+    That may show only when the loss has been computed.
     """
     options = samples.options
     if not options.fast or options.update_running_stats:
@@ -189,7 +189,7 @@ def _quickly(samples: Samples, chunk_size: ChunkSize) -> Any:
         return None
     values = samples.values
     if samples.count * sum([value.numel() for value in values.values()]) < _SMALL:
-        return None
+        return _unaided(samples, chunk_size)
     rows = _Fresh(samples)
     if chunk_size is not None:  # "auto" is to measure what a chunk takes besides
         for name in values:
@@ -199,6 +199,13 @@ def _quickly(samples: Samples, chunk_size: ChunkSize) -> Any:
     except Unrecordable:
         return None
     return {name: rows[name] for name in values}, aux
+
+
+def _unaided(samples: Samples, chunk_size: ChunkSize) -> Any:
+    """By ``vmap(grad)`` without speed rules, some of which mend derivatives of rows."""
+    options = replace(samples.options, fast=None)
+    rows, aux = _by_vmap(replace(samples, options=options), chunk_size)
+    return None if any([row.requires_grad for row in rows.values()]) else (rows, aux)
 
 
 def _into(
