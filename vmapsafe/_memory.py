@@ -21,7 +21,7 @@ def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     if not is_large(shape, like):
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     numbers = math.prod(shape)
-    size = max(1, numbers * like.element_size())
+    size = numbers * like.element_size()
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # They are given back with the last tensor that holds them.
     return torch.frombuffer(pages, dtype=like.dtype, count=numbers).view(shape)
