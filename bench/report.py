@@ -158,8 +158,11 @@ def machine_line(run):
     for name, value in m.get("allocator", {}).items():
         where += f", {name}={value}"
     commit = run["commit"]["id"][:10] + " and changes" * run["commit"]["dirty"]
-    later = {(row["task"], row["commit"]) for row in run["rows"] if "commit" in row}
-    commit += "".join([f" ({task}: {other})" for task, other in sorted(later)])
+    others = {row["commit"]: {} for row in run["rows"] if "commit" in row}
+    for row in run["rows"]:
+        others.get(row.get("commit"), {})[row["task"]] = None
+    for other, tasks in others.items():
+        commit += f" (some {', '.join(tasks)}: {other})"
     return (
         f"Made by ``{run.get('command', 'pytest bench')}`` on {run['date']}: {where}, "
         f"torch {m['torch']}, Python {m['python']}, commit {commit}. Contenders took "

@@ -60,7 +60,8 @@ def joined(runs):
     first, *rest = runs
     same = ("device", "device_name", "threads", "torch", "vmapsafe", "allocator")
     for run in rest:
-        apart = [n for n in same if run["machine"].get(n) != first["machine"].get(n)]
+        here, there = run["machine"], first["machine"]
+        apart = [n for n in same if (here.get(n) or None) != (there.get(n) or None)]
         if apart:
             raise ValueError(
                 f"runs to be joined differ in {', '.join(apart)}: "

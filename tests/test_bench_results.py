@@ -171,7 +171,7 @@ def test_parts_of_a_run_are_joined(run):
     assert rest == run["rows"][1:]
     task = run["rows"][0]["task"]
     again = report.machine_line(results.joined([run, other]))
-    assert f"commit 0123456789 ({task}: fedcba9876)." in " ".join(again.split())
+    assert f"commit 0123456789 (some {task}: fedcba9876)." in " ".join(again.split())
     for row in other["rows"]:
         row["net"] = "another"
     assert len(results.joined([run, other])["rows"]) == len(run["rows"]) + 1
