@@ -1,6 +1,7 @@
 """Norms, clipped sums and out=, against a Python loop of plain backward passes."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -389,6 +390,47 @@ SYNC = {
         (5, 4),
     ),
 }
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("name", NETS)
+def test_memory_of_rows(name):
+    """Theirs alone and contiguous, so that they can be written into and given back."""
+    model, x, y = problem(name)
+    rows = per_sample_grads(model, mse, x, y)
+    given = [x, y, *model.parameters(), *model.buffers()]
+    storages = [t.untyped_storage().data_ptr() for t in (*given, *rows.values())]
+    assert len({*storages} - {0}) == len([s for s in storages if s])
+    assert all(row.is_contiguous() for row in rows.values())
+    kept = {n: row.fill_(torch.nan) for n, row in rows.items()}
+    again = per_sample_grads(model, mse, x, y, out=rows)
+    assert all(again[n] is kept[n] for n in kept)
+    assert_same(again, per_sample_grads(model, mse, x, y))
+
+
+@pytest.mark.parametrize("name", ["conv2d", "mlp", "tied", "direct", "attention"])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        per_sample_grads,
+        per_sample_grad_norms,
+        lambda *args: clipped_grad_sum(*args, max_grad_norm=1.0),
+    ],
+)
+def test_nothing_waits_for_the_garbage_collector(name, compute):
+    """What a call has made is gone with its result, rows first of all."""
+    model, x, y = problem(name)
+    compute(model, mse, x, y)
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        compute(model, mse, x, y)
+        gc.collect()
+        left = [thing for thing in gc.garbage if isinstance(thing, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert left == []
 
 
 @pytest.mark.parametrize("name", SYNC)

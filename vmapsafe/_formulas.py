@@ -22,18 +22,20 @@ T C O. Where that is more, rows are made for a few samples at a time and thrown 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from vmapsafe._call import Call
 from vmapsafe._rule import speed_rules
 from vmapsafe.rules.batch_norm import wide
 from vmapsafe.rules.convolution import seen_by_kernel, weight_gradient
 from vmapsafe.rules.regimes import regimes
+
+Memory = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class Formula:
     # Whether the rows take less memory than the output gradient.
     small = False
 
-    def rows(self, x: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
-        """(B, *shape), in ``out`` if given."""
+    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
+        """(B, *shape). ``out`` gives memory for them and is asked where that is of use;
+        else they are contiguous and their memory nobody else's."""
         raise NotImplementedError
 
     def squares(self, x: Tensor, grad: Tensor) -> Tensor:
@@ -62,11 +65,11 @@ class Formula:
         """(*shape): the sum of the rows, each times its factor, a number (B,)."""
         return weighted_sum(self.rows(x, grad), factors)
 
-    def _few(self, x: Tensor, grad: Tensor, numbers: int = 0) -> Iterator[list[Tensor]]:
+    def _few(self, x: Tensor, grad: Tensor, numbers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Few samples at a time, so that ``numbers`` a sample stay in the cache."""
         step = max(1, _CACHED // (numbers or self.shape.numel()))
         for i in range(0, len(grad), step):
-            yield [x[i : i + step], grad[i : i + step]]
+            yield x[i : i + step], grad[i : i + step]
 
 
 def squared_norms(rows: Tensor) -> Tensor:
@@ -90,11 +93,11 @@ class Bias(Formula):
 
     small = True
 
-    def rows(self, x: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
+    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
         dims = [d for d in range(1, grad.dim()) if d != self.dim % grad.dim()]
         if not dims:
-            return grad if out is None else out.copy_(grad)
-        return torch.sum(grad, dims, out=out)
+            return grad if out is None else out().copy_(grad)
+        return torch.sum(grad, dims, out=out and out())
 
 
 class _Products(Formula):
@@ -133,11 +136,11 @@ class Linear(_Products):
     def outputs(self, grad: Tensor) -> Tensor:
         return self.columns(grad)
 
-    def rows(self, x: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
+    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
         a, b = self.outputs(grad), self.columns(x)
         if a.size(2) == 1:  # the outer product, written once
-            return torch.mul(a, b.mT, out=out)
-        return torch.bmm(a, b.mT, out=out)
+            return torch.mul(a, b.mT, out=out and out())
+        return torch.bmm(a, b.mT, out=out and out())
 
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
         x, grad = _scaled(x, grad, factors)
@@ -160,24 +163,22 @@ class Convolution(_Products):
     def outputs(self, grad: Tensor) -> Tensor:
         return grad.movedim(2, 1).flatten(2)
 
-    def rows(self, x: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
+    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
         call = self._call(x, grad)
         if any([rule.accepts(call) for rule in speed_rules()[call.function]]):
-            return weight_gradient(call, grad, x, out)
+            return weight_gradient(call, grad, x, out and out())
         numbers = x.numel() + grad.numel() + len(grad) * self.shape.numel()
         own = regimes(x.device).own_convolution[len(self.stride) - 1]
-        if self.groups > 1 or numbers <= own:  # torch's own batching rule
-            rows = vmap(self._ordinary)(x, grad)
-            return rows if out is None else out.copy_(rows)
+        if self.groups > 1 or numbers <= own:
+            return self._groups(x, grad)
         positions = grad[0].numel() // self.shape[0]
         few = positions * self.shape.numel() < _ONE_CALL
         if few and set(self.dilation) == {1}:
-            return weight_gradient(call, grad, x, out)
-        if out is None:
-            out = grad.new_empty(len(grad), *self.shape)
-        for row, one_x, one_grad in zip(out, x, grad):
+            return weight_gradient(call, grad, x, out and out())
+        rows = out() if out else grad.new_empty(len(grad), *self.shape)
+        for row, one_x, one_grad in zip(rows, x, grad):
             row.copy_(self._ordinary(one_x, one_grad))
-        return out
+        return rows
 
     def squares(self, x: Tensor, grad: Tensor) -> Tensor:
         if self.groups == 1 and set(self.dilation) == {1}:
@@ -190,10 +191,21 @@ class Convolution(_Products):
 
     def _ordinary(self, x: Tensor, grad: Tensor) -> Tensor:
         """The weight gradient of one batch: x (N, C, *S), grad (N, O, *L)."""
-        arguments = self._call(x, grad).arguments
-        _, found, _ = torch.ops.aten.convolution_backward(*arguments.values())
-        assert isinstance(found, Tensor)
-        return found
+        return _weight_gradient(self._call(x, grad).arguments)
+
+    def _groups(self, x: Tensor, grad: Tensor) -> Tensor:
+        """One convolution of (N, B * C, *S) with the groups of all samples, as torch's
+        own batching rule has it, without what vmap takes to begin."""
+        size, (outputs, *rest) = len(x), self.shape
+        merged = {
+            "grad_output": grad.movedim(0, 1).flatten(1, 2),
+            "input": x.movedim(0, 1).flatten(1, 2),
+            # Of which only the shape counts.
+            "weight": self.weight.new_empty(()).expand(size * outputs, *rest),
+            "groups": size * self.groups,
+        }
+        arguments = {**self._call(x, grad).arguments, **merged}
+        return _weight_gradient(arguments).view(size, *self.shape)
 
     def _call(self, x: Tensor, grad: Tensor) -> Call:
         arguments = {
@@ -214,21 +226,26 @@ class Convolution(_Products):
         return Call(function, arguments, None, in_dims)
 
 
+def _weight_gradient(arguments: Mapping[str, Any]) -> Tensor:
+    found: Tensor
+    _, found, _ = torch.ops.aten.convolution_backward(*arguments.values())
+    return found
+
+
 @dataclass(frozen=True)
 class Embedding(Formula):
     """``F.embedding``: indices x (B, ...), grad (B, ..., D), weight (V, D)."""
 
     padding_idx: int | None
 
-    def rows(self, x: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
+    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
         size = len(grad)
-        if out is None:
-            out = grad.new_empty(size, *self.shape)
+        rows = out() if out else grad.new_empty(size, *self.shape)
         first = torch.arange(size, device=x.device).unsqueeze(1) * self.shape[0]
         index = (x.reshape(size, -1) + first).flatten()
-        flat = out.view(-1, self.shape[1]).zero_()
+        flat = rows.view(-1, self.shape[1]).zero_()
         flat.index_add_(0, index, self._seen(x, grad).flatten(0, -2))
-        return out
+        return rows
 
     def squares(self, x: Tensor, grad: Tensor) -> Tensor:
         positions = x[:1].numel()

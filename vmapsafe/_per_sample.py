@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vmapsafe._call import current_level, tree_map
 from vmapsafe._chunks import ChunkSize, check_chunk_size, in_chunks
 from vmapsafe._errors import worded
-from vmapsafe._formulas import Formula
+from vmapsafe._formulas import Formula, Memory
 from vmapsafe._groups import NumGroups
 from vmapsafe._record import Unrecordable
 from vmapsafe._samples import Loss, Samples, part_of
@@ -132,7 +132,7 @@ def per_sample_grads(
         found = _quickly(samples, chunk_size) or _by_vmap(samples, chunk_size)
     else:
         _check_out(out, samples)
-        found = out, _into(out, samples, chunk_size)
+        found = out, _into(dict(out), samples, chunk_size)
     if samples.size == 0:
         found = tree_map(lambda t: t[:0], found) if out is None else (out, found[1])
     return found if has_aux else found[0]
@@ -161,18 +161,22 @@ class _Fresh(dict[str, Tensor]):
 class _Rows:
     """Collects the rows of some of the samples into given memory."""
 
-    def __init__(self, into: Mapping[str, Tensor], start: int, stop: int) -> None:
+    def __init__(self, into: dict[str, Tensor], start: int, stop: int) -> None:
         self._into = into
         self._part = slice(start, stop)
 
-    def storage(self, name: str) -> Tensor:
-        return self._into[name][self._part]
+    def storage(self, name: str) -> Memory:
+        return lambda: self._into[name][self._part]
 
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
-        formula.rows(x, grad, self.storage(name))
+        rows = formula.rows(x, grad, self.storage(name))
+        if name in self._into:
+            self.whole(name, rows)
+        else:
+            self._into[name] = rows
 
     def whole(self, name: str, rows: Tensor) -> None:
-        into = self.storage(name)
+        into = self._into[name][self._part]
         if rows.data_ptr() != into.data_ptr():
             into.copy_(rows)
 
@@ -209,7 +213,7 @@ def _unaided(samples: Samples, chunk_size: ChunkSize) -> Any:
 
 
 def _into(
-    rows: Mapping[str, Tensor],
+    rows: dict[str, Tensor],
     samples: Samples,
     chunk_size: ChunkSize,
     derivatives: bool = False,

@@ -45,7 +45,7 @@ from vmapsafe._call import (
     tree_map,
     without_autocast,
 )
-from vmapsafe._formulas import Bias, Convolution, Embedding, Formula, Linear
+from vmapsafe._formulas import Bias, Convolution, Embedding, Formula, Linear, Memory
 from vmapsafe.rules.batch_norm import by_running_statistics
 
 LEVEL = 1  # of the one vmap
@@ -58,8 +58,8 @@ class Unrecordable(Exception):
 class Collector(Protocol):
     """What becomes of the gradients, parameter by parameter as backward meets them."""
 
-    def storage(self, name: str) -> Tensor | None:
-        """Memory (B, *shape) for the parameter's rows, if there is some."""
+    def storage(self, name: str) -> Memory | None:
+        """What gives memory (B, *shape) for the parameter's rows, if they need some."""
 
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
         """The one use of a parameter."""
@@ -89,36 +89,37 @@ class Recorded:
         """Run ``loss(values, *batch)`` on every sample, inside ``block``."""
         self._recorder = recorder = Recorder(values, size)
 
-        def one(copies: Mapping[str, Tensor], *sample: Any) -> Any:
-            recorder.begin(copies)
-            return loss(copies, *sample)
+        def one(*sample: Any) -> Any:
+            return loss(recorder.begin(), *sample)
 
         mapped = vmap(one, randomness=randomness)
         with torch.enable_grad(), _no_hooks(), recorder, block:
-            result = mapped(recorder.leaves, *batch)
+            result = mapped(*batch)
         self.losses, aux = result if has_aux else (result, ())
         self.aux = tree_map(lambda t: t.detach(), aux)
+        self._reached = {id(leaf) for leaf in _leaves(self.losses)}
 
     def watched(self) -> bool:
         """Whether tensors of the caller's require a gradient of the losses."""
-        ours = {id(leaf) for leaf in self._recorder.leaves.values()}
-        ours.add(id(self._recorder.anchor))
-        return any([id(leaf) not in ours for leaf in self._reached()])
+        leaves = *self._recorder.leaves.values(), self._recorder.anchor
+        return not self._reached <= {id(leaf) for leaf in leaves}
 
     def backward(self, into: Collector) -> None:
         """Hand the gradients of all parameters to ``into``; only once."""
-        recorder = self._recorder
-        reached = {id(leaf) for leaf in self._reached()}
-        rest = {n: leaf for n, leaf in recorder.leaves.items() if id(leaf) in reached}
+        recorder, reached = self._recorder, self._reached
+        # ``receive`` knows these and not the recorder: a cycle of references would keep
+        # the rows alive until Python's garbage collector comes by.
+        leaves, uses = recorder.leaves, recorder.uses
+        rest = {name: leaf for name, leaf in leaves.items() if id(leaf) in reached}
         sums: dict[str, Tensor] = {}
 
         def add(name: str, rows: Tensor) -> None:
             sums[name] = sums[name] + rows if name in sums else rows
 
         def receive(name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
-            dtype = recorder.leaves[name].dtype
+            dtype = leaves[name].dtype
             x, grad = x.to(dtype) if x.is_floating_point() else x, grad.to(dtype)
-            if name in rest or recorder.uses[name] > 1:
+            if name in rest or uses[name] > 1:
                 storage = None if name in sums else into.storage(name)
                 add(name, formula.rows(x, grad, storage))
             elif formula.small:
@@ -145,28 +146,29 @@ class Recorded:
             for name, grad in zip(rest, grads):
                 if grad is not None:
                     add(name, grad)
-            for name, leaf in recorder.leaves.items():
+            for name, leaf in leaves.items():
                 if name in sums:
                     into.whole(name, sums.pop(name))
                 elif name not in received:
                     into.whole(name, leaf.new_zeros(()).expand(leaf.shape))
 
-    def _reached(self) -> list[Tensor]:
-        """The leaves in autograd's graph of the losses."""
-        found = []
-        todo = [self.losses.grad_fn]
-        seen: set[Node | None] = {None}
-        while todo:
-            node = todo.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            assert node is not None
-            leaf = getattr(node, "variable", None)  # of the nodes that accumulate
-            if isinstance(leaf, Tensor):
-                found.append(leaf)
-            todo.extend([following for following, _ in node.next_functions])
-        return found
+
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    """Those in autograd's graph of ``tensor``."""
+    found = []
+    todo = [tensor.grad_fn]
+    seen: set[Node | None] = {None}
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        assert node is not None
+        leaf = getattr(node, "variable", None)  # of the nodes that accumulate
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        todo.extend([following for following, _ in node.next_functions])
+    return found
 
 
 class Recorder(TorchFunctionMode):
@@ -191,10 +193,13 @@ class Recorder(TorchFunctionMode):
         self.anchor = torch.zeros((), requires_grad=True)
         self.receive: Callable[[str, Formula, Tensor, Tensor], None]
 
-    def begin(self, copies: Mapping[str, Tensor]) -> None:
-        """Forward begins, and shows one slice of the copies; known by identity."""
-        self._copies = copies
-        self._names = {id(copy): name for name, copy in copies.items()}
+    def begin(self) -> Mapping[str, Tensor]:
+        """Forward begins, and sees this slice of the copies; known by identity."""
+        self._copies = {
+            name: slices_of(leaf, LEVEL) for name, leaf in self.leaves.items()
+        }
+        self._names = {id(copy): name for name, copy in self._copies.items()}
+        return self._copies
 
     def __torch_function__(
         self,
