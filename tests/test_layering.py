@@ -40,7 +40,7 @@ LAYERS = {
     "_formulas": {
         *("_call", "_rule", "rules.batch_norm", "rules.convolution", "rules.regimes"),
     },
-    "_record": {"_call", "_formulas", "rules.batch_norm"},
+    "_record": {"_call", "_formulas", "rules.batch_norm", "rules.native_batch_norm"},
     "_chunks": {"_errors"},
     "_samples": {
         *("_batched", "_call", "_chunks", "_errors", "_record", "_scope", "_state"),

@@ -120,14 +120,14 @@ class Parameters:
     ) -> Mapping[str, Any]:
         """Arguments by name, in order. torch.compile traces this: plain loops only."""
         names = self.names or tuple([str(i) for i in range(len(args))])
-        bound: dict[str, Any] = {}
-        for i in range(len(names)):
-            if i < len(args):
-                bound[names[i]] = args[i]
-            elif names[i] not in kwargs and names[i] in self.defaults:
-                bound[names[i]] = self.defaults[names[i]]
-        for name in kwargs:
-            bound[name] = kwargs[name]
+        bound: dict[str, Any] = dict(zip(names, args))
+        for name in names[len(args) :]:
+            if name in kwargs:
+                bound[name] = kwargs[name]
+            elif name in self.defaults:
+                bound[name] = self.defaults[name]
+        if len(bound) < len(args) + len(kwargs):
+            bound.update(kwargs)  # what a function without a signature is given
         return bound
 
 
@@ -305,16 +305,19 @@ def would_be_cast(call: Call) -> bool:
     the state in which the call was made (torch 2.13).
     """
     tensors = [call[name] for name in call.in_dims]
-    device = tensors[0].device.type
+    device = tensors[0].device
     return autocasts(device) and any(
-        [t.dtype != torch.get_autocast_dtype(device) for t in tensors]
+        [t.dtype != torch.get_autocast_dtype(device.type) for t in tensors]
     )
 
 
-def autocasts(device_type: str) -> bool:
+def autocasts(device: torch.device) -> bool:
     """Whether autocast is on; some types of device, as "meta", know none."""
-    known = torch.amp.is_autocast_available(device_type)
-    return known and torch.is_autocast_enabled(device_type)
+    return (
+        torch._C._is_any_autocast_enabled()  # which is cheap to ask
+        and torch.amp.is_autocast_available(device.type)
+        and torch.is_autocast_enabled(device.type)
+    )
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -100,6 +100,16 @@ class Bias(Formula):
         return torch.sum(grad, dims, out=out and out())
 
 
+@dataclass(frozen=True)
+class Made(Formula):
+    """Rows that came with something else, in the place of the input."""
+
+    small = True
+
+    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
+        return x
+
+
 class _Products(Formula):
     """A matrix product at each of T positions."""
 

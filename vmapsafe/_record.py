@@ -23,7 +23,6 @@ meaning of what a sample is in the place of hooks on layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -45,8 +44,22 @@ from vmapsafe._call import (
     tree_map,
     without_autocast,
 )
-from vmapsafe._formulas import Bias, Convolution, Embedding, Formula, Linear, Memory
+from vmapsafe._formulas import (
+    Bias,
+    Convolution,
+    Embedding,
+    Formula,
+    Linear,
+    Made,
+    Memory,
+)
 from vmapsafe.rules.batch_norm import by_running_statistics
+from vmapsafe.rules.native_batch_norm import (
+    affine,
+    affine_backward,
+    normalised,
+    normalised_backward,
+)
 
 LEVEL = 1  # of the one vmap
 
@@ -222,6 +235,13 @@ class Recorder(TorchFunctionMode):
         """Of which parameter it is the copy, if of one."""
         return None if tensor is None else self._names.get(id(tensor))
 
+    def used(self, tensor: Tensor | None) -> str | None:
+        """The same, noting that there is a recorded use."""
+        name = self.name(tensor)
+        if name is not None:
+            self.uses[name] += 1
+        return name
+
     def takes(self, *parameters: Tensor | None) -> bool:
         """Whether one is a copy, and the others are plain tensors."""
         names = [self.name(p) for p in parameters]
@@ -259,9 +279,8 @@ class Recorder(TorchFunctionMode):
         """The output ``y`` (B, ...), tapped for the copies among ``uses``."""
         found = []
         for parameter, formula in uses:
-            name = self.name(parameter)
+            name = self.used(parameter)
             if name is not None:
-                self.uses[name] += 1
                 found.append((name, formula(self._plain[name].shape)))
         tapped: Tensor = _Tap.apply(self.anchor, y, x.detach(), y.shape, self, found)
         return slices_of(tapped, LEVEL)
@@ -408,26 +427,16 @@ def _batch_norm(
 ) -> Any:
     if not recorder.takes(weight, bias):
         return NotImplemented
-    values = math.prod(input.shape[2:])
     statistics = [] if training else [running_mean, running_var]
-    if any([s is not None and is_wrapped(s) for s in statistics]):
+    if any([s is None or is_wrapped(s) for s in statistics]):
         return NotImplemented
-    if (training and input.size(0) == 1) or (not training and values > _FUSED):
-        mean, var = (running_mean, running_var) if not training else (None, None)
-        result = _as_channels(
-            recorder,
-            input,
-            weight,
-            bias,
-            lambda x, w, b, times: F.batch_norm(
-                x,
-                None if mean is None else mean.repeat(times),
-                None if var is None else var.repeat(times),
-                *(w, b, training, 0.0, eps),
-            ),
-        )
-        if result is not NotImplemented:
-            return result
+    with below_innermost():
+        x = recorder.batch(input)
+        given = [recorder.plain(p) for p in (weight, bias)] + statistics
+        if x is not None and all([_is_constant(t, x.dtype) for t in given]):
+            names = recorder.used(weight), recorder.used(bias)
+            y = _Normed.apply(recorder.anchor, x, recorder, names, given, eps)
+            return slices_of(y, LEVEL)
     if training:
         return NotImplemented
     arguments = {
@@ -439,6 +448,75 @@ def _batch_norm(
         "eps": eps,
     }
     return by_running_statistics(Call(F.batch_norm, arguments))
+
+
+def _is_constant(given: Tensor | None, dtype: torch.dtype) -> bool:
+    return given is None or (given.dtype == dtype and not given.requires_grad)
+
+
+class _Normed(Function):
+    """Batch norm, whose backward hands the rows of weight and bias on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        x: Tensor,
+        recorder: Recorder,
+        names: Sequence[str | None],
+        given: Sequence[Tensor | None],
+        eps: float,
+    ) -> Tensor:
+        weight, bias, *statistics = given
+        ctx.own = not statistics
+        mean, var = statistics or (None, None)
+        ctx.recorder, ctx.names = recorder, names
+        call = Call(
+            torch.ops.aten.native_batch_norm.default,
+            {
+                "input": x,
+                "weight": weight,
+                "bias": bias,
+                "running_mean": mean,
+                "running_var": var,
+                "training": ctx.own,
+                "momentum": 0.0,
+                "eps": eps,
+            },
+            in_dims={"input": 0},
+        )
+        y, *saved = (normalised if ctx.own else affine)(call)
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, mean, var, *saved)
+        shown: Tensor = torch.ops.aten._unsafe_view(y, x.shape)
+        return shown
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, mean, var, *saved = ctx.saved_tensors
+        wanted = [name is not None for name in ctx.names]
+        call = Call(
+            torch.ops.aten.native_batch_norm_backward.default,
+            {
+                "grad_out": grads[0],
+                "input": x,
+                "weight": weight,
+                "running_mean": mean,
+                "running_var": var,
+                "save_mean": saved[0],
+                "save_invstd": saved[1],
+                "train": ctx.own,
+                "eps": ctx.eps,
+                "output_mask": [ctx.needs_input_grad[1], *wanted],
+            },
+            in_dims={"grad_out": 0, "input": 0, "save_mean": 0, "save_invstd": 0},
+        )
+        backward = normalised_backward if ctx.own else affine_backward
+        of_input, *rows = backward(call)
+        for name, made in zip(ctx.names, rows):
+            if name is not None and made is not None:
+                ctx.recorder.receive(name, Made(made.shape[1:]), made, made)
+        return None, of_input, None, None, None, None
 
 
 def _group_norm(
@@ -522,10 +600,6 @@ def _layer_norm(
                 ones = [1 for _ in range(x.dim() - copies.dim())]
                 y = apply(y, copies.view(len(x), *ones, *parameter.shape))
         return slices_of(y, LEVEL)
-
-
-# Values a channel above which torch's own kernel beats the written out affine map.
-_FUSED = 8
 
 
 def _refused(name: str) -> Callable[..., Any]:

@@ -32,6 +32,7 @@ class Samples:
     Attributes:
         called: the public function, for errors.
         values: the parameters to differentiate by, by name; tied ones once.
+        known: the model's parameters, by all their names.
         places: every place of theirs in the model, with the name in ``values``.
         batch: trees of tensors (size, ...), or, where the caller's batch is empty, of
             made-up samples, whose results are thrown away.
@@ -43,6 +44,7 @@ class Samples:
     net: nn.Module
     loss_fn: Loss
     values: dict[str, Tensor]
+    known: dict[str, nn.Parameter]
     places: list[tuple[str, str]]
     batch: tuple[Any, ...]
     size: int
@@ -69,7 +71,8 @@ class Samples:
         _check_rows(called, options)
         options = checked(options)
         net = unwrapped(model)
-        values = _chosen(called, net, params)
+        known = dict(net.named_parameters(remove_duplicate=False))
+        values = _chosen(called, net, known, params)
         size = _batch_size(called, batch)
         if size == 0:
             _check_one_process(called, net, options.mode)
@@ -81,7 +84,8 @@ class Samples:
             net,
             loss_fn,
             values,
-            _places(net, values),
+            known,
+            _places(net, {known[name]: name for name in values}),
             batch,
             size,
             options,
@@ -122,12 +126,12 @@ class Samples:
 
     def watched(self) -> bool:
         """Whether plain autograd has an interest in the rows."""
-        chosen = {id(p) for p, _ in _parameters(self.net, self.values)}
-        others = [p for p in self.net.parameters() if id(p) not in chosen]
+        if not torch.is_grad_enabled():
+            return False
+        chosen = {id(self.known[name]) for name in self.values}
+        others = [p for p in self.known.values() if id(p) not in chosen]
         leaves, _ = tree_flatten((self.batch, self.values))
-        return torch.is_grad_enabled() and any(
-            [t.requires_grad for t in (*leaves, *others, *self.net.buffers())]
-        )
+        return any([t.requires_grad for t in (*leaves, *others, *self.net.buffers())])
 
     def recorded(self, batch: tuple[Any, ...]) -> Recorded:
         """The forward, with what backward needs for rows or what becomes of them.
@@ -278,11 +282,15 @@ def _check_one_process(called: str, net: nn.Module, mode: str) -> None:
         )
 
 
-def _chosen(called: str, net: nn.Module, params: Params) -> dict[str, Tensor]:
+def _chosen(
+    called: str, net: nn.Module, known: Mapping[str, nn.Parameter], params: Params
+) -> dict[str, Tensor]:
     """The tensors to differentiate by, by name; tied ones once."""
-    named = dict(net.named_parameters())
     if params is None:
-        chosen = {n: p.detach() for n, p in named.items() if p.requires_grad}
+        first: dict[nn.Parameter, str] = {}
+        for name, p in known.items():
+            first.setdefault(p, name)
+        chosen = {n: p.detach() for p, n in first.items() if p.requires_grad}
         if not chosen:
             raise ValueError(
                 worded(
@@ -292,7 +300,6 @@ def _chosen(called: str, net: nn.Module, params: Params) -> dict[str, Tensor]:
                 )
             )
         return chosen
-    known = dict(net.named_parameters(remove_duplicate=False))
     names = list(params)
     if isinstance(params, str):
         names = [params]
@@ -310,27 +317,20 @@ def _chosen(called: str, net: nn.Module, params: Params) -> dict[str, Tensor]:
     return {name: known[name].detach() for name in names}
 
 
-def _places(net: nn.Module, values: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Every place of the parameters in ``values``, once, with the name given.
+def _places(
+    net: nn.Module, names: Mapping[nn.Parameter, str]
+) -> list[tuple[str, str]]:
+    """Every place of the parameters in ``names``, once, with the name given.
 
     Left to tie weights, functional_call (torch 2.13) leaves plain tensors in the place
     of parameters behind in a module that has two names.
     """
-    given = dict(_parameters(net, values))
     return [
-        (f"{path}.{name}".lstrip("."), given[parameter])
+        (f"{path}.{name}".lstrip("."), names[parameter])
         for path, module in net.named_modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and parameter in given
+        if parameter is not None and parameter in names
     ]
-
-
-def _parameters(
-    net: nn.Module, values: Mapping[str, Tensor]
-) -> list[tuple[nn.Parameter, str]]:
-    """The model's own parameters that ``values`` stand for."""
-    known = dict(net.named_parameters(remove_duplicate=False))
-    return [(known[name], name) for name in values]
 
 
 def _batch_size(called: str, batch: tuple[Any, ...]) -> int:

@@ -182,7 +182,7 @@ def _reads_statistics(call: Call) -> bool:
     return (
         torch.compiler.is_compiling()
         or call["input"].dtype != mean.dtype
-        or autocasts(call["input"].device.type)
+        or autocasts(call["input"].device)
     ) and not has_own_weights(
         call
     )  # left to _record

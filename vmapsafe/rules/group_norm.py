@@ -37,7 +37,7 @@ def _accepts(call: Call) -> bool:
         and x.dim() > 2
         and x.numel() > 0
         and x[0, 0].numel() >= regimes(x.device).group_norm
-        and not autocasts(x.device.type)
+        and not autocasts(x.device)
         and not has_own_weights(call)  # left to _record
         and not beyond_reverse_mode(x, weight, bias)
     )

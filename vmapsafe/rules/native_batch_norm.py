@@ -55,7 +55,8 @@ def _forward_by_running(call: Call) -> bool:
     )
 
 
-def _affine(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def affine(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the mean and 1 / sqrt(var + eps) of each slice."""
     x = batch_first(call, "input")
     y, mean, rstd = _forward(*{**call.arguments, "input": x.flatten(0, 1)}.values())
     return y.view(x.shape), mean.expand(len(x), -1), rstd.expand(len(x), -1)
@@ -70,7 +71,8 @@ def _backward_by_running(call: Call) -> bool:
     )
 
 
-def _affine_backward(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def affine_backward(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the input and, of each slice, of the weight and the bias."""
     x, grad = batch_first(call, "input"), batch_first(call, "grad_out")
     batch, n, channels = x.shape[:3]
     if x.numel() >= regimes(x.device).batch_norm * batch * n * channels:
@@ -124,7 +126,8 @@ def _forward_by_own(call: Call) -> bool:
     )
 
 
-def _normalised(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def normalised(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`affine`."""
     x = batch_first(call, "input")
     batch, n, channels = x.shape[:3]
     as_channels = {
@@ -150,9 +153,10 @@ def _backward_by_own(call: Call) -> bool:
     )
 
 
-def _normalised_backward(
+def normalised_backward(
     call: Call,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As :func:`affine_backward`."""
     x, grad = batch_first(call, "input"), batch_first(call, "grad_out")
     batch, n, channels = x.shape[:3]
     as_channels = {
@@ -212,15 +216,15 @@ def _backward_written_out(call: Call) -> tuple[Tensor | None, ...]:
     wants_input, wants_weight, wants_bias = call["output_mask"]
     over = [d for d in range(x.dim()) if d != 1]
     mean, rstd = _statistics(call, call["train"])
-    normalised = (x - _at_channel(mean, x)) * _at_channel(rstd, x)
+    scaled = (x - _at_channel(mean, x)) * _at_channel(rstd, x)
     weighted = grad if call["weight"] is None else grad * _at_channel(call["weight"], x)
     if call["train"]:
         mean_of = weighted.mean(over, keepdim=True)
-        along = (weighted * normalised).mean(over, keepdim=True)
-        weighted = weighted - mean_of - normalised * along
+        along = (weighted * scaled).mean(over, keepdim=True)
+        weighted = weighted - mean_of - scaled * along
     return (
         weighted * _at_channel(rstd, x) if wants_input else None,
-        (grad * normalised).sum(over) if wants_weight else None,
+        (grad * scaled).sum(over) if wants_weight else None,
         grad.sum(over) if wants_bias else None,
     )
 
@@ -230,28 +234,28 @@ for _name, _operator, _accepts, _batched, _reference in (
         "native_batch_norm, running statistics",
         _forward,
         _forward_by_running,
-        _affine,
+        affine,
         _written_out,
     ),
     (
         "native_batch_norm_backward, running statistics",
         _backward,
         _backward_by_running,
-        _affine_backward,
+        affine_backward,
         _backward_written_out,
     ),
     (
         "native_batch_norm, statistics of the slice",
         _forward,
         _forward_by_own,
-        _normalised,
+        normalised,
         _written_out,
     ),
     (
         "native_batch_norm_backward, statistics of the slice",
         _backward,
         _backward_by_own,
-        _normalised_backward,
+        normalised_backward,
         _backward_written_out,
     ),
 ):
