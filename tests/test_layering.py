@@ -37,9 +37,7 @@ LAYERS = {
     "_advice": {"_state"},
     "_wrap": {"_advice", "_errors", "_groups", "_rule", "_scope"},
     "_batched": {"_call", "_errors"},
-    "_formulas": {
-        *("_call", "_rule", "rules.batch_norm", "rules.convolution", "rules.regimes"),
-    },
+    "_formulas": {"_call", "rules.batch_norm", "rules.convolution", "rules.regimes"},
     "_record": {"_call", "_formulas", "rules.batch_norm", "rules.native_batch_norm"},
     "_chunks": {"_errors"},
     "_samples": {

@@ -14,11 +14,13 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from vmapsafe import (
+    _formulas,
     clipped_grad_sum,
     per_sample_grad_norms,
     per_sample_grads,
     vmap_safe,
 )
+from vmapsafe.rules import convolution
 from vmapsafe.rules.regimes import REGIMES
 from vmapsafe.testing import assert_same
 
@@ -646,6 +648,34 @@ def test_autocast():
         assert_same(rows[name], row, rtol=0.05, atol=0.05 * size)
         assert_same(total[name], row.sum(0), rtol=0.05, atol=0.2 * size)
     assert_same(norms, norm_of(rows), rtol=1e-4)  # products in full precision
+
+
+def test_convolutions_without_products_of_lower_precision(monkeypatch):
+    """An option for matrix products makes no convolution rougher."""
+    torch.manual_seed(0)
+    model = image(conv(2, 2, 8, 3), conv(2, 8, 16, 3, stride=2), channels=16)
+    x, y = torch.randn(5, 2, 20, 20), torch.randn(5, 3)
+    expected = {n: r.float() for n, r in slow(model, "eval", x, y).items()}
+
+    def rounded(*args, **kwargs):
+        raise AssertionError("a matrix product")
+
+    monkeypatch.setattr(
+        convolution, "ALGORITHMS", dict.fromkeys(convolution.ALGORITHMS, rounded)
+    )
+    monkeypatch.setattr(_formulas, "ALGORITHMS", convolution.ALGORITHMS)
+    monkeypatch.setattr(_formulas, "seen_by_kernel", rounded)
+    for compute in (per_sample_grads, per_sample_grad_norms):
+        with pytest.raises(AssertionError, match="a matrix product"):
+            compute(model, mse, x, y)
+    torch.set_float32_matmul_precision("high")
+    try:
+        rows = per_sample_grads(model, mse, x, y)
+        norms = per_sample_grad_norms(model, mse, x, y)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert_same(rows, expected, rtol=1e-4, atol=1e-6)
+    assert_same(norms, norm_of(expected), rtol=1e-4)
 
 
 def test_half_precision():

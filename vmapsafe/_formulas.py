@@ -30,9 +30,13 @@ import torch
 from torch import Tensor
 
 from vmapsafe._call import Call
-from vmapsafe._rule import speed_rules
 from vmapsafe.rules.batch_norm import wide
-from vmapsafe.rules.convolution import seen_by_kernel, weight_gradient
+from vmapsafe.rules.convolution import (
+    ALGORITHMS,
+    algorithm,
+    products_are_exact,
+    seen_by_kernel,
+)
 from vmapsafe.rules.regimes import regimes
 
 Memory = Callable[[], Tensor]
@@ -175,29 +179,33 @@ class Convolution(_Products):
 
     def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
         call = self._call(x, grad)
-        if any([rule.accepts(call) for rule in speed_rules()[call.function]]):
-            return weight_gradient(call, grad, x, out and out())
+        winner = algorithm(call)
+        if winner in ALGORITHMS:
+            return ALGORITHMS[winner](call, grad, x, out and out())
         numbers = x.numel() + grad.numel() + len(grad) * self.shape.numel()
         own = regimes(x.device).own_convolution[len(self.stride) - 1]
         if self.groups > 1 or numbers <= own:
             return self._groups(x, grad)
         positions = grad[0].numel() // self.shape[0]
         few = positions * self.shape.numel() < _ONE_CALL
-        if few and set(self.dilation) == {1}:
-            return weight_gradient(call, grad, x, out and out())
+        if few and self._has_products():
+            return ALGORITHMS["products"](call, grad, x, out and out())
         rows = out() if out else grad.new_empty(len(grad), *self.shape)
         for row, one_x, one_grad in zip(rows, x, grad):
             row.copy_(self._ordinary(one_x, one_grad))
         return rows
 
     def squares(self, x: Tensor, grad: Tensor) -> Tensor:
-        if self.groups == 1 and set(self.dilation) == {1}:
+        if self.groups == 1 and self._has_products():
             return super().squares(x, grad)
         return Formula.squares(self, x, grad)
 
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
         x, grad = _scaled(x, grad, factors)
         return self._ordinary(x.flatten(0, 1), grad.flatten(0, 1))
+
+    def _has_products(self) -> bool:
+        return set(self.dilation) == {1} and products_are_exact(self.weight)
 
     def _ordinary(self, x: Tensor, grad: Tensor) -> Tensor:
         """The weight gradient of one batch: x (N, C, *S), grad (N, O, *L)."""

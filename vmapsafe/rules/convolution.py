@@ -31,36 +31,41 @@ _backward = torch.ops.aten.convolution_backward.default
 
 
 def _accepts(call: Call) -> bool:
-    weight, in_dims = call["weight"], call.in_dims
-    if not call["output_mask"][1]:
-        return False
-    grad, x = call["grad_output"], call["input"]
+    in_dims = call.in_dims
     return (
-        in_dims["grad_output"] is not None
+        call["output_mask"][1]
+        and in_dims["grad_output"] is not None
         and in_dims["input"] is not None
         and in_dims["weight"] is None
-        and min(grad.numel(), x.numel(), weight.numel()) > 0
-        and len(call["stride"]) == len(call["padding"]) == weight.dim() - 2
-        and _algorithm(call) in ALGORITHMS
-        # That precision holds for matrix products, not for convolutions.
-        and (
-            weight.dtype != torch.float32
-            or torch.get_float32_matmul_precision() == "highest"
-        )
+        and len(call["stride"]) == len(call["padding"]) == call["weight"].dim() - 2
+        and algorithm(call) in ALGORITHMS
     )
 
 
-def _algorithm(call: Call) -> str:
-    """The name of the one that wins."""
+def algorithm(call: Call) -> str:
+    """The name of the one that wins, "torch" where none does."""
     weight, groups = call["weight"], call["groups"]
+    grad, x = call["grad_output"], call["input"]
+    empty = not (grad.numel() and x.numel() and weight.numel())
+    if empty or not products_are_exact(weight):
+        return "torch"
     outputs, channels, *kernel = weight.shape
-    seen_by = call["input" if call["transposed"] else "grad_output"]
+    seen_by = x if call["transposed"] else grad
     positions = seen_by.numel() // (batch_size(call) * outputs)
     shape = (len(kernel), math.prod(kernel), groups, channels, outputs // groups)
     for row in regimes(weight.device).convolutions:
         if row.holds(*shape, positions):
             return row.algorithm
     return "torch"
+
+
+def products_are_exact(weight: Tensor) -> bool:
+    """Whether matrix products have no lower precision, which is an option of torch that
+    holds for them and not for convolutions."""
+    return (
+        weight.dtype != torch.float32
+        or torch.get_float32_matmul_precision() == "highest"
+    )
 
 
 def _merged(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -80,16 +85,7 @@ def _merged(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if wants_bias:
         rest = [d for d in range(grad.dim()) if d not in (0, 2)]
         of_bias = grad.sum(rest, dtype=grad.dtype)  # autocast widens a plain sum
-    return of_input, weight_gradient(call, grad, x), of_bias
-
-
-def weight_gradient(
-    call: Call, grad: Tensor, x: Tensor, out: Tensor | None = None
-) -> Tensor:
-    """(B, O, C, *K) from (B, N, O, *L) and (B, N, C, *S), by the algorithm that wins,
-    or by products where none does; in ``out``, contiguous and only for plain tensors,
-    if given."""
-    return ALGORITHMS.get(_algorithm(call), _products)(call, grad, x, out)
+    return of_input, ALGORITHMS[algorithm(call)](call, grad, x), of_bias
 
 
 def seen_by_kernel(call: Call, x: Tensor) -> Tensor:
@@ -103,7 +99,10 @@ def seen_by_kernel(call: Call, x: Tensor) -> Tensor:
     return seen.reshape(len(x), call["weight"][0].numel(), -1)
 
 
-# -- Algorithms: (B, O, C, *K) from (B, N, O, *L) and (B, N, C, *S) -------------------
+# -- Algorithms ------------------------------------------------------------------------
+#
+# (B, O, C, *K) from (B, N, O, *L) and (B, N, C, *S); in ``out``, contiguous and only for
+# plain tensors, if given.
 
 
 def _products(
