@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.modules import module as torch_module
 
-from vmapsafe import _per_sample, _scope, _state
+from vmapsafe import _scope, _state
 
 torch.set_num_threads(1)
 
@@ -12,12 +12,6 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def rows_of_every_size(monkeypatch):
-    """The small networks of the tests take the way of large ones."""
-    monkeypatch.setattr(_per_sample, "_SMALL", 0)
 
 
 @pytest.fixture(autouse=True)

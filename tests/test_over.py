@@ -376,7 +376,7 @@ sys.path.insert(0, {tests!r})
 import torch, torch.nn.functional as F
 from test_over import Stops, make
 from torch.utils.data import DataLoader
-from vmapsafe import _disk, _per_sample, over, per_sample_grads
+from vmapsafe import _disk, over, per_sample_grads
 
 class Killed(Stops):
     def __getitem__(self, i):
@@ -386,7 +386,6 @@ class Killed(Stops):
 
 torch.set_num_threads(1)
 _disk._SECONDS = _disk._TIMES = 0
-_per_sample._SMALL = 0  # as in conftest.py
 loader = DataLoader(Killed(), batch_size=4)
 over(loader, per_sample_grads, make(), F.cross_entropy).save({folder!r})
 """

@@ -9,7 +9,7 @@ from plain import per_sample_grads as slow_rows
 from plain import switched
 from torch import nn
 
-from vmapsafe import _per_sample, per_sample_grads, vmap_safe
+from vmapsafe import per_sample_grads, vmap_safe
 from vmapsafe.testing import assert_same
 
 MODES = ["eval", "no_running_stats", "group_norm"]
@@ -248,24 +248,3 @@ def test_errors(net, call, text):
         call(net)
     assert text in str(caught.value)
     assert everything(net)[0] == before
-
-
-def test_few_numbers_are_left_to_vmap(monkeypatch):
-    """Below a size, and no further, the way with less to prepare is taken."""
-    model = nn.Linear(2, 3)
-    x, y = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
-    by_vmap = []
-    monkeypatch.setattr(_per_sample, "_SMALL", 4 * 9 + 1)
-    original = _per_sample._by_vmap
-
-    def noted(*args):
-        by_vmap.append(args)
-        return original(*args)
-
-    monkeypatch.setattr(_per_sample, "_by_vmap", noted)
-    few = per_sample_grads(model, F.cross_entropy, x, y)
-    assert len(by_vmap) == 1
-    more = per_sample_grads(model, F.cross_entropy, x.repeat(2, 1), y.repeat(2))
-    assert len(by_vmap) == 1
-    for name, row in few.items():
-        torch.testing.assert_close(row, more[name][:4])

@@ -41,13 +41,13 @@ from vmapsafe._call import (
 from vmapsafe._rule import Rule, speed_rules
 
 
-def enter(block: object, fast: bool | None, models: Iterable[nn.Module]) -> None:
-    """A block for ``models`` opens: ``fast`` True asks for the rules that may take a
-    call on their devices, False switches all off for all threads, None does neither.
+def enter(block: object, fast: bool, models: Iterable[nn.Module]) -> None:
+    """A block for ``models`` opens: ``fast`` asks for the rules that may take a call on
+    their devices, else all are switched off for all threads.
 
     What torch.compile traces does not count: its graphs are made after the block.
     """
-    if fast is None or torch.compiler.is_compiling():  # a lock cannot be traced
+    if torch.compiler.is_compiling():  # a lock cannot be traced
         return
     with _lock:
         # Older versions of torch cannot give their own rule back: no speed rules there.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -139,9 +138,6 @@ def per_sample_grads(
 
 
 _CALLED = "per_sample_grads(...)"
-# Numbers in the rows below which vmap(grad), which has less to do before it begins, is
-# the faster one, without speed rules; measured on a CPU (bench/per_sample_grads.py).
-_SMALL = 2**16
 
 
 class _Fresh(dict[str, Tensor]):
@@ -191,25 +187,15 @@ def _quickly(samples: Samples, chunk_size: ChunkSize) -> Any:
         return None
     if not samples.recordable() or samples.watched():
         return None
-    values = samples.values
-    if samples.count * sum([value.numel() for value in values.values()]) < _SMALL:
-        return _unaided(samples, chunk_size)
     rows = _Fresh(samples)
     if chunk_size is not None:  # "auto" is to measure what a chunk takes besides
-        for name in values:
+        for name in samples.values:
             rows[name]
     try:
         aux = _into(rows, samples, chunk_size, derivatives=True)
     except Unrecordable:
         return None
-    return {name: rows[name] for name in values}, aux
-
-
-def _unaided(samples: Samples, chunk_size: ChunkSize) -> Any:
-    """By ``vmap(grad)`` without speed rules, some of which mend derivatives of rows."""
-    options = replace(samples.options, fast=None)
-    rows, aux = _by_vmap(replace(samples, options=options), chunk_size)
-    return None if any([row.requires_grad for row in rows.values()]) else (rows, aux)
+    return {name: rows[name] for name in samples.values}, aux
 
 
 def _into(

@@ -45,7 +45,7 @@ class Options:
     update_running_stats: bool = False
     sync_levels: int | None = None
     rows: str = "contribution"  # of per_sample_grads
-    fast: bool | None = True  # None: rules that others ask for are welcome
+    fast: bool = True
     copies_at: int | None = None  # of per-sample gradients, see Site
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Options:
             given.append("update_running_stats=True")
         if self.sync_levels is not None:
             given.append(f"sync_levels={self.sync_levels}")
-        if self.fast is False:
+        if not self.fast:
             given.append("fast=False")
         return ", ".join(given)
 
@@ -177,7 +177,7 @@ class Scope(TorchFunctionMode):
         self.models = models
         self.closed = False
         self.checkpointed: set[nn.Module] = set()
-        self.table: Table = table(options.mode, bool(options.fast))
+        self.table: Table = table(options.mode, options.fast)
         self.outer = innermost()
         self.running: list[Running] = [] if self.outer is None else self.outer.running
         self.traced: list[Running] = []
