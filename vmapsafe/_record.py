@@ -177,10 +177,11 @@ def _leaves(tensor: Tensor) -> list[Tensor]:
             continue
         seen.add(node)
         assert node is not None
-        leaf = getattr(node, "variable", None)  # of the nodes that accumulate
-        if isinstance(leaf, Tensor):
+        behind = node.next_functions
+        todo.extend([following for following, _ in behind])
+        leaf = None if behind else getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):  # of the nodes that accumulate
             found.append(leaf)
-        todo.extend([following for following, _ in node.next_functions])
     return found
 
 

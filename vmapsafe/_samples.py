@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -112,9 +113,15 @@ class Samples:
             found = derive(batch, chunk_size)
         return found if self.has_aux else (found, ())
 
+    @cached_property
+    def leaves(self) -> list[Any]:
+        """What the batch and the parameters consist of."""
+        return [*tree_flatten(self.batch)[0], *self.values.values()]
+
+    @cached_property
     def recordable(self) -> bool:
         """Whether nothing that can be seen from outside forbids :meth:`recorded`."""
-        leaves, _ = tree_flatten((self.batch, self.values))
+        leaves = self.leaves
         return (
             current_level() == 0
             and not beyond_reverse_mode()
@@ -130,8 +137,8 @@ class Samples:
             return False
         chosen = {id(self.known[name]) for name in self.values}
         others = [p for p in self.known.values() if id(p) not in chosen]
-        leaves, _ = tree_flatten((self.batch, self.values))
-        return any([t.requires_grad for t in (*leaves, *others, *self.net.buffers())])
+        watched = (*self.leaves, *others, *self.net.buffers())
+        return any([tensor.requires_grad for tensor in watched])
 
     def recorded(self, batch: tuple[Any, ...]) -> Recorded:
         """The forward, with what backward needs for rows or what becomes of them.
@@ -158,7 +165,7 @@ class Samples:
             Unrecordable: with ``derivatives``, that somebody wants some of the rows, or
                 that the loss cannot be followed.
         """
-        if self.recordable():
+        if self.recordable:
             try:
                 recorded = self.recorded(batch)
                 if derivatives and recorded.watched():
