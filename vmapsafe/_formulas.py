@@ -250,6 +250,25 @@ def _weight_gradient(arguments: Mapping[str, Any]) -> Tensor:
     return found
 
 
+def input_gradient(
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """That of a convolution, (B, N, C, *S) as x."""
+    merged = grad.flatten(0, 1), x.flatten(0, 1), weight, None
+    options = stride, padding, dilation, False, [0 for _ in stride], groups
+    found: Tensor
+    found, _, _ = torch.ops.aten.convolution_backward(
+        *merged, *options, [True, False, False]
+    )
+    return found.view(x.shape)
+
+
 @dataclass(frozen=True)
 class Embedding(Formula):
     """``F.embedding``: indices x (B, ...), grad (B, ..., D), weight (V, D)."""

@@ -52,6 +52,7 @@ from vmapsafe._formulas import (
     Linear,
     Made,
     Memory,
+    input_gradient,
 )
 from vmapsafe.rules.batch_norm import by_running_statistics
 from vmapsafe.rules.native_batch_norm import (
@@ -114,6 +115,8 @@ class Recorded:
 
     def watched(self) -> bool:
         """Whether tensors of the caller's require a gradient of the losses."""
+        if self._recorder.leaves_out:
+            return True
         leaves = *self._recorder.leaves.values(), self._recorder.anchor
         return not self._reached <= {id(leaf) for leaf in leaves}
 
@@ -191,6 +194,7 @@ class Recorder(TorchFunctionMode):
     Attributes:
         leaves: the copies of each parameter, (B, *shape), by name.
         uses: how many recorded uses each has.
+        leaves_out: whether there is a tensor that requires a gradient and gets none.
         anchor: what all recorded outputs depend on, for autograd to reach them.
         receive: what takes a use and its output gradient in backward.
     """
@@ -204,6 +208,7 @@ class Recorder(TorchFunctionMode):
         }
         self._size = size
         self.uses = {name: 0 for name in values}
+        self.leaves_out = False
         self.anchor = torch.zeros((), requires_grad=True)
         self.receive: Callable[[str, Formula, Tensor, Tensor], None]
 
@@ -245,13 +250,12 @@ class Recorder(TorchFunctionMode):
 
     def takes(self, *parameters: Tensor | None) -> bool:
         """Whether one is a copy, and the others are plain tensors."""
-        names = [self.name(p) for p in parameters]
-        return any(names) and not any(
-            [
-                name is None and parameter is not None and is_wrapped(parameter)
-                for name, parameter in zip(names, parameters)
-            ]
-        )
+        given = [p for p in parameters if p is not None]
+        others = [p for p in given if self.name(p) is None]
+        if len(others) == len(given) or any([is_wrapped(p) for p in others]):
+            return False
+        self.leaves_out = self.leaves_out or any([p.requires_grad for p in others])
+        return True
 
     def batch(self, slice_: Tensor) -> Tensor | None:
         """(B, ...), if no transform but ours knows the slice."""
@@ -271,24 +275,27 @@ class Recorder(TorchFunctionMode):
         assert batch is not None
         return batch
 
-    def kept(
+    def known(
         self,
         x: Tensor,
-        y: Tensor,
+        function: Callable[[Tensor], Tensor],
+        backward: Callable[[Tensor, Tensor], Tensor] | None,
         uses: Sequence[tuple[Tensor | None, Callable[[torch.Size], Formula]]],
     ) -> Tensor:
-        """The output ``y`` (B, ...), tapped for the copies among ``uses``."""
+        """``function(x)`` (B, ...), whose gradient by ``x`` is ``backward(x, grad)``,
+        with the copies among ``uses``."""
         found = []
         for parameter, formula in uses:
             name = self.used(parameter)
             if name is not None:
                 found.append((name, formula(self._plain[name].shape)))
-        tapped: Tensor = _Tap.apply(self.anchor, y, x.detach(), y.shape, self, found)
-        return slices_of(tapped, LEVEL)
+        y: Tensor = _Known.apply(self.anchor, x, self, function, backward, found)
+        return slices_of(y, LEVEL)
 
 
-class _Tap(Function):
-    """The identity, whose backward hands the gradient and what was kept on.
+class _Known(Function):
+    """A function of the input alone, whose backward hands the input and the output
+    gradient on to the formulas of the parameters.
 
     Its output is no view, so that what follows may write into it without a price.
     """
@@ -297,16 +304,16 @@ class _Tap(Function):
     def forward(
         ctx: Any,
         anchor: Tensor,
-        y: Tensor,
         x: Tensor,
-        shape: Sequence[int],
         recorder: Recorder,
+        function: Callable[[Tensor], Tensor],
+        backward: Callable[[Tensor, Tensor], Tensor],
         uses: list[tuple[str, Formula]],
     ) -> Tensor:
-        ctx.recorder, ctx.uses = recorder, uses
-        ctx.shape = y.shape
+        ctx.recorder, ctx.uses, ctx.by_input = recorder, uses, backward
         ctx.save_for_backward(x)  # says so where it was written over since
-        shown: Tensor = torch.ops.aten._unsafe_view(y, shape)
+        y = function(x)
+        shown: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
         return shown
 
     @staticmethod
@@ -314,8 +321,11 @@ class _Tap(Function):
         (x,) = ctx.saved_tensors
         for name, formula in ctx.uses:
             ctx.recorder.receive(name, formula, x, grads[0])
-        passed = grads[0].reshape(ctx.shape) if ctx.needs_input_grad[1] else None
-        return None, passed, None, None, None, None
+        of_input = None
+        if ctx.needs_input_grad[1]:
+            # Autocast computes in the dtype of the output and goes back.
+            of_input = ctx.by_input(x.to(grads[0].dtype), grads[0]).to(x.dtype)
+        return None, of_input, None, None, None, None
 
 
 def _no_hooks() -> Any:
@@ -341,9 +351,13 @@ def _linear(
         x = recorder.batch(input)
         if x is None or x.dim() < 2:
             return NotImplemented
-        y = F.linear(x, recorder.plain(weight), recorder.plain(bias))
-        uses = ((weight, Linear), (bias, lambda shape: Bias(shape, -1)))
-        return recorder.kept(x, y, uses)
+        w, b = recorder.plain(weight), recorder.plain(bias)
+        return recorder.known(
+            x,
+            lambda x: F.linear(x, w, b),
+            lambda x, grad: grad @ w.to(grad.dtype),
+            ((weight, Linear), (bias, lambda shape: Bias(shape, -1))),
+        )
 
 
 def _convolution(
@@ -371,15 +385,22 @@ def _convolution(
         x = recorder.batch(input)
         if x is None:
             return NotImplemented
-        plain = recorder.plain(weight)
+        w, b = recorder.plain(weight), recorder.plain(bias)
         options = (stride, padding, dilation, groups)
-        merged = function(x.flatten(0, 1), plain, recorder.plain(bias), *options)
-        y = merged.view(*x.shape[:2], *merged.shape[1:])
-        uses = (
-            (weight, lambda shape: Convolution(shape, plain, *options)),
-            (bias, lambda shape: Bias(shape, 2)),
+
+        def forward(x: Tensor) -> Tensor:
+            merged = function(x.flatten(0, 1), w, b, *options)
+            return merged.view(*x.shape[:2], *merged.shape[1:])
+
+        return recorder.known(
+            x,
+            forward,
+            lambda x, grad: input_gradient(x, grad, w.to(grad.dtype), *options),
+            (
+                (weight, lambda shape: Convolution(shape, w, *options)),
+                (bias, lambda shape: Bias(shape, 2)),
+            ),
         )
-        return recorder.kept(x, y, uses)
 
 
 def _of(function: Callable[..., Tensor], dims: int) -> Callable[..., Any]:
@@ -411,8 +432,13 @@ def _embedding(
         x = recorder.batch(input)
         if x is None:
             return NotImplemented
-        y = F.embedding(x, recorder.plain(weight), padding_idx)
-        return recorder.kept(x, y, [(weight, lambda s: Embedding(s, padding_idx))])
+        w = recorder.plain(weight)
+        return recorder.known(
+            x,
+            lambda x: F.embedding(x, w, padding_idx),
+            None,
+            [(weight, lambda shape: Embedding(shape, padding_idx))],
+        )
 
 
 def _batch_norm(
@@ -434,7 +460,7 @@ def _batch_norm(
     with below_innermost():
         x = recorder.batch(input)
         given = [recorder.plain(p) for p in (weight, bias)] + statistics
-        if x is not None and all([_is_constant(t, x.dtype) for t in given]):
+        if x is not None and all([t is None or t.dtype == x.dtype for t in given]):
             names = recorder.used(weight), recorder.used(bias)
             y = _Normed.apply(recorder.anchor, x, recorder, names, given, eps)
             return slices_of(y, LEVEL)
@@ -449,10 +475,6 @@ def _batch_norm(
         "eps": eps,
     }
     return by_running_statistics(Call(F.batch_norm, arguments))
-
-
-def _is_constant(given: Tensor | None, dtype: torch.dtype) -> bool:
-    return given is None or (given.dtype == dtype and not given.requires_grad)
 
 
 class _Normed(Function):
@@ -528,26 +550,10 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    if not recorder.takes(weight, bias):
-        return NotImplemented
-    return _as_channels(
-        recorder,
-        input,
-        weight,
-        bias,
-        lambda x, w, b, times: F.group_norm(x, num_groups * times, w, b, eps),
-    )
-
-
-def _as_channels(
-    recorder: Recorder,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    normalised: Callable[..., Tensor],
-) -> Any:
     """A norm of one sample with B x N x C channels, each with a weight of its own: the
     kernel's gradient by the weights is the rows."""
+    if not recorder.takes(weight, bias):
+        return NotImplemented
     with below_innermost():
         x = recorder.batch(input)
         if x is None or x.dim() < 3:
@@ -560,14 +566,13 @@ def _as_channels(
             return recorder.copies(parameter).unsqueeze(1).expand(shape).reshape(-1)
 
         merged = x.reshape(1, shape.numel(), *x.shape[3:])
-        times = shape[0] * shape[1]
-        y = normalised(merged, wide(weight), wide(bias), times)
-        return slices_of(_Contiguous.apply(y, x.shape), LEVEL)
+        groups = num_groups * shape[0] * shape[1]
+        y = F.group_norm(merged, groups, wide(weight), wide(bias), eps)
+        return slices_of(_Viewed.apply(y, x.shape), LEVEL)
 
 
-class _Contiguous(Function):
-    """A view that may be written into, and whose backward is contiguous: on the CPU
-    torch's batch norm is wrong for a batch of one else (torch 2.13)."""
+class _Viewed(Function):
+    """A view that may be written into."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, shape: torch.Size) -> Tensor:
