@@ -68,11 +68,15 @@ def joined(runs):
                 f"{first['machine']}, {run['machine']}"
             )
     kept = {"rows": {}, "refused": {}}
+    other = {"rows": "refused", "refused": "rows"}
     for run in runs:
         commit = run["commit"].get("id")
         later = {} if commit == first["commit"].get("id") else {"commit": commit[:10]}
         for kind, rows in kept.items():
-            rows.update({tuple(r[n] for n in KEY): {**r, **later} for r in run[kind]})
+            now = {tuple(r[n] for n in KEY): {**r, **later} for r in run[kind]}
+            for key in now:  # as it was last, measured or refused
+                kept[other[kind]].pop(key, None)
+            rows.update(now)
     return {**first, **{kind: list(rows.values()) for kind, rows in kept.items()}}
 
 

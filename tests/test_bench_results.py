@@ -175,6 +175,11 @@ def test_parts_of_a_run_are_joined(run):
     for row in other["rows"]:
         row["net"] = "another"
     assert len(results.joined([run, other])["rows"]) == len(run["rows"]) + 1
+    key = {name: run["rows"][0][name] for name in results.KEY}
+    refusing = {**run, "rows": [], "refused": [{**key, "why": "no"}]}
+    assert results.joined([refusing, run])["refused"] == run["refused"]
+    found = results.joined([run, refusing])
+    assert found["rows"] == run["rows"][1:] and found["refused"][-1]["why"] == "no"
     other["machine"]["torch"] = "2.14"
     with pytest.raises(ValueError, match="differ in torch"):
         results.joined([run, other])

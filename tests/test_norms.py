@@ -339,6 +339,7 @@ def test_against_the_loop(name, mode, measured, monkeypatch):
             model, mse, x, y, max_grad_norm=most, chunk_size=chunk_size, **options
         )
         assert_same(total, clipped(expected, most))
+        assert not any(t.requires_grad for t in total.values())
     out = {key: torch.full_like(rows, torch.nan) for key, rows in expected.items()}
     for chunk_size in (2, None):
         found = per_sample_grads(

@@ -1,6 +1,7 @@
 """Speed rules of layer norm, attention, linear layers and embedding: under every
 transform what the same layers, written out in plain operations, give."""
 
+import mmap
 from dataclasses import replace
 
 import pytest
@@ -66,6 +67,7 @@ def every_size(request, monkeypatch):
     small = {"layer_norm": 0, "layer_norm_slice": request.param, "linear": 0}
     monkeypatch.setitem(REGIMES, "cpu", replace(REGIMES["cpu"], **small))
     monkeypatch.setattr(_memory, "LARGE", 0)
+    monkeypatch.setattr(_memory, "pays", lambda shape, like, writes: True)
 
 
 class PlainLayerNorm(nn.LayerNorm):
@@ -338,7 +340,7 @@ def test_small_calls_are_left_alone(taken):
 def test_other_devices_are_left_alone(taken, every_size, monkeypatch):
     """A type of device that was not measured."""
     monkeypatch.delitem(REGIMES, "cpu")
-    monkeypatch.setattr(_memory, "is_large", lambda shape, like: False)
+    monkeypatch.setattr(_memory, "pays", lambda shape, like, writes: False)
     net = normalising()
     with vmap_safe(net):
         rows(net, tensors(net), X)
@@ -456,7 +458,10 @@ def test_memory():
     like = torch.empty(0, dtype=torch.float64)
     shape = (3, _memory.LARGE // 16)
     large = _memory.zeros(shape, like)
-    assert _memory.is_large(shape, like)
+    pages = large.nbytes // mmap.PAGESIZE
+    assert _memory.pays(shape, like, 1)
+    assert _memory.pays((pages, mmap.PAGESIZE // 8), like, pages // 4)  # two pages each
+    assert not _memory.pays((pages, mmap.PAGESIZE // 8), like, pages // 4 + 1)
     assert large.shape == shape and large.dtype == like.dtype
     assert large.is_contiguous() and not large.any()
     large[1, 2] = 3
@@ -465,7 +470,7 @@ def test_memory():
     del large  # the memory lives as long as a view of it
     assert view[2] == 3 and view.sum() == 3
     assert view.clone().sum() == 3
-    assert not _memory.is_large((2, 3), like)
+    assert not _memory.pays((2, 3), like, 1)
     assert not _memory.zeros((2, 3), like).any()
 
 
@@ -473,5 +478,5 @@ def test_memory_elsewhere(monkeypatch):
     """Systems that have no such mappings give ordinary memory."""
     monkeypatch.delattr(_memory.mmap, "MAP_ANONYMOUS")
     like = torch.empty(0)
-    assert not _memory.is_large((2**24,), like)
+    assert not _memory.pays((2**24,), like, 1)
     assert not _memory.zeros((2**24,), like).any()

@@ -18,7 +18,7 @@ LARGE = 2**25  # bytes: what the C library gives back to the system when it is f
 
 def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     """A plain tensor with the dtype and the device of ``like``."""
-    if not is_large(shape, like):
+    if not _is_large(shape, like):
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     numbers = math.prod(shape)
     size = numbers * like.element_size()
@@ -27,10 +27,20 @@ def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.frombuffer(pages, dtype=like.dtype, count=numbers).view(shape)
 
 
-def is_large(shape: Sequence[int], like: Tensor) -> bool:
-    """Whether there is something to gain: on the CPU, where the system does so."""
+def pays(shape: Sequence[int], like: Tensor, writes: int) -> bool:
+    """Whether there is something to gain where ``writes`` runs of numbers along the
+    last dimension are written to: if they touch half of the pages at most."""
+    if not _is_large(shape, like):
+        return False
+    size = like.element_size()
+    pages = math.prod(shape) * size // mmap.PAGESIZE
+    touched = 1 + shape[-1] * size // mmap.PAGESIZE
+    return 2 * writes * touched <= pages
+
+
+def _is_large(shape: Sequence[int], like: Tensor) -> bool:
     return (
-        like.device.type == "cpu"
+        like.device.type == "cpu"  # whose system does so
         and math.prod(shape) * like.element_size() >= LARGE
         and hasattr(mmap, "MAP_ANONYMOUS")
     )

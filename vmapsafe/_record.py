@@ -318,7 +318,7 @@ class _Known(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (x,) = ctx.saved_tensors
+        x = ctx.saved_tensors[0].detach()  # kept, perhaps, until after backward
         for name, formula in ctx.uses:
             ctx.recorder.receive(name, formula, x, grads[0])
         of_input = None

@@ -26,7 +26,7 @@ def _makes_large_rows(call: Call) -> bool:
         and not call["scale_grad_by_freq"]
         and is_plain(grad)
         and is_plain(indices)
-        and _memory.is_large(_shape(call), grad)
+        and _memory.pays(_shape(call), grad, grad.numel() // grad.size(-1))
     )
 
 
