@@ -185,7 +185,7 @@ def _quickly(samples: Samples, chunk_size: ChunkSize) -> Any:
     options = samples.options
     if not options.fast or options.update_running_stats:
         return None
-    if not samples.recordable or samples.watched():
+    if not samples.recordable() or samples.watched():
         return None
     rows = _Fresh(samples)
     if chunk_size is not None:  # "auto" is to measure what a chunk takes besides

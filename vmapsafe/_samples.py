@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ class Samples:
         places: every place of theirs in the model, with the name in ``values``.
         batch: trees of tensors (size, ...), or, where the caller's batch is empty, of
             made-up samples, whose results are thrown away.
+        leaves: the tensors in it.
         size: of the caller's batch.
     """
 
@@ -48,6 +48,7 @@ class Samples:
     known: dict[str, nn.Parameter]
     places: list[tuple[str, str]]
     batch: tuple[Any, ...]
+    leaves: list[Tensor]
     size: int
     options: Options
     randomness: str
@@ -88,6 +89,7 @@ class Samples:
             known,
             _places(net, {known[name]: name for name in values}),
             batch,
+            tree_flatten(batch)[0],
             size,
             options,
             randomness,
@@ -113,15 +115,9 @@ class Samples:
             found = derive(batch, chunk_size)
         return found if self.has_aux else (found, ())
 
-    @cached_property
-    def leaves(self) -> list[Any]:
-        """What the batch and the parameters consist of."""
-        return [*tree_flatten(self.batch)[0], *self.values.values()]
-
-    @cached_property
     def recordable(self) -> bool:
         """Whether nothing that can be seen from outside forbids :meth:`recorded`."""
-        leaves = self.leaves
+        leaves = (*self.leaves, *self.values.values())
         return (
             current_level() == 0
             and not beyond_reverse_mode()
@@ -137,7 +133,8 @@ class Samples:
             return False
         chosen = {id(self.known[name]) for name in self.values}
         others = [p for p in self.known.values() if id(p) not in chosen]
-        watched = (*self.leaves, *others, *self.net.buffers())
+        given = (*self.leaves, *self.values.values())
+        watched = (*given, *others, *self.net.buffers())
         return any([tensor.requires_grad for tensor in watched])
 
     def recorded(self, batch: tuple[Any, ...]) -> Recorded:
@@ -165,7 +162,7 @@ class Samples:
             Unrecordable: with ``derivatives``, that somebody wants some of the rows, or
                 that the loss cannot be followed.
         """
-        if self.recordable:
+        if self.recordable():
             try:
                 recorded = self.recorded(batch)
                 if derivatives and recorded.watched():
