@@ -341,6 +341,9 @@ def test_who_computes(name, algorithm, taken, monkeypatch):
 
 ENTRIES = {
     "depthwise": (nn.Conv2d(64, 64, 3, groups=64), 8, "torch"),
+    "depthwise, large": (nn.Conv2d(8, 8, 5, groups=8), 20, "products"),
+    "few channels a group": (nn.Conv2d(32, 32, 3, groups=8), 20, "products"),
+    "many channels a group": (nn.Conv2d(32, 32, 3, groups=2), 20, "torch"),
     "many positions": (nn.Conv2d(64, 64, 3), 40, "torch"),
     "few positions": (nn.Conv2d(64, 128, 3), 6, "products"),
     "one position": (nn.Conv2d(16, 8, 1), 8, "products"),

@@ -8,8 +8,8 @@ Tried on a CPU and beaten everywhere: a product for each position of the kernel,
 without a copy of what it sees; an ordinary convolution a sample; ``F.unfold``, which
 takes up to ten times as long as a copy of strided windows; torch's own form without the
 copies that its rule makes of tensors of which only the sizes count. For a depthwise one
-torch's own is already one call with B * C channels, and its forward merges the batch
-dimensions.
+torch's own is already one call with B * C channels, fast for 3 x 3 and not for larger
+kernels; its forward merges the batch dimensions.
 """
 
 from __future__ import annotations

@@ -98,6 +98,7 @@ def regimes(device: torch.device) -> Regimes:
 
 _UNKNOWN = Regimes()
 ONE, MANY = (1, 1), float("inf")
+DEPTHWISE = {"groups": (2, MANY), "channels": ONE, "outputs": ONE}
 
 REGIMES = {
     # An x86 server core, float32, torch 2.13.
@@ -121,22 +122,38 @@ REGIMES = {
                     groups=ONE,
                     channels=(channels, MANY),
                     outputs=(outputs, MANY),
-                    positions=(1, positions),
+                    positions=(2, positions),
                 )
                 for channels, outputs, positions in (
                     *((24, 48, 16), (48, 96, 64), (96, 48, 64)),
                     *((96, 96, 256), (48, 192, 256)),
                 )
             ],
-            # Depthwise in one dimension, where torch has no fast kernel for long ones.
+            # Long kernels in one dimension.
+            Convolution(
+                "products", dims=ONE, kernel=(11, MANY), groups=ONE, channels=(12, MANY)
+            ),
+            # Depthwise, where torch has no fast kernel.
+            Convolution("products", dims=ONE, kernel=(15, MANY), **DEPTHWISE),
             Convolution(
                 "products",
-                dims=ONE,
-                kernel=(15, MANY),
-                groups=(2, MANY),
-                channels=ONE,
-                outputs=ONE,
+                dims=(2, 2),
+                kernel=(20, MANY),
+                positions=(150, MANY),
+                **DEPTHWISE,
             ),
+            # Groups that are almost so.
+            *[
+                Convolution(
+                    "products",
+                    dims=(2, 2),
+                    groups=(2, MANY),
+                    channels=channels,
+                    outputs=outputs,
+                    positions=(150, MANY),
+                )
+                for channels, outputs in (((2, 5), (2, 90)), ((2, 90), (2, 5)))
+            ],
         ),
         columns=2**19,
         own_convolution=(0, 7 * 2**18, 7 * 2**18),
