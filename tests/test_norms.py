@@ -21,7 +21,7 @@ from vmapsafe import (
     vmap_safe,
 )
 from vmapsafe.rules import convolution
-from vmapsafe.rules.regimes import REGIMES
+from vmapsafe.rules.regimes import REGIMES, Regimes
 from vmapsafe.testing import assert_same
 
 # -- Networks: everything a parameter may go through -----------------------------------
@@ -317,13 +317,16 @@ def clipped(rows, most):
 
 # torch's weight norm, under vmap
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("table", [REGIMES["cpu"], None, Regimes(one_convolution=0)])
 @pytest.mark.parametrize("name,mode", CASES)
-def test_against_the_loop(name, mode, measured, monkeypatch):
+def test_against_the_loop(name, mode, table, monkeypatch):
     """Norms, norms by parameter, clipped sums and rows into given memory; also on a
-    type of device for which no regimes were measured."""
-    if not measured:
+    type of device for which no regimes were measured, and convolutions by a call a
+    sample."""
+    if table is None:
         monkeypatch.delitem(REGIMES, "cpu")
+    else:
+        monkeypatch.setitem(REGIMES, "cpu", table)
     model, x, y = problem(name)
     expected = slow(model, mode, x, y)
     before = everything(model)

@@ -69,7 +69,9 @@ class Formula:
         """(*shape): the sum of the rows, each times its factor, a number (B,)."""
         return weighted_sum(self.rows(x, grad), factors)
 
-    def _few(self, x: Tensor, grad: Tensor, numbers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def _few(
+        self, x: Tensor, grad: Tensor, numbers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Few samples at a time, so that ``numbers`` a sample stay in the cache."""
         step = max(1, _CACHED // (numbers or self.shape.numel()))
         for i in range(0, len(grad), step):
@@ -182,30 +184,22 @@ class Convolution(_Products):
         winner = algorithm(call)
         if winner in ALGORITHMS:
             return ALGORITHMS[winner](call, grad, x, out and out())
-        numbers = x.numel() + grad.numel() + len(grad) * self.shape.numel()
-        own = regimes(x.device).own_convolution[len(self.stride) - 1]
-        if self.groups > 1 or numbers <= own:
+        if len(grad) * self.shape.numel() < regimes(x.device).one_convolution:
             return self._groups(x, grad)
-        positions = grad[0].numel() // self.shape[0]
-        few = positions * self.shape.numel() < _ONE_CALL
-        if few and self._has_products():
-            return ALGORITHMS["products"](call, grad, x, out and out())
         rows = out() if out else grad.new_empty(len(grad), *self.shape)
         for row, one_x, one_grad in zip(rows, x, grad):
             row.copy_(self._ordinary(one_x, one_grad))
         return rows
 
     def squares(self, x: Tensor, grad: Tensor) -> Tensor:
-        if self.groups == 1 and self._has_products():
+        products = set(self.dilation) == {1} and products_are_exact(self.weight)
+        if self.groups == 1 and products:
             return super().squares(x, grad)
         return Formula.squares(self, x, grad)
 
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
         x, grad = _scaled(x, grad, factors)
         return self._ordinary(x.flatten(0, 1), grad.flatten(0, 1))
-
-    def _has_products(self) -> bool:
-        return set(self.dilation) == {1} and products_are_exact(self.weight)
 
     def _ordinary(self, x: Tensor, grad: Tensor) -> Tensor:
         """The weight gradient of one batch: x (N, C, *S), grad (N, O, *L)."""
@@ -309,10 +303,8 @@ class Embedding(Formula):
         return grad.masked_fill((x == padding).unsqueeze(-1), 0)
 
 
-# Numbers that are worked on at a time, at most, and products of one sample from which
-# on a call a sample beats matrix products; measured on a CPU.
+# Numbers that are worked on at a time, at most; measured on a CPU.
 _CACHED = 2**19
-_ONE_CALL = 2**23
 
 
 def _scaled(x: Tensor, grad: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:

@@ -321,9 +321,7 @@ def _chosen(
     return {name: known[name].detach() for name in names}
 
 
-def _places(
-    net: nn.Module, names: Mapping[nn.Parameter, str]
-) -> list[tuple[str, str]]:
+def _places(net: nn.Module, names: Mapping[nn.Parameter, str]) -> list[tuple[str, str]]:
     """Every place of the parameters in ``names``, once, with the name given.
 
     Left to tie weights, functional_call (torch 2.13) leaves plain tensors in the place

@@ -101,8 +101,8 @@ def seen_by_kernel(call: Call, x: Tensor) -> Tensor:
 
 # -- Algorithms ------------------------------------------------------------------------
 #
-# (B, O, C, *K) from (B, N, O, *L) and (B, N, C, *S); in ``out``, contiguous and only for
-# plain tensors, if given.
+# (B, O, C, *K) from (B, N, O, *L) and (B, N, C, *S); in ``out``, contiguous and only
+# for plain tensors, if given.
 
 
 def _products(

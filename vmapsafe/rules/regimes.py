@@ -67,9 +67,9 @@ class Regimes:
         convolutions: the first row that holds counts; where none does, torch's own.
         columns: how many numbers of copied windows to hold at a time, at most; they
             are to stay in the cache.
-        own_convolution: where no row of ``convolutions`` holds: numbers in the inputs,
-            output gradients and rows of a batch up to which torch's own rule wins over
-            products and calls a sample; for 1, 2 and 3 spatial dimensions.
+        one_convolution: where no row of ``convolutions`` holds: numbers in the rows of
+            a batch from which on a call a sample wins over one convolution with the
+            groups of all samples, as torch's own rule has it.
         batch_norm: values per sample and channel from which on the fused backward by
             running statistics wins over plain operations.
         group_norm: values per sample and channel from which on it wins to take it apart
@@ -83,7 +83,7 @@ class Regimes:
 
     convolutions: tuple[Convolution, ...] = ()
     columns: int = 2**24
-    own_convolution: tuple[float, float, float] = (float("inf"),) * 3
+    one_convolution: float = float("inf")
     batch_norm: float = float("inf")
     group_norm: float = float("inf")
     layer_norm: float = float("inf")
@@ -156,7 +156,7 @@ REGIMES = {
             ],
         ),
         columns=2**19,
-        own_convolution=(0, 7 * 2**18, 7 * 2**18),
+        one_convolution=2**23,
         batch_norm=256,
         group_norm=256,
         layer_norm=2**17,
