@@ -26,7 +26,7 @@ LAYERS = {
     "rules.group_norm": {"_call", "_rule", "rules.batch_norm", "rules.regimes"},
     "rules.layer_norm": {"_call", "_rule", "rules.regimes"},
     "rules.linear": {"_call", "_rule", "rules.regimes"},
-    "rules.native_batch_norm": {"_call", "_rule", "rules.regimes"},
+    "rules.native_batch_norm": {"_call", "_rule", "rules.batch_norm", "rules.regimes"},
     "rules.__init__": {"rules"},
     "_operators": {"_call", "_rule"},
     "_checkpoint": {"_call", "_errors"},

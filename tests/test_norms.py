@@ -697,6 +697,26 @@ def test_half_precision():
 # -- Around it and inside it -----------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [2, 17])
+@pytest.mark.parametrize("fast", [True, False])
+def test_batch_norm_far_from_zero_in_half_precision(size, fast):
+    """The mean is taken off before anything is summed up."""
+    torch.manual_seed(0)
+    model = net(nn.BatchNorm2d(2), nn.Flatten(1), nn.Linear(2 * size**2, 3)).bfloat16()
+    model[0].running_mean.fill_(100)
+    x = (100 + torch.randint(-4, 5, (5, 2, size, size)) / 2).bfloat16()
+    y = torch.randn(5, 3).bfloat16()
+    expected = slow(copy.deepcopy(model).double(), "eval", x.double(), y.double())
+    found = per_sample_grads(model, mse, x, y, fast=fast)
+    norms = per_sample_grad_norms(model, mse, x, y, per_parameter=True)
+    for name in ("0.weight", "0.bias"):
+        largest = float(expected[name].abs().max())
+        actual = found[name].double()
+        assert_same(actual, expected[name], rtol=0.05, atol=0.05 * largest)
+        exact = expected[name].norm(dim=1)
+        assert_same(norms[name].double(), exact, rtol=0.05, atol=0.05 * largest)
+
+
 def test_transforms_around(mlp):
     """Under vmap and grad the result is that of the rows, derivatives included."""
     xs = torch.stack([X, X + 1])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vmapsafe._call import Call, batch_first
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
+from vmapsafe.rules.batch_norm import wide
 from vmapsafe.rules.regimes import REGIMES, regimes
 
 _forward = torch.ops.aten.native_batch_norm.default
@@ -102,16 +103,21 @@ def _by_plain_operations(
     call: Call, grad: Tensor, x: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     wants_input, wants_weight, wants_bias = call["output_mask"]
-    over = [d for d in range(x.dim()) if d not in (0, 2)]
-    rstd = torch.rsqrt(call["running_var"] + call["eps"])
-    of_input = of_weight = None
+    dtype, over = x.dtype, [d for d in range(x.dim()) if d not in (0, 2)]
+    at_channel = (-1, *[1 for _ in x.shape[3:]])
+    grad, x = wide(grad), wide(x)
+    mean, rstd = wide(call["running_mean"]), wide(call["running_var"]) + call["eps"]
+    rstd = torch.rsqrt(rstd)
+    of_input = of_weight = of_bias = None
     if wants_input:
-        scale = rstd if call["weight"] is None else rstd * call["weight"]
-        of_input = grad * scale.view(-1, *[1] * (x.dim() - 3))
-    of_bias = grad.sum(over) if wants_weight or wants_bias else None
+        scale = rstd if call["weight"] is None else rstd * wide(call["weight"])
+        of_input = (grad * scale.view(at_channel)).to(dtype)
     if wants_weight:
-        of_weight = ((grad * x).sum(over) - call["running_mean"] * of_bias) * rstd
-    return of_input, of_weight, of_bias if wants_bias else None
+        along = (grad * (x - mean.view(at_channel))).sum(over)
+        of_weight = (along * rstd).to(dtype)
+    if wants_bias:
+        of_bias = grad.sum(over).to(dtype)
+    return of_input, of_weight, of_bias
 
 
 # -- By the statistics of the slice --------------------------------------------------

@@ -157,7 +157,7 @@ REGIMES = {
         ),
         columns=2**19,
         one_convolution=2**23,
-        batch_norm=256,
+        batch_norm=128,
         group_norm=256,
         layer_norm=2**17,
         layer_norm_slice=2**13,
