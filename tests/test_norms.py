@@ -697,6 +697,32 @@ def test_half_precision():
 # -- Around it and inside it -----------------------------------------------------------
 
 
+def test_complex_numbers():
+    """Rows, norms and clipped sums of a network of complex numbers."""
+    torch.manual_seed(0)
+    numbers = {"dtype": torch.complex128}
+    model = net(nn.Linear(3, 4, **numbers), nn.Linear(4, 2, **numbers))
+    x, y = torch.randn(5, 3).to(torch.complex128) * (1 + 2j), torch.zeros(5)
+
+    def power(output, target):
+        return (output.abs() ** 2).sum() + output.real.sum()
+
+    expected = {name: [] for name, _ in model.named_parameters()}
+    for i in range(5):
+        grads = torch.autograd.grad(power(model(x[i : i + 1]), 0), model.parameters())
+        for rows, gradient in zip(expected.values(), grads):
+            rows.append(gradient)
+    expected = {name: torch.stack(rows) for name, rows in expected.items()}
+    assert_same(per_sample_grads(model, power, x, y), expected)
+    norms = torch.cat([r.flatten(1) for r in expected.values()], 1).abs().square()
+    norms = norms.sum(1).sqrt()
+    assert_same(per_sample_grad_norms(model, power, x, y), norms)
+    most = float(norms.median())
+    total = clipped_grad_sum(model, power, x, y, max_grad_norm=most)
+    factors = (most / norms).clamp(max=1.0).to(torch.complex128)
+    assert_same(total, {n: torch.tensordot(factors, r, 1) for n, r in expected.items()})
+
+
 @pytest.mark.parametrize("size", [2, 17])
 @pytest.mark.parametrize("fast", [True, False])
 def test_batch_norm_far_from_zero_in_half_precision(size, fast):

@@ -124,7 +124,7 @@ class Samples:
             and not torch.is_inference_mode_enabled()
             and self.options.rows != "jacobian"
             and all([type(leaf) in (Tensor, nn.Parameter) for leaf in leaves])
-            and not any([leaf.is_inference() for leaf in leaves])
+            and not any([leaf.is_inference() or leaf.is_complex() for leaf in leaves])
         )
 
     def watched(self) -> bool:
