@@ -51,7 +51,8 @@ def enter(block: object, fast: bool, models: Iterable[nn.Module]) -> None:
         return
     with _lock:
         # Older versions of torch cannot give their own rule back: no speed rules there.
-        if fast and hasattr(torch.library, "get_kernel"):
+        missing = len(_installed) < len(speed_rules())
+        if fast and missing and hasattr(torch.library, "get_kernel"):
             devices = _devices(models)
             for operator, rules in speed_rules().items():
                 if operator not in _installed and _may_take(rules, devices):

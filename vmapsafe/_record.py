@@ -104,11 +104,11 @@ class Recorded:
         self._recorder = recorder = Recorder(values, size)
 
         def one(*sample: Any) -> Any:
-            return loss(recorder.begin(), *sample)
+            with recorder, block:
+                return loss(recorder.begin(), *sample)
 
-        mapped = vmap(one, randomness=randomness)
-        with torch.enable_grad(), _no_hooks(), recorder, block:
-            result = mapped(*batch)
+        with torch.enable_grad(), _no_hooks():
+            result = vmap(one, randomness=randomness)(*batch)
         self.losses, aux = result if has_aux else (result, ())
         self.aux = tree_map(lambda t: t.detach(), aux)
         self._reached = {id(leaf) for leaf in _leaves(self.losses)}
