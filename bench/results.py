@@ -73,7 +73,7 @@ def joined(runs):
         commit = run["commit"].get("id")
         later = {} if commit == first["commit"].get("id") else {"commit": commit[:10]}
         for kind, rows in kept.items():
-            now = {tuple(r[n] for n in KEY): {**r, **later} for r in run[kind]}
+            now = {tuple(r[n] for n in KEY): {**later, **r} for r in run[kind]}
             for key in now:  # as it was last, measured or refused
                 kept[other[kind]].pop(key, None)
             rows.update(now)

@@ -169,6 +169,9 @@ def test_parts_of_a_run_are_joined(run):
     first, *rest = results.joined([run, other])["rows"]
     assert first == {**other["rows"][0], "commit": "fedcba9876"}
     assert rest == run["rows"][1:]
+    other["rows"][0]["commit"] = "0f0f0f0f0f"  # which a joined part says itself
+    assert results.joined([run, other])["rows"][0]["commit"] == "0f0f0f0f0f"
+    del other["rows"][0]["commit"]
     task = run["rows"][0]["task"]
     again = report.machine_line(results.joined([run, other]))
     assert f"commit 0123456789 (some {task}: fedcba9876)." in " ".join(again.split())
