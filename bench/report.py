@@ -315,20 +315,21 @@ def _dots(run, path, tasks):
     panels = [panel for panel in panels if panel[3]]
     if not panels:
         return False
-    most = max(len(nets) for *_, nets in panels)
+    labels = list(dict.fromkeys(label for *_, nets in panels for label in nets))
     names = [
         name
         for name in STYLES
         if name not in ("plain", "floor")
         and any(name in rows for *_, nets in panels for rows in nets.values())
     ]
-    size = (2 + 6 * len(panels), 1.7 + 0.3 * -(-len(names) // 4) + 0.62 * most)
+    size = (2 + 6 * len(panels), 1.7 + 0.3 * -(-len(names) // 4) + 0.62 * len(labels))
     figure = Figure(size, layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=len(tasks) > 1)
     for axes, (task, base, precision, nets) in zip(grid[0], panels):
         values = []
-        for y, rows in enumerate(nets.values()):
+        for y, label in enumerate(labels):  # panels share them, in one order
             axes.axhspan(y - 0.46, y + 0.46, color="0.955", zorder=0)
+            rows = nets.get(label, {})
             here = [name for name in names if ratio(rows, name, base)]
             for k, name in enumerate(here):
                 height = y + 0.74 * ((k + 0.5) / len(here) - 0.5)
@@ -342,8 +343,8 @@ def _dots(run, path, tasks):
         axes.axvline(1, color="0.2", linewidth=1, zorder=1)
         axes.set_xscale("log")
         _log_ticks(axes, min(values), max(values))
-        axes.set_yticks(range(len(nets)), nets)
-        axes.set_ylim(len(nets) - 0.5, -0.5)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_xlabel(f"time as a multiple of {WHAT[base]}; logarithmic")
         more = f", {precision}" if len(precisions(run)) > 1 else ""
         axes.set_title(HEADINGS[task] + more)

@@ -239,3 +239,28 @@ def test_compare_finds_what_got_slower(run, tmp_path, capsys):
     assert "1.20 times slower: vmapsafe, rows, a net, batch 2" in lines[1]
     assert "2.50 -> 3.00 x plain" in lines[1] and len(lines) == 3
     assert compare.main([*map(str, paths), "--threshold", "1e999"]) == 0
+
+
+def test_both_panels_of_reductions_mean_the_same_network(run, monkeypatch, tmp_path):
+    """Whatever the order in which the parts of a run were made."""
+    rows = []
+    for task, nets in (("norms", ("one", "other")), ("clipped sum", ("other", "one"))):
+        for net in nets:
+            for name, times in (
+                ("plain", 1.0),
+                ("vmapsafe", 2.0 if net == "one" else 4.0),
+            ):
+                rows.append({**row(name, times, net=net), "task": task})
+    shown = []
+    monkeypatch.setattr(report, "_finish", lambda figure, *rest: shown.append(figure))
+    report.draw_reductions({**run, "rows": rows}, tmp_path / "picture.png")
+    first = shown[0].axes[0]  # which alone has labels
+    labels = [label.get_text() for label in first.get_yticklabels()]
+    for axes in shown[0].axes:
+        points = [line for line in axes.lines if line.get_linestyle() == "None"]
+        found = {
+            labels[round(y)].split(",")[0]: float(x)
+            for line in points
+            for x, y in zip(line.get_xdata(), line.get_ydata())
+        }
+        assert found == {"one": 2.0, "other": 4.0}
