@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmapsafe import _operators, per_sample_grads, vmap_safe
-from vmapsafe._rule import registered
+from vmapsafe._rule import registered, speed_rules
 from vmapsafe.rules import convolution, regimes
 from vmapsafe.testing import assert_same
 
@@ -364,6 +364,17 @@ def test_table_of_a_cpu(name, taken, monkeypatch):
     assert [convolution.algorithm(call) for call in taken] == (
         [] if algorithm == "torch" else [algorithm]
     )
+
+
+def test_missing_kernels_are_found_among_others(net, monkeypatch):
+    """A kernel put in place for a rule of somebody else's stands for none of ours."""
+    missing, *rest = speed_rules()
+    there = dict.fromkeys([*rest, torch.ops.aten.relu.default])
+    put_in_place = []
+    monkeypatch.setattr(_operators, "_installed", there)
+    monkeypatch.setattr(_operators, "_install", put_in_place.append)
+    with vmap_safe(net):
+        assert put_in_place == [missing]
 
 
 def test_other_devices_and_precisions_are_left_alone(net, taken, monkeypatch):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_speed import TRANSFORMS, rows, tensors
+from test_speed import TRANSFORMS, X, rows, tensors
 from torch import nn
 
 from vmapsafe import _operators, per_sample_grads, vmap_safe
@@ -25,9 +25,6 @@ RULES = [
 MODES = {"eval": "running statistics", "no_running_stats": "statistics of the slice"}
 # Where forward mode is around it, torch takes the backward apart before vmap.
 NO_BACKWARD = {"vmap(jacfwd)", "vmap(hvp), forward over reverse", "vmap(hessian)"}
-SEEDED = torch.Generator().manual_seed(1)
-# Three slices of two samples.
-X = torch.randn(3, 2, 2, 4, 4, generator=SEEDED, dtype=torch.float64)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_speed import TRANSFORMS, like, loss_of, rows, tensors
+from test_speed import TRANSFORMS, X, like, loss_of, rows, tensors
 from torch import nn
 from torch.func import grad, jvp, vmap
 
@@ -41,9 +41,6 @@ ATTENTION = {
 }
 LINEAR = {"addmm, batches merged"}
 EMBEDDING = {"embedding_dense_backward, into memory of zeros"}
-SEEDED = torch.Generator().manual_seed(1)
-# Three slices of two samples.
-X = torch.randn(3, 2, 2, 4, 4, generator=SEEDED, dtype=torch.float64)
 
 
 @pytest.fixture

@@ -320,10 +320,10 @@ def autocasts(device: torch.device) -> bool:
     )
 
 
-def without_autocast(device_type: str) -> AbstractContextManager[object]:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which it is off."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 

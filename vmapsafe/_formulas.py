@@ -23,7 +23,7 @@ T C O. Where that is more, rows are made for a few samples at a time and thrown 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from vmapsafe.rules.batch_norm import wide
 from vmapsafe.rules.convolution import (
     ALGORITHMS,
     algorithm,
+    input_gradient,
     products_are_exact,
     seen_by_kernel,
 )
@@ -201,6 +202,11 @@ class Convolution(_Products):
         x, grad = _scaled(x, grad, factors)
         return self._ordinary(x.flatten(0, 1), grad.flatten(0, 1))
 
+    def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """(B, N, C, *S), in the dtype of the two."""
+        own = replace(self, weight=self.weight.to(grad.dtype))
+        return input_gradient(own._call(x, grad), grad, x)
+
     def _ordinary(self, x: Tensor, grad: Tensor) -> Tensor:
         """The weight gradient of one batch: x (N, C, *S), grad (N, O, *L)."""
         return _weight_gradient(self._call(x, grad).arguments)
@@ -242,25 +248,6 @@ def _weight_gradient(arguments: Mapping[str, Any]) -> Tensor:
     found: Tensor
     _, found, _ = torch.ops.aten.convolution_backward(*arguments.values())
     return found
-
-
-def input_gradient(
-    x: Tensor,
-    grad: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """That of a convolution, (B, N, C, *S) as x."""
-    merged = grad.flatten(0, 1), x.flatten(0, 1), weight, None
-    options = stride, padding, dilation, False, [0 for _ in stride], groups
-    found: Tensor
-    found, _, _ = torch.ops.aten.convolution_backward(
-        *merged, *options, [True, False, False]
-    )
-    return found.view(x.shape)
 
 
 @dataclass(frozen=True)

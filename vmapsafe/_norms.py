@@ -213,7 +213,7 @@ def clipped_grad_sum(
         def clipped(batch: tuple[Any, ...]) -> Any:
             into = _Kept()
             aux = samples.collect(batch, into)
-            with without_autocast(samples.device.type):
+            with without_autocast(samples.device):
                 return into.clipped_sum(samples, max_grad_norm), aux
 
         parts = samples.by_chunk(chunk_size, clipped)

@@ -51,11 +51,11 @@ def enter(block: object, fast: bool, models: Iterable[nn.Module]) -> None:
         return
     with _lock:
         # Older versions of torch cannot give their own rule back: no speed rules there.
-        missing = len(_installed) < len(speed_rules())
-        if fast and missing and hasattr(torch.library, "get_kernel"):
-            devices = _devices(models)
-            for operator, rules in speed_rules().items():
-                if operator not in _installed and _may_take(rules, devices):
+        if fast and hasattr(torch.library, "get_kernel"):
+            missing = [one for one in speed_rules() if one not in _installed]
+            devices = _devices(models) if missing else set()
+            for operator in missing:
+                if _may_take(speed_rules()[operator], devices):
                     _install(operator)
         (_fast if fast else _slow).add(block)
 

@@ -52,7 +52,6 @@ from vmapsafe._formulas import (
     Linear,
     Made,
     Memory,
-    input_gradient,
 )
 from vmapsafe.rules.batch_norm import by_running_statistics
 from vmapsafe.rules.native_batch_norm import (
@@ -149,10 +148,9 @@ class Recorded:
         inputs = list(rest.values())
         if id(recorder.anchor) in reached:
             inputs.append(recorder.anchor)
-        device = self.losses.device.type
         # Under autocast backward runs in the dtypes of forward, and our sums in those
         # of the parameters.
-        with without_autocast(device):
+        with without_autocast(self.losses.device):
             grads: Sequence[Tensor | None] = ()
             if inputs:
                 ones = torch.ones_like(self.losses)
@@ -295,10 +293,7 @@ class Recorder(TorchFunctionMode):
 
 class _Known(Function):
     """A function of the input alone, whose backward hands the input and the output
-    gradient on to the formulas of the parameters.
-
-    Its output is no view, so that what follows may write into it without a price.
-    """
+    gradient on to the formulas of the parameters."""
 
     @staticmethod
     def forward(
@@ -312,9 +307,7 @@ class _Known(Function):
     ) -> Tensor:
         ctx.recorder, ctx.uses, ctx.by_input = recorder, uses, backward
         ctx.save_for_backward(x)  # says so where it was written over since
-        y = function(x)
-        shown: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
-        return shown
+        return _no_view(function(x))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -326,6 +319,13 @@ class _Known(Function):
             # Autocast computes in the dtype of the output and goes back.
             of_input = ctx.by_input(x.to(grads[0].dtype), grads[0]).to(x.dtype)
         return None, of_input, None, None, None, None
+
+
+def _no_view(y: Tensor) -> Tensor:
+    """The same memory, of which autograd does not know that it is a view: what follows
+    may write into it without a price."""
+    shown: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return shown
 
 
 def _no_hooks() -> Any:
@@ -387,20 +387,14 @@ def _convolution(
             return NotImplemented
         w, b = recorder.plain(weight), recorder.plain(bias)
         options = (stride, padding, dilation, groups)
+        formula = Convolution(w.shape, w, *options)
 
         def forward(x: Tensor) -> Tensor:
             merged = function(x.flatten(0, 1), w, b, *options)
             return merged.view(*x.shape[:2], *merged.shape[1:])
 
-        return recorder.known(
-            x,
-            forward,
-            lambda x, grad: input_gradient(x, grad, w.to(grad.dtype), *options),
-            (
-                (weight, lambda shape: Convolution(shape, w, *options)),
-                (bias, lambda shape: Bias(shape, 2)),
-            ),
-        )
+        uses = ((weight, lambda shape: formula), (bias, lambda shape: Bias(shape, 2)))
+        return recorder.known(x, forward, formula.input_gradient, uses)
 
 
 def _of(function: Callable[..., Tensor], dims: int) -> Callable[..., Any]:
@@ -511,8 +505,7 @@ class _Normed(Function):
         y, *saved = (normalised if ctx.own else affine)(call)
         ctx.eps = eps
         ctx.save_for_backward(x, weight, mean, var, *saved)
-        shown: Tensor = torch.ops.aten._unsafe_view(y, x.shape)
-        return shown
+        return _no_view(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -577,8 +570,7 @@ class _Viewed(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, shape: torch.Size) -> Tensor:
         ctx.shape = y.shape
-        shown: Tensor = torch.ops.aten._unsafe_view(y.contiguous(), shape)
-        return shown
+        return _no_view(y.contiguous().view(shape))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

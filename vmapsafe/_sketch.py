@@ -180,7 +180,7 @@ class _Projected:
         blocks = _blocks(rows.size(1), self._k, self._kind, seed, rows)
         start = 0
         total = rows.new_zeros(len(rows), self._k)
-        with without_autocast(rows.device.type):
+        with without_autocast(rows.device):
             for block in blocks:
                 total = total.addmm(rows[:, start : start + len(block)], block)
                 start += len(block)

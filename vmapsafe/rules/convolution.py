@@ -72,20 +72,25 @@ def _merged(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """All three gradients; that of the input is one call for the whole batch."""
     grad, x = (batch_first(call, name) for name in ("grad_output", "input"))
     wants_input, _, wants_bias = call["output_mask"]
-    of_input = of_bias = None
-    if wants_input:
-        merged = {
-            "grad_output": grad.flatten(0, 1),
-            "input": x.flatten(0, 1),
-            "bias_sizes": None,
-            "output_mask": [True, False, False],
-        }
-        found, *_ = _backward(*{**call.arguments, **merged}.values())
-        of_input = found.reshape(x.shape)
+    of_input = input_gradient(call, grad, x) if wants_input else None
+    of_bias = None
     if wants_bias:
         rest = [d for d in range(grad.dim()) if d not in (0, 2)]
         of_bias = grad.sum(rest, dtype=grad.dtype)  # autocast widens a plain sum
     return of_input, ALGORITHMS[algorithm(call)](call, grad, x), of_bias
+
+
+def input_gradient(call: Call, grad: Tensor, x: Tensor) -> Tensor:
+    """(B, N, C, *S) from (B, N, O, *L) and (B, N, C, *S), in one call."""
+    merged = {
+        "grad_output": grad.flatten(0, 1),
+        "input": x.flatten(0, 1),
+        "bias_sizes": None,
+        "output_mask": [True, False, False],
+    }
+    found: Tensor
+    found, *_ = _backward(*{**call.arguments, **merged}.values())
+    return found.reshape(x.shape)
 
 
 def seen_by_kernel(call: Call, x: Tensor) -> Tensor:
