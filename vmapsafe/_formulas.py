@@ -23,7 +23,7 @@ T C O. Where that is more, rows are made for a few samples at a time and thrown 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,9 +52,6 @@ class Formula:
     """
 
     shape: torch.Size
-
-    # Whether the rows take less memory than the output gradient.
-    small = False
 
     def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
         """(B, *shape). ``out`` gives memory for them and is asked where that is of use;
@@ -92,13 +89,18 @@ def weighted_sum(rows: Tensor, factors: Tensor) -> Tensor:
     return total
 
 
+class _Small(Formula):
+    """Whose rows take less memory than the output gradient."""
+
+    def squares(self, x: Tensor, grad: Tensor) -> Tensor:
+        return squared_norms(self.rows(x, grad))
+
+
 @dataclass(frozen=True)
-class Bias(Formula):
+class Bias(_Small):
     """A number for each channel, added at every position; ``dim`` counts channels."""
 
     dim: int
-
-    small = True
 
     def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
         dims = [d for d in range(1, grad.dim()) if d != self.dim % grad.dim()]
@@ -108,10 +110,8 @@ class Bias(Formula):
 
 
 @dataclass(frozen=True)
-class Made(Formula):
+class Made(_Small):
     """Rows that came with something else, in the place of the input."""
-
-    small = True
 
     def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
         return x
@@ -204,8 +204,7 @@ class Convolution(_Products):
 
     def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """(B, N, C, *S), in the dtype of the two."""
-        own = replace(self, weight=self.weight.to(grad.dtype))
-        return input_gradient(own._call(x, grad), grad, x)
+        return input_gradient(self._call(x, grad), grad, x)
 
     def _ordinary(self, x: Tensor, grad: Tensor) -> Tensor:
         """The weight gradient of one batch: x (N, C, *S), grad (N, O, *L)."""
@@ -229,7 +228,7 @@ class Convolution(_Products):
         arguments = {
             "grad_output": grad,
             "input": x,
-            "weight": self.weight,
+            "weight": self.weight.to(grad.dtype),
             "bias_sizes": None,
             "stride": self.stride,
             "padding": self.padding,

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.graph import Node, disable_saved_tensors_hooks
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import vmap
 
 from vmapsafe._call import (
@@ -137,8 +137,6 @@ class Recorded:
             if name in rest or uses[name] > 1:
                 storage = None if name in sums else into.storage(name)
                 add(name, formula.rows(x, grad, storage))
-            elif formula.small:
-                into.whole(name, formula.rows(x, grad, into.storage(name)))
             else:
                 into.streamed(name, formula, x, grad)
             received.add(name)
@@ -169,17 +167,15 @@ class Recorded:
 
 def _leaves(tensor: Tensor) -> list[Tensor]:
     """Those in autograd's graph of ``tensor``."""
+    nodes = [] if tensor.grad_fn is None else [tensor.grad_fn]
+    seen = {*nodes}
     found = []
-    todo = [tensor.grad_fn]
-    seen: set[Node | None] = {None}
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        assert node is not None
+    for node in nodes:  # while it grows
         behind = node.next_functions
-        todo.extend([following for following, _ in behind])
+        for following, _ in behind:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
         leaf = None if behind else getattr(node, "variable", None)
         if isinstance(leaf, Tensor):  # of the nodes that accumulate
             found.append(leaf)
