@@ -206,6 +206,34 @@ def test_writes_nothing_and_fits_into_a_block(net):
     )
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_model_comes_back_after_an_error(fast):
+    """The same parameters in all places, those of one module of two names too."""
+    shared = nn.Linear(3, 3).double()
+    net = nn.Sequential(shared, nn.BatchNorm1d(3).double(), shared)
+    net(X)  # has statistics now
+    before = everything(net)
+    parameters = [*net.parameters()]
+
+    def fails(module, args, output):
+        assert not any(p is q for p in net.parameters() for q in parameters)
+        raise KeyboardInterrupt
+
+    with net[1].register_forward_hook(fails), pytest.raises(KeyboardInterrupt):
+        per_sample_grads(net, F.cross_entropy, X, Y, fast=fast)
+    assert_same_state(net, before)
+    assert all(p is q for p, q in zip(net.parameters(), parameters, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_torchscript(net):
+    scripted = torch.jit.script(net)
+    before = everything(scripted)
+    rows = per_sample_grads(scripted, F.cross_entropy, X, Y)
+    assert_same(rows, per_sample_grads(net, F.cross_entropy, X, Y))
+    assert_same_state(scripted, before)
+
+
 ERRORS = [
     (lambda net: per_sample_grads(net, mse), "got no batch"),
     (
