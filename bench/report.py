@@ -105,6 +105,7 @@ def report(run, pictures):
                 if task == "rows":
                     parts.append(yardsticks(run, nets, precision))
                     parts.append(peaks(nets))
+                    parts.append(by_batch(run, precision))
     for name in pictures:
         parts.append(f".. image:: {pictures[name].name}\n   :alt: {name}")
     parts.append(refusals(run))
@@ -263,6 +264,26 @@ def peaks(nets):
     )
 
 
+def by_batch(run, precision):
+    """Time of vmapsafe by that of vmap(grad), networks by batch sizes."""
+    found = {}
+    for (task, net, batch, p), rows in races(run).items():
+        if (task, p) == ("rows", precision):
+            found.setdefault(net, {})[batch] = ratio(rows, "vmapsafe", "vmap(grad)")
+    found = {net: sizes for net, sizes in found.items() if len(sizes) > 1}
+    if not found:
+        return ""
+    batches = sorted({batch for sizes in found.values() for batch in sizes})
+    lines = [["network", *map(str, batches)]]
+    for net, sizes in found.items():
+        cells = [sizes.get(batch) for batch in batches]
+        lines.append([net, *("–" if r is None else f"{r:.2f}" for r in cells)])
+    return (
+        "Time of vmapsafe as a multiple of that of ``vmap(grad)``, by batch size.\n\n"
+        + table(lines)
+    )
+
+
 def refusals(run):
     """What those said that are missing, each once, with the networks it holds for."""
     said = {}
@@ -386,7 +407,8 @@ def draw_growth(run, path):
     for (task, net, batch, p), rows in races(run).items():
         if (task, p) == ("rows", precision):
             nets.setdefault(net, {})[batch] = rows
-    nets = {net: batches for net, batches in nets.items() if len(batches) > 2}
+    # Fewer are in the table by batch size.
+    nets = {net: batches for net, batches in nets.items() if len(batches) > 4}
     if not nets:
         return False
     figure = Figure((1 + 4.4 * len(nets), 8.4), layout="constrained")

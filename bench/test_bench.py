@@ -27,6 +27,15 @@ BATCHES = {
     "BN MLP": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
     "ResNet-18": (1, 2, 4, 8, 16, 32, 64),
 }
+# Where torch's own way could be the faster one.
+SWEPT = ("plain", "floor", "vmapsafe", "vmap(grad)")
+SWEEP = {
+    net: (8, 16, 32, 64)
+    for net in (
+        *("conv1d net", "MobileNetV2", "ViT-like", "GroupNorm CNN"),
+        *("GroupNorm conv1d net", "GroupNorm ResNet-18"),
+    )
+}
 
 
 def races(sizes, contenders, quick=(), waits=("compiled",)):
@@ -83,16 +92,23 @@ def test_block(contend, net, batch, precision, contender):
     contend("block", net, batch, precision, contender)
 
 
-@races(
-    [
+def others(batches):
+    """What test_rows does not measure."""
+    return [
         (net, batch)
-        for net, batches in BATCHES.items()
-        for batch in batches
-        if batch != NETWORKS[net][1][0]  # which test_rows has measured
-    ],
-    SOME,
-)
+        for net, sizes in batches.items()
+        for batch in sizes
+        if batch != NETWORKS[net][1][0]
+    ]
+
+
+@races(others(BATCHES), SOME)
 def test_growth_with_batch(contend, net, batch, precision, contender):
+    contend("rows", net, batch, precision, contender)
+
+
+@races(others(SWEEP), SWEPT)
+def test_sweep(contend, net, batch, precision, contender):
     contend("rows", net, batch, precision, contender)
 
 
