@@ -14,7 +14,7 @@ LAYERS = {
     "_call": {"_groups"},
     "_memory": set(),
     "_rule": {"_call"},
-    "_state": {"_errors"},
+    "_state": {"_call", "_errors"},
     "rules.batch_norm": {"_call", "_errors", "_groups", "_rule"},
     "rules.buffers": {"_call", "_rule"},
     "rules.random_numbers": {"_call", "_rule"},

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import assert_same_state, everything
 from torch import nn
-from torch.func import vmap
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils import prune, spectral_norm, weight_norm
 
-from vmapsafe import BlockError, _scope, vmap_safe
+from vmapsafe import BlockError, _scope, per_sample_grads, vmap_safe
 
 MODES = ["eval", "no_running_stats", "group_norm"]
 
@@ -272,6 +273,50 @@ def test_interrupted_forward_puts_assigned_buffers_back():
 
 
 # -- Objects, order, threads -----------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.*_norm. is deprecated")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # aten::_weight_norm
+@pytest.mark.parametrize(
+    "hooked",
+    [weight_norm, spectral_norm, lambda x: prune.l1_unstructured(x, "weight", 3)],
+    ids=["weight_norm", "spectral_norm", "pruning"],
+)
+@pytest.mark.parametrize("way", ["vmap(grad)", "inside vmap", "rows", "error"])
+def test_weights_computed_before_each_forward(hooked, way):
+    """Attributes that hooks write: dead after a transform, where torch leaves them."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), hooked(nn.Linear(4, 2)))
+    x = torch.randn(5, 3)
+    with torch.no_grad():
+        net(x)
+    weight, before = net[2].weight, everything(net)
+
+    def loss(params, x):
+        return functional_call(net, params, (x[None],)).square().sum()
+
+    def inside(params, x):
+        with vmap_safe(net):
+            return loss(params, x)
+
+    def interrupted(params, x):
+        loss(params, x)
+        raise Stop
+
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    if way == "vmap(grad)":
+        with vmap_safe(net):
+            vmap(grad(loss), (None, 0))(params, x)
+            assert net[2].weight is not weight
+    elif way == "inside vmap":
+        vmap(grad(inside), (None, 0))(params, x)
+    elif way == "rows":
+        per_sample_grads(net, lambda out: out.square().sum(), x)
+    else:
+        with pytest.raises(Stop), vmap_safe(net):
+            vmap(grad(interrupted), (None, 0))(params, x)
+    assert net[2].weight is weight
+    assert_same_state(net, before)
+    torch.save(net, io.BytesIO())
 
 
 def test_one_object_entered_twice_and_again():

@@ -6,6 +6,10 @@ them their owner had frozen. :func:`switch` and :func:`put_back` change the flag
 change them back. Flags belong to the process, so a layer that several blocks hold is
 entered in ``_held`` under a lock: the first entry keeps the original, the last exit
 puts it back.
+
+Put back as well are weights that hooks compute before each forward, as those of
+weight_norm, spectral_norm and pruning do: a forward under a transform leaves tensors
+behind that are dead after it.
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from vmapsafe._call import is_wrapped
 from vmapsafe._errors import BlockError, worded
 
 _compiling = torch.compiler.is_compiling
@@ -62,12 +67,15 @@ class Model:
         modules: every module in it, the root first.
         layers: the normalisation layers among them.
         buffered: the modules that own buffers.
+        computed: of modules with hooks before their forward, the tensors among the
+            attributes.
     """
 
     root: nn.Module
     modules: tuple[nn.Module, ...]
     layers: dict[nn.Module, Layer] = field(default_factory=dict)
     buffered: tuple[nn.Module, ...] = ()
+    computed: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict)
 
     def path(self, module: nn.Module) -> str:
         """The module's name in the model, "" for the root."""
@@ -200,12 +208,19 @@ def put_back(models: Sequence[Model]) -> None:
         for model in models:
             for layer in model.layers.values():
                 _release(layer)
+    for model in models:
+        for module, tensors in model.computed.items():
+            for name, tensor in tensors.items():
+                now = module.__dict__.get(name)
+                if isinstance(now, Tensor) and is_wrapped(now):
+                    module.__dict__[name] = tensor
 
 
 def _look_at(root: nn.Module, mode: str, known: Mapping[nn.Module, Layer]) -> Model:
     modules: list[nn.Module] = []
     layers: dict[nn.Module, Layer] = {}
     buffered: list[nn.Module] = []
+    computed: dict[nn.Module, dict[str, Tensor]] = {}
     can_freeze = _original(root, known).training
     seen = {root}
     waiting = [root]
@@ -221,6 +236,9 @@ def _look_at(root: nn.Module, mode: str, known: Mapping[nn.Module, Layer]) -> Mo
                 waiting.append(child)
         if type(module) not in _harmless:
             _refuse(module, mode, root)
+        if module._forward_pre_hooks and not _compiling():
+            tensors = {n: t for n, t in vars(module).items() if isinstance(t, Tensor)}
+            computed[module] = tensors
         if not module._buffers:
             continue
         if isinstance(module._buffers, dict):  # TorchScript keeps its own
@@ -235,7 +253,7 @@ def _look_at(root: nn.Module, mode: str, known: Mapping[nn.Module, Layer]) -> Mo
                 wanted=original if frozen else _wanted(module, original, mode),
                 frozen=frozen,
             )
-    return Model(root, tuple(modules), layers, tuple(buffered))
+    return Model(root, tuple(modules), layers, tuple(buffered), computed)
 
 
 def _wanted(module: nn.Module, original: Flags, mode: str) -> Flags:

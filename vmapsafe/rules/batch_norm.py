@@ -179,13 +179,13 @@ def _reads_statistics(call: Call) -> bool:
     mean = call["running_mean"]
     if call["training"] or mean is None or call["running_var"] is None:
         return False
+    if has_own_weights(call):
+        return False  # left to _record
     return (
         torch.compiler.is_compiling()
         or call["input"].dtype != mean.dtype
         or autocasts(call["input"].device)
-    ) and not has_own_weights(
-        call
-    )  # left to _record
+    )
 
 
 def by_running_statistics(call: Call) -> Tensor:
