@@ -47,7 +47,7 @@ def run():
         ]
         + [
             row(name, x_plain * batch, f"CNN, {batch} deep" if deep else "a net", batch)
-            for batch in (4, 8)
+            for batch in (4, 8, 16, 32)
             for name, x_plain in (("plain", 1.0), *times.items())
             for deep in (True, False)
         ],
@@ -213,6 +213,22 @@ def test_tables_and_pictures(run, tmp_path):
 
 
 # ------------------------------------------------------------------------- comparison
+
+
+def test_ratios_by_batch_size(run):
+    """Of the networks that were measured at several."""
+    rows = [
+        row(contender, x_plain, batch=batch)
+        for batch, times in ((8, (3.0, 2.0)), (2, (1.0, 4.0)))
+        for contender, x_plain in zip(("vmapsafe", "vmap(grad)"), times)
+    ]
+    rows += [row("vmapsafe", 1.0, "another net"), row("plain", 1.0, "another net", 4)]
+    table = report.by_batch({**run, "rows": [*rows, row("floor", 1.0, "once")]}, "fp32")
+    cells = [line.split() for line in table.splitlines()]
+    assert ["network", "2", "4", "8"] in cells
+    assert ["a", "net", "0.25", "–", "1.50"] in cells
+    assert ["another", "net", "–", "–", "–"] in cells
+    assert "once" not in table
 
 
 def test_compare_finds_what_got_slower(run, tmp_path, capsys):

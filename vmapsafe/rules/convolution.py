@@ -156,7 +156,7 @@ def _plain_products(
     padding = call["padding"]
     step = max(1, regimes(x.device).columns // (groups * columns * positions))
     copies = room = None
-    if columns == channels and x[0].numel() == groups * columns * positions:
+    if columns == channels and x.shape[1:].numel() == groups * columns * positions:
         step = len(x)  # a kernel of one position sees the input as it is
     else:
         step = min(step, len(x))

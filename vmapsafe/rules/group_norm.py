@@ -36,7 +36,7 @@ def _accepts(call: Call) -> bool:
         and x.dtype == weight.dtype == bias.dtype
         and x.dim() > 2
         and x.numel() > 0
-        and x[0, 0].numel() >= regimes(x.device).group_norm
+        and x.shape[2:].numel() >= regimes(x.device).group_norm
         and not autocasts(x.device)
         and not has_own_weights(call)  # left to _record
         and not beyond_reverse_mode(x, weight, bias)
@@ -50,7 +50,7 @@ def _by_other_norms(call: Call) -> Tensor:
         return torch.clone(x)
     if current_level() == 0 or not is_differentiated(x):  # torch's forward is whole
         return F.group_norm(x, groups, weight, bias, eps)
-    grouped = x.reshape(x.size(0), groups, x[0].numel() // groups)
+    grouped = x.reshape(x.size(0), groups, x.shape[1:].numel() // groups)
     y = F.layer_norm(grouped, grouped.shape[2:], None, None, eps).reshape(x.shape)
     mean, var = y.new_zeros(x.size(1)), y.new_ones(x.size(1))
     return F.batch_norm(y, mean, var, weight, bias, False, 0.0, 0.0)

@@ -86,7 +86,7 @@ def _merged_backward(call: Call) -> tuple[Tensor | None, ...]:
     wants_input, *wanted = call["output_mask"]
     of_input = _gradient_of_input(call, batches) if wants_input else None
     x = batches["input"]
-    if is_plain(x) and x[0].numel() >= regimes(x.device).layer_norm_slice:
+    if is_plain(x) and x.shape[1:].numel() >= regimes(x.device).layer_norm_slice:
         return of_input, *_rows_by_kernel(call, batches, wanted)
     return of_input, *_rows(call, batches, wanted)
 
