@@ -380,14 +380,14 @@ def _begin(module: nn.Module, args: Any) -> None:
         _push_mode(scope)  # type: ignore[no-untyped-call]
         adopted = True
     running = running_under(scope)
+    if not adopted and _is_nothing_new(module, scope, running):
+        return
     owner = scope.owner_of(module)
     if owner is None:
         running.append(Running(module, None, {}, adopted))
         return
     model = owner.covers[module]
     layer = model.layers.get(module)
-    if layer is None and not adopted and _is_nothing_new(module, model, running):
-        return
     if layer is not None:
         layer.enforce()
         if not torch.compiler.is_compiling() and in_checkpoint():
@@ -404,21 +404,27 @@ def _begin(module: nn.Module, args: Any) -> None:
 
 
 def _is_nothing_new(
-    module: nn.Module, model: Model, running: Sequence[Running]
+    module: nn.Module, scope: Scope, running: Sequence[Running]
 ) -> bool:
     """Whether rules may take the calls of ``module`` for those of the module around it,
     as they may for most modules, which are many and whose forwards should cost little.
 
-    One that is running already is noted again, as its end ends the last of that name.
+    A layer has buffers. A module that is running already is noted again, as its end
+    ends the last of that name.
     """
     if module._buffers or not running:
         return False
     place = running[-1].place
-    return (
-        place is not None
-        and place.model is model
-        and all([one.module is not module for one in running])
-    )
+    if place is None or scope.covers.get(module) is not place.model:
+        return False
+    return not _is_running(module, running)
+
+
+def _is_running(module: nn.Module, running: Sequence[Running]) -> bool:
+    for one in running:  # which costs less than any()
+        if one.module is module:
+            return True
+    return False
 
 
 def _levels_of(modules: Iterable[nn.Module]) -> frozenset[int]:
@@ -455,7 +461,7 @@ def _end(module: nn.Module, args: Any, output: Any) -> None:
     if scope is None:
         return
     running = running_under(scope)
-    if not running or all([one.module is not module for one in running]):
+    if not _is_running(module, running):
         return
     while True:
         last = running.pop()
