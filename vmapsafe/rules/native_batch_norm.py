@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmapsafe._call import Call, batch_first
+from vmapsafe._call import Call, batch_first, is_plain
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 from vmapsafe.rules.batch_norm import wide
 from vmapsafe.rules.regimes import REGIMES, regimes
@@ -113,8 +113,10 @@ def _by_plain_operations(
         scale = rstd if call["weight"] is None else rstd * wide(call["weight"])
         of_input = (grad * scale.view(at_channel)).to(dtype)
     if wants_weight:
-        along = (grad * (x - mean.view(at_channel))).sum(over)
-        of_weight = (along * rstd).to(dtype)
+        along = x - mean.view(at_channel)
+        plain = is_plain(along) and is_plain(grad)
+        along = along.mul_(grad) if plain else along * grad  # fresh memory is dear
+        of_weight = (along.sum(over) * rstd).to(dtype)
     if wants_bias:
         of_bias = grad.sum(over).to(dtype)
     return of_input, of_weight, of_bias
