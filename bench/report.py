@@ -200,6 +200,15 @@ def usual(run, task, precision):
     return dict(found.values())
 
 
+def at_batches(run, precision, least):
+    """{network: {batch: rows}} of those measured at ``least`` batch sizes or more."""
+    nets = {}
+    for (task, net, batch, p), rows in races(run).items():
+        if (task, p) == ("rows", precision):
+            nets.setdefault(net, {})[batch] = rows
+    return {net: batches for net, batches in nets.items() if len(batches) >= least}
+
+
 def ratio(rows, name, base):
     if name not in rows or base not in rows:
         return None
@@ -266,17 +275,13 @@ def peaks(nets):
 
 def by_batch(run, precision):
     """Time of vmapsafe by that of vmap(grad), networks by batch sizes."""
-    found = {}
-    for (task, net, batch, p), rows in races(run).items():
-        if (task, p) == ("rows", precision):
-            found.setdefault(net, {})[batch] = ratio(rows, "vmapsafe", "vmap(grad)")
-    found = {net: sizes for net, sizes in found.items() if len(sizes) > 1}
+    found = at_batches(run, precision, 2)
     if not found:
         return ""
     batches = sorted({batch for sizes in found.values() for batch in sizes})
     lines = [["network", *map(str, batches)]]
     for net, sizes in found.items():
-        cells = [sizes.get(batch) for batch in batches]
+        cells = [ratio(sizes.get(b, {}), "vmapsafe", "vmap(grad)") for b in batches]
         lines.append([net, *("–" if r is None else f"{r:.2f}" for r in cells)])
     return (
         "Time of vmapsafe as a multiple of that of ``vmap(grad)``, by batch size.\n\n"
@@ -402,13 +407,8 @@ WHAT = {
 
 def draw_growth(run, path):
     """Time and memory against batch size, a column for each network."""
-    precision = precisions(run)[0]
-    nets = {}
-    for (task, net, batch, p), rows in races(run).items():
-        if (task, p) == ("rows", precision):
-            nets.setdefault(net, {})[batch] = rows
-    # Fewer are in the table by batch size.
-    nets = {net: batches for net, batches in nets.items() if len(batches) > 4}
+    # Those with fewer are in the table by batch size.
+    nets = at_batches(run, precisions(run)[0], 5)
     if not nets:
         return False
     figure = Figure((1 + 4.4 * len(nets), 8.4), layout="constrained")

@@ -272,9 +272,6 @@ def test_interrupted_forward_puts_assigned_buffers_back():
     assert_same_state(model, before)
 
 
-# -- Objects, order, threads -----------------------------------------------------------
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.nn.utils.*_norm. is deprecated")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # aten::_weight_norm
 @pytest.mark.parametrize(
@@ -317,6 +314,9 @@ def test_weights_computed_before_each_forward(hooked, way):
     assert net[2].weight is weight
     assert_same_state(net, before)
     torch.save(net, io.BytesIO())
+
+
+# -- Objects, order, threads -----------------------------------------------------------
 
 
 def test_one_object_entered_twice_and_again():
