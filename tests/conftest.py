@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.modules import module as torch_module
 
-from vmapsafe import _scope, _state
+from vmapsafe import _here
 
 torch.set_num_threads(1)
 
@@ -20,5 +20,4 @@ def nothing_left():
     yield
     assert torch._C._len_torch_function_stack() == 0
     assert dict(torch_module._global_forward_pre_hooks) == hooks
-    assert not _state._held
-    assert not _scope._listeners
+    assert not _here.blocks() and not _here.everywhere()

@@ -14,7 +14,9 @@ LAYERS = {
     "_call": {"_groups"},
     "_memory": set(),
     "_rule": {"_call"},
-    "_state": {"_call", "_errors"},
+    "_here": set(),
+    "_switched": {"_call", "_errors", "_here"},
+    "_state": {"_call", "_errors", "_switched"},
     "rules.batch_norm": {"_call", "_errors", "_groups", "_rule"},
     "rules.buffers": {"_call", "_rule"},
     "rules.random_numbers": {"_call", "_rule"},
@@ -28,14 +30,14 @@ LAYERS = {
     "rules.linear": {"_call", "_rule", "rules.regimes"},
     "rules.native_batch_norm": {"_call", "_rule", "rules.batch_norm", "rules.regimes"},
     "rules.__init__": {"rules"},
-    "_operators": {"_call", "_rule"},
-    "_checkpoint": {"_call", "_errors"},
+    "_operators": {"_call", "_here", "_rule"},
+    "_again": {"_errors", "_here"},
     "_scope": {
-        *("_call", "_checkpoint", "_errors", "_groups", "_operators", "_rule"),
-        "_state",
+        *("_again", "_call", "_errors", "_groups", "_here", "_operators", "_rule"),
+        *("_state", "_switched"),
     },
     "_advice": {"_state"},
-    "_wrap": {"_advice", "_errors", "_groups", "_rule", "_scope"},
+    "_wrap": {"_advice", "_errors", "_groups", "_rule", "_scope", "_switched"},
     "_batched": {"_call", "_errors"},
     "_formulas": {"_call", "rules.batch_norm", "rules.convolution", "rules.regimes"},
     "_record": {"_call", "_formulas", "rules.batch_norm", "rules.native_batch_norm"},
@@ -64,7 +66,7 @@ LAYERS = {
     "_trial": {"_call", "_scope"},
     "_check": {
         *("_advice", "_call", "_errors", "_groups", "_report", "_rule", "_scope"),
-        *("_state", "_trial", "_wrap"),
+        *("_state", "_switched", "_trial", "_wrap"),
     },
     "testing": {"_call", "_operators", "_rule"},
     "__init__": {
@@ -116,8 +118,8 @@ def test_imports_follow_the_table():
 
 
 def test_private_names_of_torch():
-    """torch._C, torch.overrides._x and the like stand in two files and the flags'."""
-    allowed = {"_scope.py", "_call.py", "_checkpoint.py"}
+    """torch._C, torch.overrides._x and the like stand in three files."""
+    allowed = {"_scope.py", "_call.py", "_again.py"}
     for path in ROOT.rglob("*.py"):
         if path.name not in allowed:
             text = path.read_text()

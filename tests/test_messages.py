@@ -46,7 +46,8 @@ ENTRY = {
     "no module": (
         lambda: vmap_safe(net(), 3),
         TypeError,
-        "vmap_safe(...): 3 is a int, not an nn.Module. Write vmap_safe(model).",
+        "vmap_safe(...): got an object of type int, not an nn.Module. Write "
+        "vmap_safe(model).",
     ),
     "num_groups below 1": (
         lambda: vmap_safe(net(), num_groups=0),

@@ -347,6 +347,7 @@ class Holder(torch.nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.filterwarnings("ignore::vmapsafe.LeftOutWarning")
 @pytest.mark.parametrize("make", [Recursive, Holder])
 def test_a_module_that_calls_itself(make, mode):
     """The end of the inner call is not taken for that of the outer one."""

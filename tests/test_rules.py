@@ -23,6 +23,7 @@ class OnALayer:
     update_running_stats = False
     rows = "contribution"
     copies_at = None
+    stays_in_eval = True
 
     def merged_levels(self, tensor):
         return tuple(sorted(batched_levels((tensor,))))
@@ -31,6 +32,9 @@ class OnALayer:
         return "'norm' (BatchNorm2d)"
 
     def holds(self, tensor):
+        return True
+
+    def leaves_out(self, tensor):
         return True
 
 
@@ -299,6 +303,14 @@ INSTANCE_NORMS = [instance_norm(2, 4, 3), instance_norm(1, 4, 3, 2, affine=False
 CASES = {
     "batch_norm, statistics of the slice": BATCH_NORMS,
     "batch_norm, groups of channels": WITH_PLANES,  # (N, C) has one value a group
+    "batch_norm, layers that stay in eval mode": [
+        {**running(case), "training": True} for case in BATCH_NORMS
+    ],
+    "instance_norm, layers that stay in eval mode": [
+        {**case, "running_var": case["running_var"].square() + 0.5}
+        for case in INSTANCE_NORMS
+    ],
+    "instance_norm, statistics of the slice": INSTANCE_NORMS,
     "batch_norm, statistics not written": BATCH_NORMS,
     "batch_norm, running statistics": [running(case) for case in BATCH_NORMS],
     "instance_norm, statistics not written": INSTANCE_NORMS,
@@ -340,6 +352,8 @@ CASES = {
 # A level that batches the weight or the bias too is an ensemble's, and not merged.
 # Running statistics have no gradients. Batched weights are left to torch.
 BATCHED = {
+    "batch_norm, layers that stay in eval mode": ["input", "weight", "bias"],
+    "instance_norm, layers that stay in eval mode": ["input"],
     "batch_norm, statistics across the vmapped axis": ["input"],
     "native_batch_norm, running statistics": ["input", "weight", "bias"],
     "native_batch_norm_backward, running statistics": ["grad_out", "input", "weight"],

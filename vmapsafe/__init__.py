@@ -7,10 +7,12 @@ The map of the package, bottom up; each file imports only from those above it:
 ``_call``        one torch call, bound by name
 ``_memory``      large zeros
 ``_rule``        what a torch call means when it sees a slice   <- start reading here
-``_state``       the flags of a model's layers: found, switched, put back
+``_here``        which blocks are open: in this thread, and anywhere
+``_switched``    modules of classes that are half ours, while a block covers them
+``_state``       what a block has to know of a model
 ``rules/``       the rules, a file a family
 ``_operators``   faster batching rules of operators, while a block is open
-``_checkpoint``  a forward that backward runs again
+``_again``       what backward runs again: in the block it was made in, or refused
 ``_scope``       a block in force: which rules, which models, which thread
 ``_advice``      notes for errors of torch's vmap
 ``_wrap``        ``vmap_safe``
@@ -40,6 +42,7 @@ from vmapsafe._check import check as check
 from vmapsafe._convert import convert as convert
 from vmapsafe._convert import norm_layer as norm_layer
 from vmapsafe._errors import BlockError as BlockError
+from vmapsafe._errors import LeftOutWarning as LeftOutWarning
 from vmapsafe._errors import NeverUpdatedWarning as NeverUpdatedWarning
 from vmapsafe._norms import clipped_grad_sum as clipped_grad_sum
 from vmapsafe._norms import per_sample_grad_norms as per_sample_grad_norms
@@ -51,6 +54,7 @@ from vmapsafe._wrap import vmap_safe as vmap_safe
 __version__ = "0.1.0"
 __all__ = [
     "BlockError",
+    "LeftOutWarning",
     "NeverUpdatedWarning",
     "batched",
     "check",

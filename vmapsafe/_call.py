@@ -34,6 +34,10 @@ class Site(Protocol):
         """The covered layer that is running, unless its owner has frozen it."""
 
     @property
+    def stays_in_eval(self) -> bool:
+        """Whether it is a layer that is to normalise as in eval mode."""
+
+    @property
     def tracks(self) -> bool:
         """Whether the layer keeps running statistics outside the block."""
 
@@ -62,6 +66,10 @@ class Site(Protocol):
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is a buffer of the model, or shares its storage."""
+
+    def leaves_out(self, tensor: Tensor) -> bool:
+        """Whether a write to ``tensor``, made here, is left out: a forward of the model
+        writes a buffer of it."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +234,25 @@ def _levels_as_bits(tensors: Sequence[Tensor]) -> float:
     """In a float, the one kind of number that torch.compile takes from a function of
     tensors as a constant."""
     return float(sum(1 << level for level in _levels(tensors)))
+
+
+def shares_memory(tensor: Tensor, others: Sequence[Tensor]) -> int | None:
+    """Which of ``others`` lies in the same memory as ``tensor``: itself, or a view."""
+    if torch.compiler.is_compiling():
+        prepare_compiling()
+    found = int(_sharing(tensor, others))
+    return None if found < 0 else found
+
+
+@whole_while_compiling
+def _sharing(tensor: Tensor, others: Sequence[Tensor]) -> float:
+    """In a float, as :func:`_levels_as_bits`; -1 for none."""
+    storage = storage_of(tensor)
+    if storage is not None:
+        for i, other in enumerate(others):
+            if storage_of(other) == storage:
+                return float(i)
+    return -1.0
 
 
 def slices_draw_their_own() -> bool:

@@ -34,15 +34,14 @@ from vmapsafe._errors import worded
 from vmapsafe._groups import NumGroups, check_num_groups, groups_for
 from vmapsafe._report import Finding, Report
 from vmapsafe._rule import MODES, check_mode
-from vmapsafe._scope import Options, innermost
+from vmapsafe._scope import Options
 from vmapsafe._state import (
-    Flags,
     Model,
     _refuse,
     has_running_stats,
-    set_flags,
     unwrapped,
 )
+from vmapsafe._switched import Flags, owners_flags
 from vmapsafe._trial import (
     ALONE,
     Example,
@@ -227,7 +226,7 @@ _USE = "Use vmap_safe(model, mode=...)."
 
 
 def _of_layers(asked: _Asked) -> Iterator[Finding]:
-    flags = _flags_outside_blocks(asked.net)
+    flags = {module: owners_flags(module) for module in asked.net.modules()}
     refused: list[str] = []
     for path, module in asked.modules.items():
         if any(path.startswith(f"{outer}.") or not outer for outer in refused):
@@ -243,20 +242,6 @@ def _of_layers(asked: _Asked) -> Iterator[Finding]:
             yield from _of_instance_norm(asked, path, module, flags[module])
         elif flags[module].training and _chance(module):
             yield _random(asked, path, f"drops with probability {_chance(module):g}")
-
-
-def _flags_outside_blocks(net: nn.Module) -> dict[nn.Module, Flags]:
-    """The flags of all modules, without those that open blocks have switched."""
-    flags = {
-        module: Flags(module.training, getattr(module, "track_running_stats", None))
-        for module in net.modules()
-    }
-    scope = innermost()
-    while scope is not None:
-        for model in scope.models:
-            flags |= {m: layer.original for m, layer in model.layers.items()}
-        scope = scope.outer
-    return flags
 
 
 def _refusal(asked: _Asked, path: str, module: nn.Module) -> Finding | None:
@@ -396,10 +381,6 @@ def _tried(asked: _Asked, inputs: Example, known: list[Finding]) -> _Trial:
                 raise ValueError("its copy shares modules with it")
         except Exception as error:
             return _Trial(notes=(_NO_COPY.format(_words(error)),))
-        flags = _flags_outside_blocks(net)
-        for module, copied in zip(net.modules(), model.modules()):
-            set_flags(copied, flags[module])
-
         trial = _Trial(plain(copy.deepcopy(model), inputs), notes=())
         draws = bool(trial.plain.random) or any(f.kind == "random" for f in known)
         for mode in asked.modes:

@@ -17,7 +17,6 @@ have been cheap (0.02 ms).
 from __future__ import annotations
 
 import re
-import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vmapsafe import _here
 from vmapsafe._call import (
     Call,
     Function,
@@ -41,32 +41,20 @@ from vmapsafe._call import (
 from vmapsafe._rule import Rule, speed_rules
 
 
-def enter(block: object, fast: bool, models: Iterable[nn.Module]) -> None:
-    """A block for ``models`` opens: ``fast`` asks for the rules that may take a call on
-    their devices, else all are switched off for all threads.
+def install(models: Iterable[nn.Module]) -> None:
+    """A block for ``models`` asks for the rules that may take a call on their devices.
 
-    What torch.compile traces does not count: its graphs are made after the block.
+    Older versions of torch cannot give their own rule back: there are none there.
     """
-    if torch.compiler.is_compiling():  # a lock cannot be traced
+    missing = [one for one in speed_rules() if one not in _installed]
+    if not missing or not hasattr(torch.library, "get_kernel"):
         return
-    with _lock:
-        # Older versions of torch cannot give their own rule back: no speed rules there.
-        if fast and hasattr(torch.library, "get_kernel"):
-            missing = [one for one in speed_rules() if one not in _installed]
-            devices = _devices(models) if missing else set()
-            for operator in missing:
+    devices = _devices(models)
+    with _here.lock:
+        for operator in missing:
+            if operator not in _installed:
                 if _may_take(speed_rules()[operator], devices):
                     _install(operator)
-        (_fast if fast else _slow).add(block)
-
-
-def leave(block: object) -> None:
-    """A block closes; one that is not open does nothing."""
-    if torch.compiler.is_compiling():
-        return
-    with _lock:
-        _fast.discard(block)
-        _slow.discard(block)
 
 
 @contextmanager
@@ -76,7 +64,7 @@ def only(rule: Rule) -> Iterator[None]:
     For tests, one at a time; the rule need not be registered.
     """
     global _alone
-    with _lock:
+    with _here.lock:
         for operator in rule.functions:
             if operator not in _installed:
                 _install(operator)
@@ -103,9 +91,6 @@ def _may_take(rules: tuple[Rule, ...], devices: Collection[str]) -> bool:
 
 
 _KEY = "FuncTorchBatched"
-_lock = threading.Lock()
-_fast: set[object] = set()  # open blocks, by their option ``fast``
-_slow: set[object] = set()
 _alone: Mapping[Function, tuple[Rule, ...]] | None = None
 _installed: dict[Function, torch.library.Library] = {}
 
@@ -161,6 +146,10 @@ def _kernel(operator: Any) -> Callable[..., Any]:
 def _in_force(operator: Function) -> tuple[Rule, ...]:
     if _alone is not None:
         return _alone.get(operator, ())
-    if _fast and not _slow:
-        return speed_rules().get(operator, ())
-    return ()
+    fast = False
+    for block in _here.everywhere():
+        if block.alive:
+            if not block.fast:
+                return ()
+            fast = True
+    return speed_rules().get(operator, ()) if fast else ()

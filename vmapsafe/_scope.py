@@ -1,39 +1,54 @@
 """A block in force: the rules that hold, for which models, in which thread.
 
-A :class:`Scope` is a ``TorchFunctionMode``, so torch keeps one stack of them a thread,
-and nothing of the block lives on the object that opened it. Two process-wide module
-hooks, there only while a block is open somewhere, tell the scopes of their own thread
-which module is running: which layer called ``F.batch_norm`` cannot be told from its
-arguments. The scope looks up the rules; it does not know what they do.
+A :class:`Scope` is a ``TorchFunctionMode``, so torch keeps one stack of them a thread.
+Nothing is kept about what is running. Which layer calls ``F.batch_norm`` is told, at
+each call, by the buffers it passes, else by its weight, else by the Python frames that
+called; whether a write comes from a forward, by those frames. So there is nothing that
+an interrupt could leave behind. The scope looks up the rules; it does not know what
+they do.
 """
 
 from __future__ import annotations
 
-import re
+import sys
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from vmapsafe import _here
+from vmapsafe._again import (
+    called_with,
+    foreign_hooks,
+    hooked,
+    listen,
+    stop_listening,
+    unpacking_in,
+)
 from vmapsafe._call import (
     Call,
     batched_levels,
+    below_all,
     is_wrapped,
     run_while_compiling,
-    storage_of,
+    shares_memory,
 )
-from vmapsafe._checkpoint import in_checkpoint, refuse_recomputation, watch
-from vmapsafe._errors import BlockError, worded
+from vmapsafe._errors import BlockError, LeftOutWarning, warn_user, worded
 from vmapsafe._groups import NumGroups
-from vmapsafe._operators import enter, leave
+from vmapsafe._operators import install
 from vmapsafe._rule import Table, bind, table
-from vmapsafe._state import Model, find, put_back, switch
+from vmapsafe._state import Layer, Model, find, put_back, switch
+from vmapsafe._switched import covering, of_torch, own_class
+
+_compiling = torch.compiler.is_compiling
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,7 @@ class Options:
     rows: str = "contribution"  # of per_sample_grads
     fast: bool = True
     copies_at: int | None = None  # of per-sample gradients, see Site
+    also: tuple[type[nn.Module], ...] = ()
 
     def __str__(self) -> str:
         given = [f'mode="{self.mode}"']
@@ -56,32 +72,49 @@ class Options:
             given.append("update_running_stats=True")
         if self.sync_levels is not None:
             given.append(f"sync_levels={self.sync_levels}")
+        if self.also:
+            names = ", ".join([kind.__name__ for kind in self.also])
+            given.append(f"also=({names},)")
         if not self.fast:
             given.append("fast=False")
         return ", ".join(given)
 
+    @property
+    def meaning(self) -> Any:
+        """What two threads that hold one model have to agree on."""
+        return (
+            self.mode,
+            self.num_groups,
+            self.update_running_stats,
+            self.sync_levels,
+            self.also,
+        )
+
 
 @dataclass(slots=True)
 class Place:
-    """Where a call is made: in a module of a model that a block covers.
-
-    What rules ask of it is :class:`vmapsafe._call.Site`. ``levels`` are those of the
-    vmaps that batch a parameter or a buffer of the model, where the mode needs them.
-    """
+    """Where a call is made, see :class:`vmapsafe._call.Site`: by which covered layer,
+    if by one."""
 
     scope: Scope
-    model: Model
-    module: nn.Module
-    levels: frozenset[int]
+    module: nn.Module | None
 
     @property
     def layer(self) -> nn.Module | None:
-        layer = self.model.layers.get(self.module)
-        return None if layer is None or layer.frozen else self.module
+        if self.module is None or self.scope.layers[self.module].frozen:
+            return None
+        return self.module
+
+    @property
+    def stays_in_eval(self) -> bool:
+        if self.module is None:
+            return False
+        return self.scope.options.mode == "eval" or self.layer is None
 
     @property
     def tracks(self) -> bool:
-        return bool(self.model.layers[self.module].original.track_running_stats)
+        assert self.module is not None
+        return bool(self.scope.layers[self.module].owners.track_running_stats)
 
     @property
     def num_groups(self) -> NumGroups:
@@ -100,69 +133,51 @@ class Place:
         return self.scope.options.copies_at
 
     def merged_levels(self, tensor: Tensor) -> tuple[int, ...]:
-        own = (self.levels | _levels_of((self.module,))) - {self.copies_at}
-        levels = sorted(batched_levels((tensor,)) - own)
+        found = batched_levels((tensor,))
+        if not found:
+            return ()
+        assert self.module is not None
+        model = self.scope.covers[self.module]
+        own = batched_levels(_tensors(model.modules)) - {self.copies_at}
+        levels = sorted(found - own)
         wanted = self.scope.options.sync_levels
         return tuple(levels if wanted is None else levels[-wanted:])
 
     def path(self) -> str:
-        return self.model.label(self.module)
+        assert self.module is not None
+        return self.scope.covers[self.module].label(self.module)
 
     def holds(self, tensor: Tensor) -> bool:
-        buffers = [
-            buffer
-            for module in self.model.buffered
-            for buffer in module._buffers.values()
-            if buffer is not None
-        ]
-        if any([buffer is tensor for buffer in buffers]):
-            return True
-        if torch.compiler.is_compiling():
+        return self.scope.owner_of_buffer(tensor) is not None
+
+    def leaves_out(self, tensor: Tensor) -> bool:
+        """Whether a write to ``tensor`` is one to a buffer in a forward of the model,
+        which does not happen; says so where nobody would expect it."""
+        found = self.scope.owner_of_buffer(tensor)
+        if found is None or not self.scope.in_a_forward():
             return False
-        storage = storage_of(tensor)
-        return storage is not None and any(storage_of(b) == storage for b in buffers)
+        self.scope.leaves_out(*found)
+        return True
 
 
-@dataclass(slots=True)
-class Running:
-    """A module whose forward is running.
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.device != b.device or a.dtype != b.dtype or a.is_meta:
+        return False
+    with below_all():
+        return torch.equal(a, b)
 
-    Attributes:
-        module: the module.
-        place: where in which model it is, for the innermost block that covers it; None
-            where no block does.
-        buffers: on the outermost module of a model, what each of its modules had
-            registered when the forward began.
-        adopted: whether the block was put in force for this forward alone, as backward
-            runs it again.
-    """
 
-    module: nn.Module
-    place: Place | None
-    buffers: dict[nn.Module, dict[str, Tensor | None]]
-    adopted: bool
-
-    def put_buffers_back(self) -> None:
-        """Undo ``self.mean = …`` of the forward that ends: same objects, same names.
-
-        A tensor of another shape stays: it is a table that was built or grown, and
-        what the module keeps beside it (its size, say) would not fit the old one.
-        """
-        for module, before in self.buffers.items():
-            now = module._buffers
-            if len(now) == len(before) and all(
-                [now.get(name) is buffer for name, buffer in before.items()]
-            ):
-                continue
-            tables = {
-                name: buffer
-                for name, buffer in now.items()
-                if buffer is not None
-                and getattr(before.get(name), "shape", None) != buffer.shape
-                and not is_wrapped(buffer)
-            }
-            now.clear()
-            now.update({**before, **tables})
+def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """What a model computes with: parameters, buffers, and tensors that stand as plain
+    attributes in the place of parameters, as make_functional of old puts them."""
+    found = []
+    for module in modules:
+        given = module.__dict__
+        for tensors in (given["_parameters"], given["_buffers"], given):
+            for tensor in tensors.values():
+                if isinstance(tensor, Tensor):
+                    found.append(tensor)
+    return found
 
 
 class Scope(TorchFunctionMode):
@@ -172,16 +187,42 @@ class Scope(TorchFunctionMode):
         self, models: tuple[Model, ...], options: Options, block: object
     ) -> None:
         super().__init__()
-        self.block = block
         self.options = options
+        self.fast = options.fast
         self.models = models
-        self.closed = False
-        self.checkpointed: set[nn.Module] = set()
+        self.closed = self.closing = False
         self.table: Table = table(options.mode, options.fast)
-        self.outer = innermost()
-        self.running: list[Running] = [] if self.outer is None else self.outer.running
-        self.traced: list[Running] = []
-        self.covers = {module: model for model in models for module in model.modules}
+        self.covers: dict[nn.Module, Model] = {}
+        self.layers: dict[nn.Module, Layer] = {}
+        for model in models:
+            for module in model.modules:
+                self.covers[module] = model
+            self.layers.update(model.layers)
+        self.in_order = list(self.layers)
+        self.next = 0
+        self._copies_are_known = False
+        self._below: dict[nn.Module, list[nn.Module]] = {}
+        if not _compiling():
+            self.thread = threading.current_thread()
+            self._looked_at = WeakTensorKeyDictionary()
+            self.belongs_to(block)
+
+    def __str__(self) -> str:
+        names = ", ".join([own_class(model.root).__name__ for model in self.models])
+        return f"vmap_safe({names}, {self.options})"
+
+    def belongs_to(self, block: object) -> None:
+        """Nobody but the owner of ``block`` will close it, and he cannot when it is
+        gone."""
+        self._block = weakref.ref(block)
+
+    @property
+    def block(self) -> object | None:
+        return self._block()
+
+    @property
+    def alive(self) -> bool:
+        return not self.closed and (_compiling() or self._block() is not None)
 
     @run_while_compiling
     def __torch_function__(
@@ -192,295 +233,368 @@ class Scope(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if not _compiling():
+            if not self.alive:
+                return func(*args, **kwargs)
+            hooks = foreign_hooks()
+            if hooks is not None:
+                with unpacking_in(_here.blocks(), hooks):
+                    return self._call(func, types, args, kwargs)
+        return self._call(func, types, args, kwargs)
+
+    def _call(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         rules = self.table.get(func)
         out = kwargs.get("out")
         if rules is None and out is None:
+            if not _compiling():
+                if isinstance(func, HigherOrderOperator):
+                    return called_with(self, func, args, kwargs)
+                args = hooked(func, args)
             return func(*args, **kwargs)
-        running = running_under(self)
-        place = running[-1].place if running else None
-        if place is not None and place.scope is self:
-            if rules is not None:
-                call = Call(func, bind(func, args, kwargs), place)
+        if rules is not None:
+            bound = bind(func, args, kwargs)
+            module = None
+            if func in _OF_LAYERS:
+                module = self._caller(func, bound)
+                if module is None:
+                    self._look_for_copies(bound)
+            if module is None or self._owns(module):
+                call = Call(func, bound, Place(self, module))
                 for rule in rules:
                     if rule.accepts(call):
                         return rule.batched(call)
-            if out is not None:
-                targets = (out,) if isinstance(out, Tensor) else out
-                if any([place.holds(target) for target in targets]):
-                    return out
+        if out is not None:
+            targets = (out,) if isinstance(out, Tensor) else out
+            place = Place(self, None)
+            if any([place.leaves_out(target) for target in targets]):
+                return out
         return func(*args, **kwargs)
 
-    def owner_of(self, module: nn.Module) -> Scope | None:
-        """The innermost open block of this thread that covers ``module``."""
-        scope: Scope | None = self
-        while scope is not None and (scope.closed or module not in scope.covers):
-            scope = scope.outer
-        return scope
+    # -- Who calls ---------------------------------------------------------------------
+
+    def _caller(
+        self, func: Callable[..., Any], bound: Mapping[str, Any]
+    ) -> nn.Module | None:
+        """The layer that makes a call: whose buffers or weights it passes, or, where it
+        passes none of them, whose forward is calling."""
+        for name in ("running_mean", "weight", "bias"):
+            given = bound[name]
+            if given is not None:
+                found = self._with(name, given)
+                if found is not None:
+                    return found
+        if _compiling():
+            return self._bare(bound)
+        if self.options.mode == "eval" and bound.get("training") is False:
+            return None
+        nearest = _nearest_module()
+        return nearest if nearest in self.layers else None
+
+    def _with(self, name: str, given: Tensor) -> nn.Module | None:
+        """The layer that has this tensor under that name now; the one after the last
+        found first, so that one look will do."""
+        layers = self.in_order
+        first = 0 if _compiling() else self.next
+        for i in range(first, first + len(layers)):
+            layer = layers[i % len(layers)]
+            tensors = layer._buffers if name == "running_mean" else layer._parameters
+            if tensors.get(name) is given or layer.__dict__.get(name) is given:
+                if not _compiling():
+                    self.next = (i + 1) % len(layers)
+                return layer
+        return None
+
+    def _bare(self, bound: Mapping[str, Any]) -> nn.Module | None:
+        """While compiling there are no frames to look at; layers without any tensor do
+        the same, whichever it is."""
+        names = ("running_mean", "weight", "bias")
+        if any([bound[name] is not None for name in names]):
+            return None
+        for layer in self.in_order:
+            if getattr(layer, "num_features", None) == bound["input"].size(1):
+                if not any([getattr(layer, n, None) is not None for n in names]):
+                    return layer
+        return None
+
+    def _look_for_copies(self, bound: Mapping[str, Any]) -> None:
+        """Say once that a copy of a covered layer, made inside the block, is not
+        covered: it normalises as its owner's flags say."""
+        mean = bound["running_mean"]
+        if self.options.mode == "eval" or _compiling() or mean is None:
+            return
+        if self._copies_are_known or is_wrapped(mean) or mean in self._looked_at:
+            return
+        self._looked_at[mean] = True
+        if any([b._with("running_mean", mean) is not None for b in _here.blocks()]):
+            return  # covered by a block around this one
+        for layer in self.in_order:
+            own = layer._buffers.get("running_mean")
+            if own is not None and not is_wrapped(own) and _same(own, mean):
+                warn_user(
+                    worded(
+                        str(self),
+                        f"a copy of {self.covers[layer].label(layer)} runs in the "
+                        "block, which does not cover it",
+                        "Hand the copy to vmap_safe as well",
+                    ),
+                    UserWarning,
+                )
+                self._copies_are_known = True
+                return
+
+    def _owns(self, module: nn.Module) -> bool:
+        """Whether no block inside this one covers the module."""
+        if _compiling():
+            return True
+        return covering(module) is self
+
+    def owner_of_buffer(self, tensor: Tensor) -> tuple[nn.Module, str] | None:
+        """Which buffer of which module ``tensor`` is, or shares memory with."""
+        buffers = [
+            (module, name, buffer)
+            for model in self.models
+            for module in model.buffered
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        for module, name, buffer in buffers:
+            if buffer is tensor:
+                return module, name
+        shared = shares_memory(tensor, [buffer for _, _, buffer in buffers])
+        return None if shared is None else buffers[shared][:2]
+
+    def in_a_forward(self) -> bool:
+        """Whether a forward of a covered module is running. All that is traced is."""
+        if _compiling():
+            return True
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_name in ("_call_impl", "forward"):
+                if _module_of(frame) in self.covers:
+                    return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
+
+    def buffered_below(self, module: nn.Module) -> list[nn.Module]:
+        """The modules with buffers in it, itself included."""
+        found = self._below.get(module)
+        if found is None:
+            found = [m for m in module.modules() if m._buffers]
+            self._below[module] = found
+        return found
+
+    def leaves_out(self, module: nn.Module, name: str) -> None:
+        """Say once a class that a write of a hand-made layer did not happen."""
+        if _compiling():
+            return
+        kind, buffer = own_class(module), module._buffers.get(name)
+        if (
+            of_torch(kind)
+            or buffer is None
+            or not buffer.is_floating_point()
+            or not module.training
+            or kind in _warned
+        ):
+            return
+        _warned.add(kind)
+        model = self.covers[module]
+        warn_user(
+            worded(
+                f"vmap_safe({type(model.root).__name__}, {self.options})",
+                f"the forward of {model.label(module)} writes its buffer {name!r}, "
+                "which does not happen inside the block; otherwise it does what it "
+                "does in training mode",
+                f"Pass also=({kind.__name__},) to have it in eval mode, with mode="
+                '"eval"; or nothing, where that is what you want',
+            ),
+            LeftOutWarning,
+        )
+
+    def refused(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str | None:
+        """After the block: the layer or buffer to which this call would do something
+        else than in it."""
+        if func in _OF_LAYERS:
+            bound = bind(func, args, kwargs)
+            module = self._caller(func, bound)
+            if module is None or self.layers[module].frozen:
+                return None
+            flag = bound.get("training", bound.get("use_input_stats"))
+            if self.options.mode == "eval" and not flag:
+                return None
+            return self.covers[module].label(module)
+        out = kwargs.get("out")
+        targets = list(out) if isinstance(out, (tuple, list)) else [out]
+        if func in self.table:
+            targets.append(next(iter(args), None))
+        for target in targets:
+            if isinstance(target, Tensor):
+                found = self.owner_of_buffer(target)
+                if found is not None and self.in_a_forward():
+                    return self.covers[found[0]].label(found[0])
+        return None
+
+    # -- Opening and closing -----------------------------------------------------------
 
     def open(self) -> None:
-        """Switch the layers, listen to the modules, put the rules in force."""
-        self.depth = len(self.running)
-        switch(self.models, self.options)
-        self.listening = False
-        try:
-            self.listening = _listen(self)
-            enter(self, self.options.fast, [model.root for model in self.models])
+        """Put it in force."""
+        if _compiling():  # a lock cannot be traced, nor a class changed
+            switch(self.models)
             _push_mode(self)  # type: ignore[no-untyped-call]
-        except BaseException:
-            leave(self)
-            if self.listening:
-                _stop_listening(self)
-            put_back(self.models)
-            raise
+            return
+        with _here.lock:
+            sweep()
+            self._refuse_other_options()
+            _here.set_everywhere((*_here.everywhere(), self))
+            listen()
+            switch(self.models)
+        if self.fast:
+            install([model.root for model in self.models])
+        _here.set_blocks((*_here.blocks(), self))
+        _push_mode(self)  # type: ignore[no-untyped-call]
 
-    def close(self) -> None:
-        """Take all of it back, whatever happened inside.
-
-        Raises:
-            BlockError: blocks opened later are still open, or the block belongs to
-                another thread. The model is put back all the same.
-        """
-        self.closed = True
+    def close(self) -> str:
+        """Take it back, as far as it got. Says where in the thread's stack it was."""
+        if _compiling():
+            _pop_mode()  # type: ignore[no-untyped-call]
+            put_back(self.models, ())
+            return "top"
+        self.closing = True
         try:
             found = _remove(self)
-            if self.listening:
-                _stop_listening(self)
-            while len(self.running) > self.depth:  # left by an interrupted forward
-                self.running.pop().put_buffers_back()
+            _here.set_blocks(tuple([b for b in _here.blocks() if b is not self]))
+            with _here.lock:
+                left = tuple([b for b in _here.everywhere() if b is not self])
+                _here.set_everywhere(left)
+                mine = [b for b in reversed(_here.blocks()) if b.alive]
+                put_back(self.models, [*mine, *[b for b in reversed(left) if b.alive]])
+                if not left:
+                    stop_listening()
+            self.closed = True
         finally:
-            leave(self)
-            put_back(self.models)
-        if found != "top":
-            raise BlockError(
-                worded(
-                    f"vmap_safe({', '.join(type(m.root).__name__ for m in self.models)}"
-                    f", {self.options})",
-                    f"closed while it was {found}. Its models are put back",
-                    "Close blocks in the reverse order, in the thread that opened them",
-                )
-            )
+            self.closing = False
+        return found
+
+    def _refuse_other_options(self) -> None:
+        for other in _here.everywhere():
+            if other.thread is self.thread or not other.alive:
+                continue
+            if other.options.meaning == self.options.meaning:
+                continue
+            for module, layer in self.layers.items():
+                if module in other.layers and not layer.frozen:
+                    model = self.covers[module]
+                    raise BlockError(
+                        worded(
+                            f"vmap_safe({type(model.root).__name__}, {self.options})",
+                            f"another thread holds {model.label(module)} with "
+                            f"{other.options}",
+                            "Use the same options in both threads, or a copy of the "
+                            "model",
+                        )
+                    )
 
 
-def running_under(scope: Scope) -> list[Running]:
-    """The modules of this thread whose forwards are running, the outermost first.
+# The calls of normalisation layers.
+_OF_LAYERS = (F.batch_norm, F.instance_norm)
+_warned: weakref.WeakSet[type] = weakref.WeakSet()
 
-    What torch.compile traces is a list of its own: a graph must not depend on the
-    modules that happen to run around it.
-    """
-    return scope.traced if torch.compiler.is_compiling() else scope.running
+
+def sweep() -> None:
+    """Close what nobody will close any more: blocks that an interrupt, or the end of
+    their thread, left open."""
+    for block in (*_here.blocks(), *_here.everywhere()):
+        if block.closing:  # by what a signal handler or a finalizer has interrupted
+            continue
+        if not block.alive or not block.thread.is_alive():
+            block.close()
 
 
 def opened(roots: Sequence[nn.Module], options: Options, block: object) -> Scope:
     """Open a block for the object ``block``; all of it or, with an error, nothing."""
-    scope = Scope(find(roots, options.mode, _enclosing_models()), options, block)
-    scope.open()
+    scope = Scope(find(roots, options.mode, options.also), options, block)
+    if _compiling():
+        scope.open()
+        return scope
+    done = False
+    try:
+        try:
+            scope.open()
+            done = True
+        finally:
+            if not done:
+                scope.close()
+    finally:
+        if not done:  # interrupted while it was closing
+            scope.close()
     return scope
 
 
 def innermost() -> Scope | None:
     """The block opened last in this thread and still open."""
-    # Read in torch 2.13: the stack's public form is a list made anew at each call.
-    for i in range(torch._C._len_torch_function_stack() - 1, -1, -1):
-        mode = torch._C._get_function_stack_at(i)
-        if isinstance(mode, Scope) and not mode.closed:
-            return mode
+    for block in reversed(_here.blocks()):
+        if block.alive:
+            found: Scope = block
+            return found
     return None
 
 
-def _enclosing_models() -> list[Model]:
-    models: list[Model] = []
-    scope = innermost()
-    while scope is not None:
-        models.extend(scope.models)
-        scope = scope.outer
-    return models
+def entered_by(block: object) -> Scope | None:
+    """The innermost one of this thread that ``block`` has opened."""
+    if _compiling():
+        mode = torch._C._get_function_stack_at(torch._C._len_torch_function_stack() - 1)
+        return mode if isinstance(mode, Scope) else None
+    for scope in reversed(_here.blocks()):
+        if scope.alive and scope.block is block:
+            found: Scope = scope
+            return found
+    return None
 
 
 def _remove(scope: Scope) -> str:
     """Take ``scope`` off this thread's stack; says where it was."""
+    # Read in torch 2.13: the stack's public form is a list made anew at each call.
+    size = torch._C._len_torch_function_stack()
+    stack = [torch._C._get_function_stack_at(i) for i in range(size)]
+    if scope not in stack:
+        return "open in another thread"
     above: list[TorchFunctionMode] = []
-    found = "open in another thread"
-    for _ in range(torch._C._len_torch_function_stack()):
-        mode = _pop_mode()  # type: ignore[no-untyped-call]
-        if mode is scope:
-            found = "top" if not above else "not the innermost block"
-            break
-        above.append(mode)
-    for mode in reversed(above):
-        _push_mode(mode)  # type: ignore[no-untyped-call]
-    return found
+    try:
+        while stack[-1] is not scope:
+            above.append(stack.pop())
+            _pop_mode()  # type: ignore[no-untyped-call]
+        _pop_mode()  # type: ignore[no-untyped-call]
+    finally:
+        for mode in reversed(above):
+            _push_mode(mode)  # type: ignore[no-untyped-call]
+    return "not the innermost block" if above else "top"
 
 
-# The hooks. They stand in torch's own tables for hooks on all modules, under a key no
-# handle of torch's has: registering through the public function makes a handle that
-# torch.compile cannot trace (read in torch 2.13).
-_KEY = -1
-# torch warns at each call of a compiled module while such hooks stand. The filter is
-# put in and taken out by hand: warnings.filterwarnings would have every warning of the
-# process shown again.
-_QUIET = (
-    "ignore",
-    re.compile(r"Using `torch.compile\(module\)` when there are global hooks"),
-    UserWarning,
-    None,
-    0,
-)
-_listeners: list[object] = []  # the open blocks, and what _checkpoint watches
-_listeners_lock = threading.RLock()
-
-
-def _listen(listener: object) -> bool:
-    """Install the hooks unless they are there; says whether to take them out again."""
-    if torch.compiler.is_compiling():  # a lock cannot be traced
-        if _KEY in _module._global_forward_pre_hooks:
-            return False
-        _install()
-        return True
-    with _listeners_lock:
-        _listeners.append(listener)
-        if len(_listeners) == 1:
-            _install()
-            warnings.filters.insert(0, _QUIET)  # type: ignore[attr-defined]
-    return True
-
-
-def _stop_listening(listener: object) -> None:
-    if torch.compiler.is_compiling():
-        _uninstall()
-        return
-    with _listeners_lock:
-        _listeners.remove(listener)
-        if not _listeners:
-            _uninstall()
-            if _QUIET in warnings.filters:
-                warnings.filters.remove(_QUIET)  # type: ignore[attr-defined]
-
-
-def _install() -> None:
-    _module._global_forward_pre_hooks[_KEY] = _begin
-    _module._global_forward_hooks[_KEY] = _end
-    _module._global_forward_hooks_always_called[_KEY] = True
-
-
-def _uninstall() -> None:
-    del _module._global_forward_pre_hooks[_KEY]
-    del _module._global_forward_hooks[_KEY]
-    del _module._global_forward_hooks_always_called[_KEY]
-
-
-@run_while_compiling
-def _begin(module: nn.Module, args: Any) -> None:
-    """A module's forward begins: note it, and hold its flags to what was asked for."""
-    scope = innermost()
-    adopted = False
-    if scope is None:
-        scope = _recomputing(module)
-        if scope is None:
-            return
-        _push_mode(scope)  # type: ignore[no-untyped-call]
-        adopted = True
-    running = running_under(scope)
-    if not adopted and _is_nothing_new(module, scope, running):
-        return
-    owner = scope.owner_of(module)
-    if owner is None:
-        running.append(Running(module, None, {}, adopted))
-        return
-    model = owner.covers[module]
-    layer = model.layers.get(module)
-    if layer is not None:
-        layer.enforce()
-        if not torch.compiler.is_compiling() and in_checkpoint():
-            owner.checkpointed.add(module)
-    around = [one.place for one in running if one.place and one.place.model is model]
-    if around:
-        buffers, levels = {}, around[0].levels
-    else:
-        buffers = {module: dict(module._buffers) for module in model.buffered}
-        sync = owner.options.mode == "sync"
-        levels = _levels_of(model.modules) if sync else frozenset()
-    place = Place(owner, model, module, levels)
-    running.append(Running(module, place, buffers, adopted))
-
-
-def _is_nothing_new(
-    module: nn.Module, scope: Scope, running: Sequence[Running]
-) -> bool:
-    """Whether rules may take the calls of ``module`` for those of the module around it,
-    as they may for most modules, which are many and whose forwards should cost little.
-
-    A layer has buffers. A module that is running already is noted again, as its end
-    ends the last of that name.
-    """
-    if module._buffers or not running:
-        return False
-    place = running[-1].place
-    if place is None or scope.covers.get(module) is not place.model:
-        return False
-    return not _is_running(module, running)
-
-
-def _is_running(module: nn.Module, running: Sequence[Running]) -> bool:
-    for one in running:  # which costs less than any()
-        if one.module is module:
-            return True
-    return False
-
-
-def _levels_of(modules: Iterable[nn.Module]) -> frozenset[int]:
-    """The levels of the vmaps that batch a parameter or a buffer of ``modules``."""
-    return batched_levels(
-        [
-            tensor
-            for module in modules
-            for tensors in (module._parameters, module._buffers)
-            for tensor in tensors.values()
-            if tensor is not None
-        ]
-    )
-
-
-def _recomputing(module: nn.Module) -> Scope | None:
-    """The open block under which backward is running ``module`` again, if it is.
-
-    Backward sees none of its thread's modes, on the CPU neither (read in torch 2.13).
-    """
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-        return None
-    for scope in reversed(_listeners):
-        if isinstance(scope, Scope) and scope.checkpointed and module in scope.covers:
-            return scope
-    refuse_recomputation(module)
+def _nearest_module() -> nn.Module | None:
+    """The module whose method is running."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        found = _module_of(frame)
+        if found is not None:
+            return found
+        frame = frame.f_back  # type: ignore[assignment]
     return None
 
 
-@run_while_compiling
-def _end(module: nn.Module, args: Any, output: Any) -> None:
-    """A module's forward has returned or raised."""
-    scope = innermost()
-    if scope is None:
-        return
-    running = running_under(scope)
-    if not _is_running(module, running):
-        return
-    while True:
-        last = running.pop()
-        last.put_buffers_back()
-        if last.adopted:
-            _remove(scope)
-        if last.module is module:
-            break
-    if last.buffers and last.place and last.place.scope.checkpointed:
-        _watch_layers(last.place, output)
-
-
-def _watch_layers(place: Place, output: Any) -> None:
-    """Have the layers that ran in a checkpoint watched while the graph lives."""
-    labels = {
-        layer: place.model.label(layer)
-        for layer in place.scope.checkpointed
-        if layer in place.model.layers
-    }
-    _listen(labels)
-    if not watch(labels, output, lambda: _stop_listening(labels)):
-        _stop_listening(labels)
+def _module_of(frame: Any) -> nn.Module | None:
+    """The module of whose method this is a frame, or None."""
+    code = frame.f_code
+    if code.co_argcount == 0:
+        return None
+    name = code.co_varnames[0]
+    if name != "self" and code.co_name != "forward":
+        return None
+    found = frame.f_locals.get(name)  # which makes a dict of all
+    return found if isinstance(found, nn.Module) else None

@@ -1,11 +1,8 @@
-"""What of a model a block touches: two flags a layer. Found, switched, put back.
+"""What a block has to know of a model, looked at once at entry.
 
-A :class:`Model` is one module handed to a block, looked at once at entry: its
-normalisation layers with the flags they had, the flags the mode wants, and which of
-them their owner had frozen. :func:`switch` and :func:`put_back` change the flags and
-change them back. Flags belong to the process, so a layer that several blocks hold is
-entered in ``_held`` under a lock: the first entry keeps the original, the last exit
-puts it back.
+A :class:`Model` is one module handed to a block: its normalisation layers, the flags
+the mode wants them to show, and which of them their owner has frozen. :func:`switch`
+gives its modules the classes of ``_switched``, and takes them back.
 
 Put back as well are weights that hooks compute before each forward, as those of
 weight_norm, spectral_norm and pruning do: a forward under a transform leaves tensors
@@ -14,48 +11,48 @@ behind that are dead after it.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from vmapsafe._call import is_wrapped
-from vmapsafe._errors import BlockError, worded
+from vmapsafe._errors import worded
+from vmapsafe._switched import (
+    Flags,
+    InEval,
+    InTraining,
+)
+from vmapsafe._switched import Layer as SwitchedLayer
+from vmapsafe._switched import (
+    PutsBack,
+    kept_buffers,
+    of_torch,
+    own_class,
+    owners_flags,
+    put_buffers_back,
+)
+from vmapsafe._switched import switch as _switch
 
 _compiling = torch.compiler.is_compiling
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
-
-
-class Flags(NamedTuple):
-    """The two flags through which a layer chooses its statistics.
-
-    ``track_running_stats`` is None for a layer that has no such flag.
-    """
-
-    training: bool
-    track_running_stats: bool | None
+_TRACED = ("TracedModule", "TopLevelTracedModule")
 
 
 class Layer(NamedTuple):
-    """One normalisation layer of a model: its flags outside all blocks, as this block
-    found them, and as it wants them. A frozen layer keeps its own."""
+    """One normalisation layer of a model, and the flags it shows in the block; those of
+    its owner where he has frozen it."""
 
-    module: nn.Module
-    original: Flags
-    before: Flags
-    wanted: Flags
+    shown: Flags
     frozen: bool
-
-    def enforce(self) -> None:
-        """Set the wanted flags again, should somebody have changed them."""
-        set_flags(self.module, self.wanted)
+    owners: Flags
 
 
 @dataclass(frozen=True)
@@ -67,15 +64,21 @@ class Model:
         modules: every module in it, the root first.
         layers: the normalisation layers among them.
         buffered: the modules that own buffers.
+        parts: of each module, what of ours its class is to have.
+        scripted: the flags of layers that are TorchScript, which has no classes.
         computed: of modules with hooks before their forward, the tensors among the
             attributes.
+        kept: while torch.compile traces, the buffers.
     """
 
     root: nn.Module
     modules: tuple[nn.Module, ...]
     layers: dict[nn.Module, Layer] = field(default_factory=dict)
     buffered: tuple[nn.Module, ...] = ()
+    parts: dict[nn.Module, tuple[type, ...]] = field(default_factory=dict)
+    scripted: dict[nn.Module, bool] = field(default_factory=dict)
     computed: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict)
+    kept: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
 
     def path(self, module: nn.Module) -> str:
         """The module's name in the model, "" for the root."""
@@ -89,26 +92,6 @@ class Model:
         """``'layer1.0.bn1' (BatchNorm2d)``, for errors."""
         name = self.path(module) or "the model itself"
         return f"'{name}' ({type(module).__name__})"
-
-
-def find(
-    roots: Sequence[nn.Module], mode: str, enclosing: Iterable[Model]
-) -> tuple[Model, ...]:
-    """Look at the modules handed to a block; changes nothing.
-
-    A root inside another root belongs to the outer one. ``enclosing`` are the models
-    of the blocks around this one, whose layers show switched flags.
-
-    Raises:
-        ValueError: a lazy layer has not seen a batch.
-        TypeError: a kind of module that cannot be switched.
-    """
-    known = {m: layer for model in enclosing for m, layer in model.layers.items()}
-    roots = [unwrapped(root) for root in roots]
-    if len(roots) > 1:
-        inner = {m for root in roots for m in root.modules() if m is not root}
-        roots = [root for root in dict.fromkeys(roots) if root not in inner]
-    return tuple([_look_at(root, mode, known) for root in roots])
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -154,74 +137,30 @@ def process_group(module: nn.Module) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def set_flags(module: nn.Module, flags: Flags) -> None:
-    """Write the flags that differ.
+def find(
+    roots: Sequence[nn.Module], mode: str, also: tuple[type, ...] = ()
+) -> tuple[Model, ...]:
+    """Look at the modules handed to a block; changes nothing.
 
-    Past ``nn.Module.__setattr__``, whose look for parameters costs more than all the
-    rest of a block, unless a class has its own or torch.compile traces.
-    """
-    plain = type(module).__setattr__ is nn.Module.__setattr__
-    write = object.__setattr__ if plain and not _compiling() else setattr
-    if module.training != flags.training:
-        write(module, "training", flags.training)
-    track = flags.track_running_stats
-    if track is not None and module.track_running_stats != track:
-        write(module, "track_running_stats", track)
-
-
-def switch(models: Sequence[Model], options: Any) -> None:
-    """Give every layer the flags its block wants, all of them or none.
+    A root inside another root belongs to the outer one.
 
     Raises:
-        BlockError: another thread holds one of the layers with other options.
+        ValueError: a lazy layer has not seen a batch; a layer of ``also`` outside
+            "eval".
+        TypeError: a kind of module that cannot be switched.
     """
-    if _compiling():  # a lock and a table cannot be traced
-        for model in models:
-            for layer in model.layers.values():
-                layer.enforce()
-        return
-    done: list[Layer] = []
-    with _lock:
-        try:
-            for model in models:
-                for layer in model.layers.values():
-                    held = _held.get(layer.module)
-                    if held is not None:
-                        _refuse_other_options(held, model, layer, options)
-                    done.append(layer)
-                    _claim(layer, options)
-                    layer.enforce()
-        except BaseException:
-            for layer in reversed(done):
-                _release(layer)
-            raise
+    roots = [unwrapped(root) for root in roots]
+    if len(roots) > 1:
+        inner = {m for root in roots for m in root.modules() if m is not root}
+        roots = [root for root in dict.fromkeys(roots) if root not in inner]
+    return tuple([_look_at(root, mode, also) for root in roots])
 
 
-def put_back(models: Sequence[Model]) -> None:
-    """Undo :func:`switch`: as before for the last holder, else as the others want."""
-    if _compiling():
-        for model in reversed(models):
-            for layer in model.layers.values():
-                set_flags(layer.module, layer.before)
-        return
-    with _lock:
-        for model in models:
-            for layer in model.layers.values():
-                _release(layer)
-    for model in models:
-        for module, tensors in model.computed.items():
-            for name, tensor in tensors.items():
-                now = module.__dict__.get(name)
-                if isinstance(now, Tensor) and is_wrapped(now):
-                    module.__dict__[name] = tensor
-
-
-def _look_at(root: nn.Module, mode: str, known: Mapping[nn.Module, Layer]) -> Model:
+def _look_at(root: nn.Module, mode: str, also: tuple[type, ...]) -> Model:
+    model = Model(root, (), parts={})
     modules: list[nn.Module] = []
-    layers: dict[nn.Module, Layer] = {}
     buffered: list[nn.Module] = []
-    computed: dict[nn.Module, dict[str, Tensor]] = {}
-    can_freeze = _original(root, known).training
+    can_freeze = owners_flags(root).training
     seen = {root}
     waiting = [root]
     while waiting:
@@ -238,61 +177,145 @@ def _look_at(root: nn.Module, mode: str, known: Mapping[nn.Module, Layer]) -> Mo
             _refuse(module, mode, root)
         if module._forward_pre_hooks and not _compiling():
             tensors = {n: t for n, t in vars(module).items() if isinstance(t, Tensor)}
-            computed[module] = tensors
-        if not module._buffers:
+            model.computed[module] = tensors
+        if isinstance(module, torch.jit.ScriptModule):
+            if is_normalisation(module) and mode == "eval":
+                if not can_freeze or module.training:
+                    model.scripted[module] = module.training
             continue
-        if isinstance(module._buffers, dict):  # TorchScript keeps its own
+        if module._buffers:
             buffered.append(module)
-        if is_normalisation(module):
-            original = _original(module, known)
-            frozen = can_freeze and not original.training
-            layers[module] = Layer(
-                module=module,
-                original=original,
-                before=_flags(module),
-                wanted=original if frozen else _wanted(module, original, mode),
-                frozen=frozen,
-            )
-    return Model(root, tuple(modules), layers, tuple(buffered), computed)
+        named = isinstance(module, also) if also else False
+        if named or (module._buffers and is_normalisation(module)):
+            flags = owners_flags(module)
+            frozen = can_freeze and not flags.training
+            if mode == "sync" and not has_running_stats(module):
+                frozen = False  # it uses the batch's in eval mode too
+            if named and mode != "eval" and not frozen:
+                raise ValueError(
+                    worded(
+                        f'vmap_safe({type(root).__name__}, mode="{mode}")',
+                        f"{model.label(module)} is named by also=, and what it does in "
+                        'another mode than "eval" is not known',
+                        'Use mode="eval", or leave the class out of also',
+                    )
+                )
+            shown = flags if frozen else _shown(module, flags, mode)
+            model.layers[module] = Layer(shown, frozen, flags)
+    parts = model.parts
+    if not _compiling():
+        for module in modules:
+            needed = _parts(module, model, bool(buffered))
+            if needed:
+                parts[module] = needed
+    return Model(
+        root,
+        tuple(modules),
+        model.layers,
+        tuple(buffered),
+        parts,
+        model.scripted,
+        model.computed,
+        kept_buffers(root) if _compiling() else [],
+    )
 
 
-def _wanted(module: nn.Module, original: Flags, mode: str) -> Flags:
+def _parts(module: nn.Module, model: Model, has_buffers: bool) -> tuple[type, ...]:
+    """What of ours the module's class is to have in front."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return ()
+    parts: list[type] = []
+    own = own_class(module)
+    if not of_torch(own) and has_buffers and (module._modules or module._buffers):
+        parts.append(PutsBack)
+    layer = model.layers.get(module)
+    if layer is not None:
+        if isinstance(module, _NormBase) and not isinstance(module, SyncBatchNorm):
+            parts.append(SwitchedLayer)
+        else:
+            parts.append(InTraining if layer.shown.training else InEval)
+    return tuple(parts)
+
+
+def _shown(module: nn.Module, owners: Flags, mode: str) -> Flags:
     """The flags with which the layer's own forward does what ``mode`` says, or comes
-    closest; the rules do the rest.
+    closest; the rules do the rest. None for the owner's.
 
     A batch norm layer in training that does not track uses the slice's statistics and
-    neither counts nor writes. SyncBatchNorm in training would leave for its process
-    group before any rule sees it, in eval it calls ``F.batch_norm`` (read in 2.13).
+    neither counts nor writes. In eval it hands its buffers over, by which a rule knows
+    it, and does not count. SyncBatchNorm in training would leave for its process group
+    before any rule sees it (read in 2.13).
     """
-    training, track = original
     if mode == "eval":
-        return Flags(False, track)
+        return Flags(False, None)
     if isinstance(module, SyncBatchNorm):
-        return Flags(False, track)
+        return Flags(False, None)
     if isinstance(module, _BatchNorm):
-        return Flags(True, False)
+        return Flags(True, False) if mode == "no_running_stats" else Flags(False, None)
     if mode == "group_norm":
-        return original
-    return Flags(True, track)
+        return owners
+    return Flags(True, None)
 
 
-def _flags(module: nn.Module) -> Flags:
-    return Flags(module.training, getattr(module, "track_running_stats", None))
+def switch(models: Sequence[Model]) -> None:
+    """Give the modules their classes; with the lock held.
+
+    What torch.compile traces cannot change a class: its flags are set, as no other
+    thread sees them.
+    """
+    if _compiling():
+        for model in models:
+            for module, layer in model.layers.items():
+                if not layer.frozen:
+                    _set_flags(module, layer.shown)
+        return
+    for model in models:
+        for module, parts in model.parts.items():
+            _switch(module, parts)
+        for module, training in model.scripted.items():
+            _scripted.setdefault(module, training)
+            module.training = False
 
 
-def _original(module: nn.Module, known: Mapping[nn.Module, Layer]) -> Flags:
-    """The flags outside all blocks: of an enclosing one, another thread's, or bare."""
-    layer = known.get(module)
-    if layer is not None:
-        return layer.original
-    if not _compiling():
-        held = _held.get(module)
-        if held is not None:
-            return held.original
-    return _flags(module)
+def put_back(models: Sequence[Model], others: Iterable[Any]) -> None:
+    """Undo :func:`switch`, but for what the blocks ``others`` want, the last of them
+    first; with the lock held."""
+    if _compiling():
+        for model in reversed(models):
+            for module, layer in model.layers.items():
+                _set_flags(module, layer.owners)
+            for module, before in model.kept:
+                put_buffers_back(module, before)
+        return
+    for model in reversed(models):
+        for module in model.parts:
+            _switch(module, _wanted_by(others, module))
+        for module in model.scripted:
+            held = any([module in m.scripted for b in others for m in b.models])
+            if not held and module in _scripted:
+                training = _scripted.pop(module)
+                module.training = module.training or training
+        for module, tensors in model.computed.items():
+            for name, tensor in tensors.items():
+                now = module.__dict__.get(name)
+                if isinstance(now, Tensor) and is_wrapped(now):
+                    module.__dict__[name] = tensor
 
 
-_harmless: set[type] = set()
+def _wanted_by(blocks: Iterable[Any], module: nn.Module) -> tuple[type, ...]:
+    for block in blocks:
+        for model in block.models:
+            if module in model.parts:
+                parts: tuple[type, ...] = model.parts[module]
+                return parts
+    return ()
+
+
+_scripted: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+# Classes of which no module is refused.
+_harmless: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def _refuse(module: nn.Module, mode: str, root: nn.Module) -> None:
@@ -314,6 +337,15 @@ def _refuse(module: nn.Module, mode: str, root: nn.Module) -> None:
                 "Use the module before it is sharded, or DistributedDataParallel",
             )
         )
+    if type(module).__name__ in _TRACED and _has_batch_norm(module):
+        raise TypeError(
+            worded(
+                f'vmap_safe({type(root).__name__}, mode="{mode}")',
+                f"{Model(root, ()).label(module)} was traced by torch.jit.trace, which "
+                "leaves the flags of its layers out",
+                "Use the module before it was traced",
+            )
+        )
     if mode != "eval" and isinstance(module, torch.jit.ScriptModule):
         raise TypeError(
             worded(
@@ -327,51 +359,16 @@ def _refuse(module: nn.Module, mode: str, root: nn.Module) -> None:
         _harmless.add(type(module))
 
 
-class _Claim(NamedTuple):
-    layer: Layer
-    options: Any
-    thread: int
+def _has_batch_norm(module: nn.Module) -> bool:
+    return any(
+        [n.rpartition(".")[2] == "running_mean" for n, _ in module.named_buffers()]
+    )
 
 
-class _Held(NamedTuple):
-    original: Flags
-    claims: list[_Claim]
+# -- While torch.compile traces a block ------------------------------------------------
 
 
-_lock = threading.RLock()
-_held: dict[nn.Module, _Held] = {}
-
-
-def _claim(layer: Layer, options: Any) -> None:
-    held = _held.get(layer.module)
-    if held is None:
-        held = _held[layer.module] = _Held(layer.original, [])
-    held.claims.append(_Claim(layer, options, threading.get_ident()))
-
-
-def _release(layer: Layer) -> None:
-    held = _held.get(layer.module)
-    if held is None:
-        return
-    held.claims[:] = [claim for claim in held.claims if claim.layer is not layer]
-    if held.claims:
-        held.claims[-1].layer.enforce()
-    else:
-        set_flags(layer.module, held.original)
-        del _held[layer.module]
-
-
-def _refuse_other_options(
-    held: _Held, model: Model, layer: Layer, options: Any
-) -> None:
-    here = threading.get_ident()
-    for claim in held.claims:
-        if claim.thread != here and claim.options != options:
-            raise BlockError(
-                worded(
-                    f"vmap_safe({type(model.root).__name__}, {options})",
-                    f"another thread holds {model.label(layer.module)} with "
-                    f"{claim.options}, and a layer's flags belong to all threads",
-                    "Use the same options in both threads, or a copy of the model",
-                )
-            )
+def _set_flags(module: Any, flags: Flags) -> None:
+    module.training = flags.training
+    if flags.track_running_stats is not None:
+        module.track_running_stats = flags.track_running_stats

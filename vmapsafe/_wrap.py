@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 import weakref
 from collections.abc import Callable, Generator
 from types import TracebackType
@@ -14,10 +13,11 @@ import torch
 from torch import nn
 
 from vmapsafe._advice import advise
-from vmapsafe._errors import BlockError, NeverUpdatedWarning, worded
+from vmapsafe._errors import BlockError, NeverUpdatedWarning, warn_user, worded
 from vmapsafe._groups import NumGroups, check_num_groups
 from vmapsafe._rule import check_mode
-from vmapsafe._scope import Options, Scope, innermost, opened
+from vmapsafe._scope import Options, Scope, entered_by, opened
+from vmapsafe._switched import own_class
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,6 +31,7 @@ def vmap_safe(  # type: ignore[overload-overlap]
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
+    also: tuple[type[nn.Module], ...] = (),
     fast: bool = True,
 ) -> Block: ...
 
@@ -45,6 +46,7 @@ def vmap_safe(
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
+    also: tuple[type[nn.Module], ...] = (),
     fast: bool = True,
 ) -> Any:
     """Make batch norm networks work under ``torch.func`` for the length of a block.
@@ -106,6 +108,10 @@ def vmap_safe(
         sync_levels: in "sync", how many nested vmaps are merged, counted from the
             innermost; None for all. Merged are those that batch a layer's input and no
             parameter or buffer of the model.
+        also: classes of hand-made layers that are switched in "eval" as torch's own
+            are, subclasses included; an error in the other modes. Without it a
+            hand-made layer is switched if it owns buffers ``running_mean`` and
+            ``running_var``, and others normalise as they do in training mode.
         fast: whether faster batching rules of some operators stand in the place of
             torch's own, in all threads while the block is open. They give the same
             numbers up to rounding. False leaves all to torch, in blocks around this
@@ -126,7 +132,14 @@ def vmap_safe(
     not make clipped per-sample gradients differentially private by itself.
     """
     options = checked(
-        Options(mode, num_groups, update_running_stats, sync_levels, fast=fast)
+        Options(
+            mode,
+            num_groups,
+            update_running_stats,
+            sync_levels,
+            fast=fast,
+            also=also,
+        )
     )
     if len(models) == 1 and _is_function(models[0]):
         return Block((), options)(models[0])
@@ -135,7 +148,7 @@ def vmap_safe(
             raise TypeError(
                 worded(
                     "vmap_safe(...)",
-                    f"{model!r} is a {type(model).__name__}, not an nn.Module",
+                    f"got an object of type {type(model).__name__}, not an nn.Module",
                     "Write vmap_safe(model)",
                 )
             )
@@ -159,7 +172,7 @@ class Block:
             raise TypeError(
                 worded(f"with {self}", "got no model", "Write vmap_safe(model)")
             )
-        _enter(self, self._models)
+        _enter(self, self._models, self)
         return self._models[0] if len(self._models) == 1 else self._models
 
     def __exit__(
@@ -168,9 +181,7 @@ class Block:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        scope = innermost()
-        while scope is not None and scope.block is not self:
-            scope = scope.outer
+        scope = entered_by(self)
         if scope is None:
             raise BlockError(
                 worded(
@@ -182,6 +193,11 @@ class Block:
             )
         _leave(scope, error)
 
+    def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call a function in the block; no interrupt leaves it open."""
+        output: R = _called_in(self, self._models, function, args, kwargs)
+        return output
+
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         decorated: Callable[P, R] = _decorated(function, self)
         return decorated
@@ -191,6 +207,19 @@ def checked(options: Options) -> Options:
     """The options, or the error that says what is wrong with them."""
     check_mode("vmap_safe(...)", options.mode)
     check_num_groups(options.num_groups)
+    if not isinstance(options.also, tuple) or not all(
+        [
+            isinstance(kind, type) and issubclass(kind, nn.Module)
+            for kind in options.also
+        ]
+    ):
+        raise TypeError(
+            worded(
+                "vmap_safe(...)",
+                f"also is {options.also!r:.60}, not a tuple of classes of modules",
+                "Write also=(MyNorm,)",
+            )
+        )
     levels = options.sync_levels
     if levels is not None and (type(levels) is not int or levels < 1):
         raise ValueError(
@@ -215,27 +244,49 @@ def checked(options: Options) -> Options:
 # -- Blocks ---------------------------------------------------------------------------
 
 
-def _enter(block: Block, models: tuple[nn.Module, ...]) -> Scope:
-    scope = opened(models, block._options, block)
+def _enter(block: Block, models: tuple[nn.Module, ...], owner: object) -> Scope:
+    """Open a block that ``owner`` will close."""
+    scope = opened(models, block._options, owner)
     if block._options.mode == "eval" and not torch.compiler.is_compiling():
+        done = False
         try:
-            _warn_if_never_updated(scope)
-        except BaseException:  # a warning may be an error
-            scope.close()
-            raise
+            _warn_if_never_updated(scope)  # a warning may be an error
+            done = True
+        finally:
+            if not done:
+                scope.close()
     return scope
 
 
 def _leave(scope: Scope, error: BaseException | None) -> None:
+    """Close it, whatever comes.
+
+    Raises:
+        BlockError: blocks opened later are still open, or the block belongs to another
+            thread. The model is put back all the same.
+    """
+    found = ""
     try:
         if error is not None and not torch.compiler.is_compiling():
             advise(error, scope.models)
     finally:
-        scope.close()
+        try:
+            found = scope.close()
+        finally:
+            if not found:  # interrupted
+                scope.close()
+    if found != "top":
+        raise BlockError(
+            worded(
+                str(scope),
+                f"closed while it was {found}. Its models are put back",
+                "Close blocks in the reverse order, in the thread that opened them",
+            )
+        )
 
 
 _updated: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_warned: set[type] = set()
+_warned: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def _warn_if_never_updated(scope: Scope) -> None:
@@ -244,7 +295,8 @@ def _warn_if_never_updated(scope: Scope) -> None:
     A layer that was found updated is not looked at again: on a GPU each look waits.
     """
     for model in scope.models:
-        if type(model.root) in _warned:
+        kind = own_class(model.root)
+        if kind in _warned:
             continue
         for layer in model.layers:
             if layer in _updated:
@@ -252,16 +304,15 @@ def _warn_if_never_updated(scope: Scope) -> None:
             if not _never_updated(layer):
                 _updated.add(layer)
                 continue
-            _warned.add(type(model.root))
-            warnings.warn(
+            _warned.add(kind)
+            warn_user(
                 worded(
-                    f"vmap_safe({type(model.root).__name__}, {scope.options})",
+                    f"vmap_safe({kind.__name__}, {scope.options})",
                     f"the running statistics of {model.label(layer)} were never "
                     "updated, so it normalises by mean 0 and variance 1",
                     "Train the model first, or use another mode",
                 ),
                 NeverUpdatedWarning,
-                stacklevel=4,
             )
             break
 
@@ -321,8 +372,8 @@ def _decorated(function: Any, block: Block) -> Any:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with _Covering(block, function, args, kwargs):
-            return function(*args, **kwargs)
+        models = _models_of(block, function, args, kwargs)
+        return _called_in(block, models, function, args, kwargs)
 
     return wrapper
 
@@ -332,55 +383,83 @@ def _resumed_in(function: Any, block: Block) -> Any:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        covering = _Covering(block, function, args, kwargs)
+        models = _models_of(block, function, args, kwargs)
         generator = function(*args, **kwargs)
+
+        def resume(step: Callable[..., Any], *given: Any) -> Any:
+            return _called_in(block, models, step, given, {})
+
         try:
-            with covering:
-                item = next(generator)
+            item = resume(next, generator)
             while True:
                 try:
                     sent = yield item
                 except GeneratorExit:
-                    with covering:
-                        generator.close()
+                    resume(generator.close)
                     raise
                 except BaseException as error:
-                    with covering:
-                        item = generator.throw(error)
+                    item = resume(generator.throw, error)
                 else:
-                    with covering:
-                        item = generator.send(sent)
+                    item = resume(generator.send, sent)
         except StopIteration as stop:
             return stop.value
 
     return wrapper
 
 
-class _Covering:
-    """The block around one call of a decorated function, entered once at a time."""
+def _called_in(
+    block: Block,
+    models: tuple[nn.Module, ...],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call it in a block of its own.
 
-    def __init__(
-        self, block: Block, function: Any, args: Any, kwargs: dict[str, Any]
-    ) -> None:
+    An interrupt at the first step of ``__exit__`` is the one that ``with`` alone would
+    let through.
+    """
+    entry = _Entry(block, models)
+    if torch.compiler.is_compiling():
+        with entry:
+            return function(*args, **kwargs)
+    try:
+        with entry:
+            return function(*args, **kwargs)
+    finally:
+        left_open = entered_by(entry)
+        if left_open is not None:
+            left_open.close()
+
+
+class _Entry:
+    """One use of a block."""
+
+    def __init__(self, block: Block, models: tuple[nn.Module, ...]) -> None:
         self.block = block
-        self.models = block._models or tuple(
-            [*_modules_among(args), *_modules_among(kwargs)]
-        )
-        if not self.models:
-            raise TypeError(
-                worded(
-                    f"{getattr(function, '__name__', 'function')}(...) under @{block}",
-                    "no nn.Module among its arguments, nor in a tuple, list or dict "
-                    "there",
-                    "Pass the model, or write @vmap_safe(model)",
-                )
-            )
+        self.models = models
 
     def __enter__(self) -> None:
-        self.scope = _enter(self.block, self.models)
+        self.scope = _enter(self.block, self.models, self)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         _leave(self.scope, error)
+
+
+def _models_of(
+    block: Block, function: Any, args: Any, kwargs: dict[str, Any]
+) -> tuple[nn.Module, ...]:
+    """The block's, or the modules among the arguments of a call."""
+    models = block._models or tuple([*_modules_among(args), *_modules_among(kwargs)])
+    if not models:
+        raise TypeError(
+            worded(
+                f"{getattr(function, '__name__', 'function')}(...) under @{block}",
+                "no nn.Module among its arguments, nor in a tuple, list or dict there",
+                "Pass the model, or write @vmap_safe(model)",
+            )
+        )
+    return models
 
 
 def _modules_among(value: Any) -> list[nn.Module]:

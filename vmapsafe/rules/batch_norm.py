@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import Call, autocasts, batched_levels, beyond_reverse_mode
+from vmapsafe._call import (
+    Call,
+    autocasts,
+    batched_levels,
+    beyond_reverse_mode,
+    innermost,
+)
 from vmapsafe._errors import worded
 from vmapsafe._groups import groups_for
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
@@ -24,7 +30,11 @@ def of_a_layer(call: Call) -> bool:
 def _uses_own_statistics(call: Call) -> bool:
     """Whether a layer asks for the statistics of its input, as one that has no running
     ones does in every mode, or torch would update those."""
-    return bool(call["training"]) and of_a_layer(call) or writes_statistics(call)
+    site = call.site
+    if call["training"] and site is not None:
+        if site.layer is not None or site.stays_in_eval:
+            return True
+    return writes_statistics(call)
 
 
 def writes_statistics(call: Call) -> bool:
@@ -123,6 +133,67 @@ register(
 )
 
 
+# -- Layers that are to stay in eval mode ----------------------------------------------
+#
+# In "eval", or frozen by their owner. They ask for something else where torch.compile
+# traces them, which does not see the flags they show, or where their buffers are passed
+# by somebody else.
+
+
+def _asks_for_its_own(call: Call) -> bool:
+    asks = call.arguments.get("training", call.arguments.get("use_input_stats"))
+    return (
+        bool(asks)
+        and call.site is not None
+        and call.site.stays_in_eval
+        and call["running_mean"] is not None
+        and call["running_var"] is not None
+    )
+
+
+def _is_empty(call: Call) -> bool:
+    """Then torch's backward ends the process (2.13)."""
+    return innermost(call["input"]).numel() == 0
+
+
+def _staying_in_eval(call: Call) -> Tensor:
+    if _is_empty(call):
+        return torch.clone(call["input"])
+    stays = Call(F.batch_norm, {**call.arguments, "training": False}, call.site)
+    if _reads_statistics(stays):
+        return by_running_statistics(stays)
+    return F.batch_norm(**stays.arguments)
+
+
+def _instance_staying_in_eval(call: Call) -> Tensor:
+    if _is_empty(call):
+        return torch.clone(call["input"])
+    return F.instance_norm(**{**call.arguments, "use_input_stats": False})
+
+
+register(
+    Rule(
+        name="batch_norm, layers that stay in eval mode",
+        functions=(F.batch_norm,),
+        modes=MODES,
+        accepts=_asks_for_its_own,
+        batched=_staying_in_eval,
+        reference=slice_by_slice(lambda call: _plain_by_running_statistics(call)),
+    )
+)
+
+register(
+    Rule(
+        name="instance_norm, layers that stay in eval mode",
+        functions=(F.instance_norm,),
+        modes=MODES,
+        accepts=_asks_for_its_own,
+        batched=_instance_staying_in_eval,
+        reference=slice_by_slice(lambda call: _plain_by_running_statistics(call)),
+    )
+)
+
+
 # -- Every mode: a forward does not write to the running statistics ------------------
 
 
@@ -156,6 +227,17 @@ def plain_instance_norm(call: Call) -> Tensor:
     x = call["input"]
     return _normalised(call, x, list(range(2, x.dim())))
 
+
+register(
+    Rule(
+        name="instance_norm, statistics of the slice",
+        functions=(F.instance_norm,),
+        modes=("no_running_stats",),
+        accepts=of_a_layer,
+        batched=instance_norm_unwritten,
+        reference=slice_by_slice(plain_instance_norm),
+    )
+)
 
 register(
     Rule(

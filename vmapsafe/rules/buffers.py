@@ -44,8 +44,8 @@ def _target(call: Call) -> Tensor:
     return target
 
 
-def _target_is_a_buffer(call: Call) -> bool:
-    return call.site is not None and call.site.holds(_target(call))
+def _is_left_out(call: Call) -> bool:
+    return call.site is not None and call.site.leaves_out(_target(call))
 
 
 register(
@@ -53,7 +53,7 @@ register(
         name="in-place write to a buffer, left out",
         functions=IN_PLACE,
         modes=MODES,
-        accepts=_target_is_a_buffer,
+        accepts=_is_left_out,
         batched=_target,
         reference=_target,
     )

@@ -53,7 +53,6 @@ from vmapsafe.rules.batch_norm import (
     plain_instance_norm,
     scaled_and_shifted,
     wide,
-    writes_statistics,
 )
 
 Levels = tuple[int, ...]
@@ -394,10 +393,6 @@ register(
 # -- Instance norm ---------------------------------------------------------------------
 
 
-def _of_an_updated_layer(call: Call) -> bool:
-    return of_a_layer(call) and writes_statistics(call)
-
-
 def _instance_norm(call: Call) -> Tensor:
     """Samples are normalised one by one: only the running statistics are merged."""
     site, x = call.site, call["input"]
@@ -423,7 +418,7 @@ register(
         name="instance_norm, running statistics across the vmapped axis",
         functions=(F.instance_norm,),
         modes=("sync",),
-        accepts=_of_an_updated_layer,
+        accepts=of_a_layer,
         batched=_instance_norm,
         reference=slice_by_slice(plain_instance_norm),
     )

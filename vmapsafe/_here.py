@@ -1,0 +1,77 @@
+"""Which blocks are open: in this thread, and anywhere.
+
+Two tuples, each replaced as a whole: an interrupt, a signal handler or a finalizer that
+opens a block of its own meets the old one or the new one and nothing between. A block
+that was interrupted before it could close is found dead by :attr:`Open.alive`; whoever
+opens or closes a block next sweeps it up.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+class Open(Protocol):
+    """A block in force, as much as is asked of it here."""
+
+    fast: bool
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is open, and somebody is there who will close it."""
+
+
+class _Here(threading.local):
+    blocks: tuple[Any, ...] = ()
+
+
+_here = _Here()
+_everywhere: tuple[Any, ...] = ()
+
+# For what must not happen in two threads at once; the same thread may meet it again, in
+# a signal handler or a finalizer.
+lock = threading.RLock()
+
+
+def blocks() -> tuple[Any, ...]:
+    """The blocks of this thread, the innermost last; some may be dead."""
+    return _here.blocks
+
+
+def set_blocks(found: tuple[Any, ...]) -> None:
+    """Replace them."""
+    _here.blocks = found
+
+
+def everywhere() -> tuple[Any, ...]:
+    """The blocks of all threads; some may be dead."""
+    return _everywhere
+
+
+def set_everywhere(found: tuple[Any, ...]) -> None:
+    """Replace them, with :data:`lock` held."""
+    global _everywhere
+    _everywhere = found
+
+
+@contextmanager
+def instead(found: tuple[Any, ...]) -> Iterator[None]:
+    """The blocks of this thread are others."""
+    before, _here.blocks = _here.blocks, found
+    try:
+        yield
+    finally:
+        _here.blocks = before
+
+
+def _forked() -> None:
+    """A child has none of its parent's other threads, of which one may hold it."""
+    global lock
+    lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forked)
