@@ -246,9 +246,9 @@ ERRORS = [
     ),
     (
         lambda net: per_sample_grads(
-            net, lambda o, y: F.cross_entropy(o, y, reduction="none"), X, Y
+            net, lambda o, y: F.mse_loss(o, y, reduction="none"), X, X[:, :2]
         ),
-        "loss_fn gave (1,) for a batch of one instead of a tensor without dimensions",
+        "loss_fn gave (1, 2) for a batch of one instead of a tensor without dimensions",
     ),
     (
         lambda net: per_sample_grads(net, lambda o, y: 1.0, X, Y),

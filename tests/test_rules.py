@@ -314,6 +314,14 @@ CASES = {
     "batch_norm, statistics not written": BATCH_NORMS,
     "batch_norm, running statistics": [running(case) for case in BATCH_NORMS],
     "instance_norm, statistics not written": INSTANCE_NORMS,
+    # By the statistics of the input; with running ones in test_layouts.
+    "batch_norm, a batch of one": [
+        batch_norm(1, 3, 2, 4),
+        batch_norm(1, 3, 2, 2, 2, affine=False),
+    ],
+    "instance_norm, all positions in one dimension": [
+        {**instance_norm(2, 3, 2, 4), "running_mean": None, "running_var": None},
+    ],
     "batch_norm, statistics across the vmapped axis": BATCH_NORMS,
     "instance_norm, running statistics across the vmapped axis": INSTANCE_NORMS,
     "convolution_backward, weights by matrix products": CONVOLUTIONS,

@@ -354,6 +354,15 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def multiplies_exactly(device: torch.device) -> bool:
+    """Whether products of float32 matrices there have the precision of float32."""
+    # What all switches come to, the older and the newer; torch's own question raises
+    # where both were used (torch 2.13).
+    backend = "mkldnn" if device.type == "cpu" else "cuda"
+    found = torch._C._get_fp32_precision_getter(backend, "matmul")
+    return found in ("none", "ieee")
+
+
 def wrapped_again(outputs: tuple[Tensor | None, ...], level: int) -> Any:
     """Batches, batch dimension first, as the vmap of ``level`` shows them."""
     return tuple(

@@ -5,7 +5,7 @@ loss by its output on sample i, a row dW_i that is bilinear in the two. What is 
 the rows often needs none of them:
 
 * ``rows``: the rows themselves, into given memory;
-* ``squares``: the squared norm of each row;
+* ``norms``: the norm of each row;
 * ``weighted``: the sum of the rows, each times a factor, which is the ordinary weight
   gradient of the scaled output gradients.
 
@@ -18,18 +18,23 @@ matrices,
 (Li et al., https://arxiv.org/abs/2110.05679, section 4; Goodfellow,
 https://arxiv.org/abs/1510.01799, for T = 1), which costs T T (C + O) products and not
 T C O. Where that is more, rows are made for a few samples at a time and thrown away.
+
+Squares may leave the range of a dtype where rows do not, and the sum of products may be
+the small difference of large numbers. Both show in the numbers themselves, and norms of
+such samples are computed again from rows, each divided by its largest entry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vmapsafe._call import Call
+from vmapsafe._call import Call, is_plain
 from vmapsafe.rules.batch_norm import wide
 from vmapsafe.rules.convolution import (
     ALGORITHMS,
@@ -58,9 +63,9 @@ class Formula:
         else they are contiguous and their memory nobody else's."""
         raise NotImplementedError
 
-    def squares(self, x: Tensor, grad: Tensor) -> Tensor:
-        """(B,), the squared norms of the rows."""
-        parts = [squared_norms(self.rows(*part)) for part in self._few(x, grad)]
+    def norms(self, x: Tensor, grad: Tensor) -> Tensor:
+        """(B,), the norms of the rows."""
+        parts = [norms_of(self.rows(*part)) for part in self._few(x, grad)]
         return torch.cat(parts)
 
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
@@ -71,29 +76,64 @@ class Formula:
         self, x: Tensor, grad: Tensor, numbers: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Few samples at a time, so that ``numbers`` a sample stay in the cache."""
-        step = max(1, _CACHED // (numbers or self.shape.numel()))
+        step = max(1, _CACHED // max(1, numbers or self.shape.numel()))
         for i in range(0, len(grad), step):
             yield x[i : i + step], grad[i : i + step]
 
 
-def squared_norms(rows: Tensor) -> Tensor:
+def norms_of(rows: Tensor) -> Tensor:
     """(B,) of (B, ...); half precision in float32."""
-    rows = wide(rows).flatten(1)
+    rows = wide(rows).unsqueeze(-1).flatten(1)
+    if not _can_look(rows):
+        return _norms_of_scaled(rows)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms.square()
+    low, high = _range(norms.dtype)
+    again = [i for i, n in enumerate(norms.tolist()) if not low < n * n < high]
+    if again:
+        norms[again] = _norms_of_scaled(rows[again])
+    return norms
+
+
+def _norms_of_scaled(rows: Tensor) -> Tensor:
+    rows, scale = _scaled_to_one(rows)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms * scale
+
+
+def _scaled_to_one(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, ...), the largest entry of each sample 1, and what it was (B,)."""
+    flat = x.detach().unsqueeze(-1).flatten(1)
+    if flat.size(1) == 0:
+        return x, flat.new_ones(len(flat))
+    scale = flat.abs().amax(1)
+    scale = torch.where((scale > 0) & scale.isfinite(), scale, 1)
+    return x / _at(scale, x), scale
+
+
+def _range(dtype: torch.dtype) -> tuple[float, float]:
+    """Between these, sums of squares have lost nothing to the ends of the dtype."""
+    numbers = torch.finfo(dtype)
+    return numbers.tiny * 2.0**40, numbers.max * 2.0**-10
+
+
+def _can_look(x: Tensor) -> bool:
+    """Whether the numbers may be read: on the CPU, where that is cheap, and where no
+    transform, autograd or compiler watches."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and is_plain(x)
 
 
 def weighted_sum(rows: Tensor, factors: Tensor) -> Tensor:
     """(...) of (B, ...) and (B,)."""
-    total: Tensor = torch.tensordot(factors.to(rows.dtype), rows, 1)
-    return total
+    numbers = wide(rows)  # a factor may be below the range of half precision
+    total: Tensor = torch.tensordot(factors.to(numbers.dtype), numbers, 1)
+    return total.to(rows.dtype)
 
 
 class _Small(Formula):
     """Whose rows take less memory than the output gradient."""
 
-    def squares(self, x: Tensor, grad: Tensor) -> Tensor:
-        return squared_norms(self.rows(x, grad))
+    def norms(self, x: Tensor, grad: Tensor) -> Tensor:
+        return norms_of(self.rows(x, grad))
 
 
 @dataclass(frozen=True)
@@ -128,19 +168,63 @@ class _Products(Formula):
         """(B, O, T)"""
         raise NotImplementedError
 
-    def squares(self, x: Tensor, grad: Tensor) -> Tensor:
+    def norms(self, x: Tensor, grad: Tensor) -> Tensor:
         positions = self.outputs(grad[:1]).size(2)
         numbers = self.shape.numel()
+        if not positions or not numbers:
+            return wide(grad).new_zeros(len(grad))
+        if positions == 1:
+            return norms_of(self.columns(x)) * norms_of(self.outputs(grad))
         of_weight = self.shape[0] + numbers // self.shape[0]
         if positions * of_weight >= numbers:
-            return super().squares(x, grad)
+            return super().norms(x, grad)
         parts = []
         for some_x, some_grad in self._few(x, grad, positions * of_weight):
             a, b = wide(self.columns(some_x)), wide(self.outputs(some_grad))
-            products = torch.bmm(a.mT, a).mul_(torch.bmm(b.mT, b))
-            parts.append(products.flatten(1).sum(1))
-        # Rounding may leave the square of a tiny norm below zero.
-        return torch.cat(parts).clamp_min_(0)
+            parts.append(_norms_of_products(a, b))
+        return torch.cat(parts)
+
+
+def _norms_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """(B,), of b_i a_i^T, from (B, C, T) and (B, O, T)."""
+    if not _can_look(a):
+        (a, of_a), (b, of_b) = _scaled_to_one(a), _scaled_to_one(b)
+        squares = (torch.bmm(a.mT, a) * torch.bmm(b.mT, b)).flatten(1).sum(1)
+        found = squares.clamp_min(0).sqrt().double() * of_a * of_b
+        return found.to(a.dtype)
+    products, others = torch.bmm(a.mT, a), torch.bmm(b.mT, b)
+    most = [p.diagonal(dim1=1, dim2=2).sum(1) for p in (products, others)]
+    squares = products.mul_(others).flatten(1).sum(1)
+
+    def again(i: int) -> Tensor:
+        (one, of_a), (other, of_b) = (_scaled_to_one(t[i : i + 1]) for t in (a, b))
+        norm = norms_of(torch.bmm(other, one.mT))
+        return norm.double() * of_a * of_b
+
+    return _roots(squares, most, again)
+
+
+def _roots(
+    squares: Tensor, most: Sequence[Tensor], again: Callable[[int], Tensor]
+) -> Tensor:
+    """(B,): of each of ``squares``, which is at most the product of ``most``.
+
+    Where one of these is out of range, or rounding errors of that product would count,
+    it is ``again(i)``.
+    """
+    low, high = _range(squares.dtype)
+    smallest = 2.0**10 * torch.finfo(squares.dtype).eps
+    norms = squares.clamp_min(0).sqrt_()
+    for i, (square, *bounds) in enumerate(
+        zip(squares.tolist(), *[bound.tolist() for bound in most])
+    ):
+        bound = math.prod(bounds)
+        if (
+            not all([low < number < high for number in (bound, *bounds)])
+            or not square > smallest * bound
+        ):
+            norms[i : i + 1] = again(i)
+    return norms
 
 
 @dataclass(frozen=True)
@@ -148,7 +232,7 @@ class Linear(_Products):
     """``F.linear``: x (B, ..., C), grad (B, ..., O), weight (O, C)."""
 
     def columns(self, x: Tensor) -> Tensor:
-        return x.reshape(len(x), -1, x.size(-1)).mT
+        return x.reshape(len(x), math.prod(x.shape[1:-1]), x.size(-1)).mT
 
     def outputs(self, grad: Tensor) -> Tensor:
         return self.columns(grad)
@@ -160,8 +244,9 @@ class Linear(_Products):
         return torch.bmm(a, b.mT, out=out and out())
 
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
-        x, grad = _scaled(x, grad, factors)
-        return grad.flatten(0, -2).T @ x.flatten(0, -2)
+        dtype = grad.dtype
+        x, grad = _times(x, grad, factors)
+        return (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -192,15 +277,16 @@ class Convolution(_Products):
             row.copy_(self._ordinary(one_x, one_grad))
         return rows
 
-    def squares(self, x: Tensor, grad: Tensor) -> Tensor:
+    def norms(self, x: Tensor, grad: Tensor) -> Tensor:
         products = set(self.dilation) == {1} and products_are_exact(self.weight)
         if self.groups == 1 and products:
-            return super().squares(x, grad)
-        return Formula.squares(self, x, grad)
+            return super().norms(x, grad)
+        return Formula.norms(self, x, grad)
 
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
-        x, grad = _scaled(x, grad, factors)
-        return self._ordinary(x.flatten(0, 1), grad.flatten(0, 1))
+        dtype = grad.dtype
+        x, grad = _times(x, grad, factors)
+        return self._ordinary(x.flatten(0, 1), grad.flatten(0, 1)).to(dtype)
 
     def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """(B, N, C, *S), in the dtype of the two."""
@@ -259,28 +345,39 @@ class Embedding(Formula):
         size = len(grad)
         rows = out() if out else grad.new_empty(size, *self.shape)
         first = torch.arange(size, device=x.device).unsqueeze(1) * self.shape[0]
-        index = (x.reshape(size, -1) + first).flatten()
+        index = (x.reshape(size, math.prod(x.shape[1:])) + first).flatten()
         flat = rows.view(-1, self.shape[1]).zero_()
         flat.index_add_(0, index, self._seen(x, grad).flatten(0, -2))
         return rows
 
-    def squares(self, x: Tensor, grad: Tensor) -> Tensor:
+    def norms(self, x: Tensor, grad: Tensor) -> Tensor:
         positions = x[:1].numel()
-        if positions**2 >= self.shape.numel():
-            return super().squares(x, grad)
+        if positions**2 >= self.shape.numel() or not _can_look(grad):
+            return super().norms(x, grad)
+        if not positions:
+            return wide(grad).new_zeros(len(grad))
         parts = []
         for some_x, some_grad in self._few(x, grad, positions**2):
             index = some_x.flatten(1) if some_x.dim() > 1 else some_x.unsqueeze(1)
             seen = wide(self._seen(some_x, some_grad)).reshape(*index.shape, -1)
             same = index.unsqueeze(1) == index.unsqueeze(2)
             products = torch.bmm(seen, seen.mT)
-            parts.append(torch.where(same, products, 0).flatten(1).sum(1))
-        return torch.cat(parts).clamp_min_(0)
+            most = products.diagonal(dim1=1, dim2=2).sum(1)
+            squares = torch.where(same, products, 0).flatten(1).sum(1)
+
+            def again(i: int, x: Tensor = some_x, grad: Tensor = some_grad) -> Tensor:
+                return norms_of(self.rows(x[i : i + 1], grad[i : i + 1]))
+
+            # A word that stands there several times adds up to that many times more.
+            parts.append(_roots(squares, [most * positions], again))
+        return torch.cat(parts)
 
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
-        grad = self._seen(x, grad) * _at(factors, grad)
-        total = grad.new_zeros(self.shape)
-        return total.index_add_(0, x.flatten(), grad.flatten(0, -2))
+        seen = wide(self._seen(x, grad))
+        seen = seen * _at(factors, seen)
+        total = seen.new_zeros(self.shape)
+        total.index_add_(0, x.flatten(), seen.flatten(0, -2))
+        return total.to(grad.dtype)
 
     def _seen(self, x: Tensor, grad: Tensor) -> Tensor:
         if self.padding_idx is None:
@@ -293,8 +390,10 @@ class Embedding(Formula):
 _CACHED = 2**19
 
 
-def _scaled(x: Tensor, grad: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """One of the two times the factors, the smaller one."""
+def _times(x: Tensor, grad: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """One of the two times the factors, the smaller one; half precision in float32,
+    as a factor may be below its range."""
+    x, grad = wide(x), wide(grad)
     if x.numel() < grad.numel():
         return x * _at(factors, x), grad
     return x, grad * _at(factors, grad)

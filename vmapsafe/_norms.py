@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vmapsafe._call import tree_map, without_autocast
 from vmapsafe._chunks import check_chunk_size
 from vmapsafe._errors import worded
-from vmapsafe._formulas import Formula, squared_norms, weighted_sum
+from vmapsafe._formulas import Formula, norms_of, weighted_sum
 from vmapsafe._groups import NumGroups
 from vmapsafe._processes import agreed, check_all_or_none, gathered, summed
 from vmapsafe._samples import Loss, Params, Samples
@@ -102,12 +102,10 @@ def per_sample_grad_norms(
         )
 
         def norms(batch: tuple[Any, ...]) -> Any:
-            into = _Squares()
+            into = _Norms()
             aux = samples.collect(batch, into)
-            squares = {name: into.squares[name] for name in samples.values}
-            if per_parameter:
-                return {name: s.sqrt() for name, s in squares.items()}, aux
-            return _total(squares).sqrt(), aux
+            found = {name: into.norms[name] for name in samples.values}
+            return found if per_parameter else _total(found), aux
 
         return tree_map(
             lambda *parts: torch.cat(parts)[: samples.size],
@@ -238,23 +236,23 @@ _NORMS = "per_sample_grad_norms(...)"
 _CLIPPED = "clipped_grad_sum(...)"
 
 
-class _Squares:
-    """Collects the squared norm of each parameter's rows."""
+class _Norms:
+    """Collects the norms of each parameter's rows."""
 
     def __init__(self) -> None:
-        self.squares: dict[str, Tensor] = {}
+        self.norms: dict[str, Tensor] = {}
 
     def storage(self, name: str) -> None:
         return None
 
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
-        self.squares[name] = formula.squares(x, grad)
+        self.norms[name] = formula.norms(x, grad)
 
     def whole(self, name: str, rows: Tensor) -> None:
-        self.squares[name] = squared_norms(rows)
+        self.norms[name] = norms_of(rows)
 
 
-class _Kept(_Squares):
+class _Kept(_Norms):
     """Also keeps what the rows come from, until the norm of all is known."""
 
     def __init__(self) -> None:
@@ -274,7 +272,7 @@ class _Kept(_Squares):
         self._rows[name] = rows
 
     def clipped_sum(self, samples: Samples, most: float) -> dict[str, Tensor]:
-        norms = _total(self.squares).sqrt()
+        norms = _total(self.norms)
         factors = (most / norms).clamp(max=1)
         factors = torch.where(norms.isfinite(), factors, torch.nan)
         if samples.size == 0:
@@ -289,8 +287,8 @@ class _Kept(_Squares):
         return found
 
 
-def _total(squares: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack(list(squares.values())).sum(0)
+def _total(norms: Mapping[str, Tensor]) -> Tensor:
+    return norms_of(torch.stack(list(norms.values()), 1))
 
 
 def _check_clipping(most: float) -> None:

@@ -53,7 +53,7 @@ from vmapsafe._formulas import (
     Made,
     Memory,
 )
-from vmapsafe.rules.batch_norm import by_running_statistics
+from vmapsafe.rules.batch_norm import by_running_statistics, has_several_layouts
 from vmapsafe.rules.native_batch_norm import (
     affine,
     affine_backward,
@@ -343,6 +343,10 @@ def _linear(
 ) -> Any:
     if not recorder.takes(weight, bias) or weight.dim() != 2:
         return NotImplemented
+    if bias is not None and bias.shape != weight.shape[:1]:  # it broadcasts
+        y = _linear(recorder, input, weight) if recorder.takes(weight) else None
+        y = F.linear(input, weight) if y is None or y is NotImplemented else y
+        return y + bias.expand(y.shape)
     with below_innermost():
         x = recorder.batch(input)
         if x is None or x.dim() < 2:
@@ -442,20 +446,26 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
+    def by_torch() -> Any:
+        if not has_several_layouts(input):
+            return NotImplemented
+        statistics = running_mean, running_var, weight, bias, training, momentum, eps
+        return F.batch_norm(input.flatten(2), *statistics).view(input.shape)
+
     if not recorder.takes(weight, bias):
-        return NotImplemented
+        return by_torch()
     statistics = [] if training else [running_mean, running_var]
     if any([s is None or is_wrapped(s) for s in statistics]):
-        return NotImplemented
+        return by_torch()
     with below_innermost():
         x = recorder.batch(input)
         given = [recorder.plain(p) for p in (weight, bias)] + statistics
-        if x is not None and all([t is None or t.dtype == x.dtype for t in given]):
+        if x is not None and x.numel() and _all_like(x, given):
             names = recorder.used(weight), recorder.used(bias)
             y = _Normed.apply(recorder.anchor, x, recorder, names, given, eps)
             return slices_of(y, LEVEL)
     if training:
-        return NotImplemented
+        return by_torch()
     arguments = {
         "input": input,
         "running_mean": running_mean,
@@ -465,6 +475,18 @@ def _batch_norm(
         "eps": eps,
     }
     return by_running_statistics(Call(F.batch_norm, arguments))
+
+
+def _all_like(x: Tensor, given: Sequence[Tensor | None]) -> bool:
+    """Whether all are numbers (C,), of one dtype with x."""
+    return all([t is None or t.dtype == x.dtype and t.dim() == 1 for t in given])
+
+
+def _instance_norm(recorder: Recorder, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """With one layout: torch makes it batch norm of a batch of one."""
+    if input.dim() <= 3:
+        return NotImplemented
+    return F.instance_norm(input.flatten(2), *args, **kwargs).view(input.shape)
 
 
 class _Normed(Function):
@@ -621,9 +643,13 @@ _KNOWN: Mapping[Any, Callable[..., Any]] = {
     F.conv3d: _of(F.conv3d, 3),
     F.embedding: _embedding,
     F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
     F.group_norm: _group_norm,
     F.layer_norm: _layer_norm,
     torch.autograd.grad: _refused("torch.autograd.grad"),
     Tensor.backward: _refused("Tensor.backward"),
     Tensor.requires_grad.__get__: _requires_grad,  # type: ignore[attr-defined]
+    # Asked for by what watches backward, as torch's FlopCounterMode does.
+    Tensor.grad_fn.__get__: _refused("Tensor.grad_fn"),  # type: ignore[union-attr]
+    Tensor.register_hook: _refused("Tensor.register_hook"),
 }

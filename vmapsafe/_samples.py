@@ -217,10 +217,10 @@ class Samples:
                 parameters[own] = values[name]
             # What torch.func.functional_call does, which takes 30 us to begin.
             output = self.net(*args, **kwargs)
+            result = self.loss_fn(output, *rest)  # which may read parameters too
         finally:
             for (parameters, own, _), parameter in zip(self.places, before):
                 parameters[own] = parameter
-        result = self.loss_fn(output, *rest)
         if not self.has_aux:
             return self._scalar(result)
         value, aux = result
@@ -248,8 +248,11 @@ class Samples:
         return tree_map(lambda *chunks: torch.cat(chunks), *parts)
 
     def _scalar(self, loss: Any) -> Tensor:
-        if isinstance(loss, Tensor) and loss.dim() == 0:
-            return loss
+        if isinstance(loss, Tensor):
+            if loss.dim() == 0:
+                return loss
+            if loss.shape == (1,):  # reduction="none"
+                return loss.squeeze(0)
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
             worded(

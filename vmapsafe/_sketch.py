@@ -175,7 +175,7 @@ class _Projected:
         self.parts.append(self._project(name, rows))
 
     def _project(self, name: str, rows: Tensor) -> Tensor:
-        rows = wide(rows).flatten(1)
+        rows = wide(rows).unsqueeze(-1).flatten(1)
         seed = seed_of(self._seed, name)
         blocks = _blocks(rows.size(1), self._k, self._kind, seed, rows)
         start = 0

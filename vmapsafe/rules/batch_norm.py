@@ -219,7 +219,9 @@ def instance_norm_unwritten(call: Call) -> Tensor:
     if beyond_reverse_mode(x, weight, bias):
         dims = list(range(2, x.dim()))
         return _normalised_over(dims, x, weight, bias, call["eps"])
-    return F.instance_norm(x, None, None, weight, bias, True, 0.0, call["eps"])
+    flat = x.flatten(2)
+    y = F.instance_norm(flat, None, None, weight, bias, True, 0.0, call["eps"])
+    return y.view(x.shape)
 
 
 def plain_instance_norm(call: Call) -> Tensor:
@@ -303,6 +305,72 @@ register(
 )
 
 
+# -- Every mode: a batch of one in another layout --------------------------------------
+#
+# torch's kernel on the CPU (2.13) is silently wrong in the backward of a batch of one
+# whose input is channels-last and whose output gradient is not, or the other way round.
+# Instance norm is batch norm of a batch of one. With three dimensions there is one
+# layout.
+
+
+def has_several_layouts(x: Tensor) -> bool:
+    """Whether the input of a batch norm is such a batch."""
+    return x.dim() > 3 and x.size(0) == 1 and x.device.type == "cpu"
+
+
+def _is_batch_of_one(call: Call) -> bool:
+    # Rows from copies are left to _record.
+    return has_several_layouts(call["input"]) and not has_own_weights(call)
+
+
+def _with_one_layout(call: Call) -> Tensor:
+    x: Tensor = call["input"]
+    flat = {**call.arguments, "input": x.flatten(2)}
+    y: Tensor = call.function(**flat)
+    return y.view(x.shape)
+
+
+def _plain_batch_of_one(call: Call) -> Tensor:
+    if call["training"] or call["running_mean"] is None:
+        return _plain_batch_norm(call)
+    return _plain_by_running_statistics(call)
+
+
+register(
+    Rule(
+        name="batch_norm, a batch of one",
+        functions=(F.batch_norm,),
+        modes=MODES,
+        accepts=_is_batch_of_one,
+        batched=_with_one_layout,
+        reference=slice_by_slice(_plain_batch_of_one),
+    )
+)
+
+
+def _has_several_layouts(call: Call) -> bool:
+    x: Tensor = call["input"]
+    return x.dim() > 3 and x.device.type == "cpu"
+
+
+def _plain_instance_norm_of_both_kinds(call: Call) -> Tensor:
+    if call["use_input_stats"] or call["running_mean"] is None:
+        return plain_instance_norm(call)
+    return _plain_by_running_statistics(call)
+
+
+register(
+    Rule(
+        name="instance_norm, all positions in one dimension",
+        functions=(F.instance_norm,),
+        modes=MODES,
+        accepts=_has_several_layouts,
+        batched=_with_one_layout,
+        reference=slice_by_slice(_plain_instance_norm_of_both_kinds),
+    )
+)
+
+
 # -- What they share -------------------------------------------------------------------
 
 
@@ -313,7 +381,8 @@ def own_statistics(
     if beyond_reverse_mode(x, weight, bias):
         dims = [d for d in range(x.dim()) if d != 1]
         return _normalised_over(dims, x, weight, bias, eps)
-    return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    flat = x.flatten(2) if has_several_layouts(x) else x
+    return F.batch_norm(flat, None, None, weight, bias, True, 0.0, eps).view(x.shape)
 
 
 def _normalised_over(

@@ -23,7 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import Call, batch_first, batch_size, is_plain, unwatched
+from vmapsafe._call import (
+    Call,
+    batch_first,
+    batch_size,
+    is_plain,
+    multiplies_exactly,
+    unwatched,
+)
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 from vmapsafe.rules.regimes import REGIMES, regimes
 
@@ -62,10 +69,7 @@ def algorithm(call: Call) -> str:
 def products_are_exact(weight: Tensor) -> bool:
     """Whether matrix products have no lower precision, which is an option of torch that
     holds for them and not for convolutions."""
-    return (
-        weight.dtype != torch.float32
-        or torch.get_float32_matmul_precision() == "highest"
-    )
+    return weight.dtype != torch.float32 or multiplies_exactly(weight.device)
 
 
 def _merged(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

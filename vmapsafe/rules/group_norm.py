@@ -51,9 +51,11 @@ def _by_other_norms(call: Call) -> Tensor:
     if current_level() == 0 or not is_differentiated(x):  # torch's forward is whole
         return F.group_norm(x, groups, weight, bias, eps)
     grouped = x.reshape(x.size(0), groups, x.shape[1:].numel() // groups)
-    y = F.layer_norm(grouped, grouped.shape[2:], None, None, eps).reshape(x.shape)
+    y = F.layer_norm(grouped, grouped.shape[2:], None, None, eps)
+    y = y.reshape(*x.shape[:2], x.shape[2:].numel())  # one layout, see batch_norm.py
     mean, var = y.new_zeros(x.size(1)), y.new_ones(x.size(1))
-    return F.batch_norm(y, mean, var, weight, bias, False, 0.0, 0.0)
+    y = F.batch_norm(y, mean, var, weight, bias, False, 0.0, 0.0)
+    return y.reshape(x.shape)
 
 
 def _plain(call: Call) -> Tensor:

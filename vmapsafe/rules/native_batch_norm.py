@@ -37,8 +37,16 @@ def _takes(call: Call, *batched: str) -> bool:
 
 
 def _as_channels(batched: Tensor) -> Tensor:
-    """(B, N, C, *L) as (N, B * C, *L)."""
-    return batched.movedim(1, 0).flatten(1, 2)
+    """(B, N, C, *L) as (N, B * C) or (N, B * C, L): with more dimensions than three
+    torch's kernel is wrong for a batch of one in some layouts, see batch_norm.py."""
+    merged = batched.movedim(1, 0).flatten(1, 2)
+    return merged.flatten(2) if merged.dim() > 3 else merged
+
+
+def _as_batch(merged: Tensor, like: Tensor) -> Tensor:
+    """The way back, to the shape of ``like``."""
+    n, shape = len(merged), like.movedim(1, 0).shape
+    return merged.view(n, *shape[1:]).movedim(1, 0)
 
 
 def _repeated(values: Tensor | None, batch: int) -> Tensor | None:
@@ -76,9 +84,8 @@ def affine_backward(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | 
     """The gradients of the input and, of each slice, of the weight and the bias."""
     x, grad = batch_first(call, "input"), batch_first(call, "grad_out")
     batch, n, channels = x.shape[:3]
-    if x.numel() >= regimes(x.device).batch_norm * batch * n * channels:
+    if 0 < x.numel() >= regimes(x.device).batch_norm * batch * n * channels:
         merged = {
-            # Another layout than this is wrong for batches of one in torch 2.13.
             "grad_out": grad.reshape(1, batch * n * channels, -1).contiguous(),
             "input": x.reshape(1, batch * n * channels, -1),
             "save_mean": x.new_empty(0),  # what a forward in eval mode saves
@@ -145,7 +152,7 @@ def normalised(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     }
     y, mean, rstd = _forward(*{**call.arguments, **as_channels}.values())
     return (
-        y.unflatten(1, (batch, channels)).movedim(1, 0),
+        _as_batch(y, x),
         mean.view(batch, channels),
         rstd.view(batch, channels),
     )
@@ -168,7 +175,6 @@ def normalised_backward(
     x, grad = batch_first(call, "input"), batch_first(call, "grad_out")
     batch, n, channels = x.shape[:3]
     as_channels = {
-        # Another layout than this is wrong for batches of one in torch 2.13.
         "grad_out": _as_channels(grad).contiguous(),
         "input": _as_channels(x),
         "weight": _repeated(call["weight"], batch),
@@ -180,7 +186,7 @@ def normalised_backward(
     )
     wants_input, wants_weight, wants_bias = call["output_mask"]
     return (
-        of_input.unflatten(1, (batch, channels)).movedim(1, 0) if wants_input else None,
+        _as_batch(of_input, x) if wants_input else None,
         of_weight.view(batch, channels) if wants_weight else None,
         of_bias.view(batch, channels) if wants_bias else None,
     )

@@ -1,0 +1,332 @@
+"""Rows, norms, sums and sketches of models and losses that do more than layers do,
+against a loop of plain backward passes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_sketch import matrix
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from vmapsafe import (
+    clipped_grad_sum,
+    per_sample_grad_norms,
+    per_sample_grads,
+    per_sample_sketch,
+)
+from vmapsafe.testing import assert_same
+
+
+def by_loop(model, loss_fn, *batch):
+    params = dict(model.named_parameters())
+    rows = []
+    for i in range(len(batch[0])):
+        output = model(batch[0][i : i + 1])
+        loss = loss_fn(output, *[part[i : i + 1] for part in batch[1:]])
+        grads = torch.autograd.grad(loss.sum(), params.values(), allow_unused=True)
+        zeros = map(torch.zeros_like, params.values())
+        rows.append([z if g is None else g for g, z in zip(grads, zeros)])
+    return {name: torch.stack(column) for name, column in zip(params, zip(*rows))}
+
+
+def norms_of(rows):
+    squares = [row.reshape(len(row), -1).square().sum(1) for row in rows.values()]
+    return sum(squares).sqrt()
+
+
+def sketch_of(rows, k):
+    parts = [
+        row.reshape(len(row), -1) @ matrix(name, row[0].numel(), k, "rademacher", 0)
+        for name, row in rows.items()
+    ]
+    return sum(parts) / k**0.5
+
+
+def check_all(model, loss_fn, *batch, want=None, fast=(True, False), **options):
+    """All four functions, at once and in chunks."""
+    want = want or by_loop(model, loss_fn, *batch)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    norms = norms_of(want)
+    most = float(norms.median()) or 1.0
+    factors = (most / norms).clamp(max=1)
+    total = {n: torch.tensordot(factors, row, 1) for n, row in want.items()}
+    for way in fast:
+        for chunk_size in (None, 1, 2):
+            given = {"chunk_size": chunk_size, "fast": way, **options}
+            call = model, loss_fn, *batch
+            assert_same(per_sample_grads(*call, **given), want)
+            out = {n: row.new_empty(row.shape) for n, row in want.items()}
+            assert_same(per_sample_grads(*call, out=out, **given), want)
+            assert_same(per_sample_grad_norms(*call, **given), norms)
+            assert_same(clipped_grad_sum(*call, max_grad_norm=most, **given), total)
+            assert_same(per_sample_sketch(*call, k=4, **given), sketch_of(want, 4))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), f"{name} was written"
+
+
+def mlp():
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)
+    ).double()
+    net(torch.randn(16, 4).double())
+    return net.eval()
+
+
+def data():
+    return torch.randn(3, 4).double(), torch.tensor([0, 2, 1])
+
+
+# -- What a loss reads ----------------------------------------------------------------
+
+
+def regularised(model):
+    return lambda output, y: F.cross_entropy(output, y) + 0.1 * sum(
+        [p.square().sum() for p in model.parameters()]
+    )
+
+
+def reads_one(model):
+    return lambda output, y: F.cross_entropy(output, y) + model[3].weight.norm()
+
+
+def calls_again(model):
+    return lambda output, y: F.cross_entropy(output, y) + model(output @ GRID).sum()
+
+
+GRID = torch.linspace(-1, 1, 12).double().view(3, 4)
+
+
+@pytest.mark.parametrize("make", [regularised, reads_one, calls_again])
+def test_a_loss_that_reads_the_model(make):
+    model = mlp()
+    check_all(model, make(model), *data())
+
+
+def test_a_loss_for_each_sample():
+    """reduction="none" gives one number for a batch of one."""
+    model = mlp()
+
+    def loss_fn(output, y):
+        return F.cross_entropy(output, y, reduction="none")
+
+    check_all(model, loss_fn, *data())
+    rows, aux = per_sample_grads(
+        model, lambda o, y: (loss_fn(o, y), loss_fn(o, y)), *data(), has_aux=True
+    )
+    assert aux.shape == (3,)
+
+
+# -- Biases --------------------------------------------------------------------------
+
+
+class Biased(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4).double())
+        self.bias = nn.Parameter(torch.randn(shape).double())
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("tokens", [(), (2,)])
+@pytest.mark.parametrize("shape", [(3,), (1,), (), (1, 3), (1, 1)])
+def test_a_bias_that_broadcasts(shape, tokens):
+    model = Biased(shape)
+    x = torch.randn(3, *tokens, 4).double()
+    check_all(model, lambda o: o.sin().sum(), x)
+    model.weight.requires_grad_(False)
+    rows = per_sample_grads(model, lambda o: o.sin().sum(), x)
+    losses = [model(one[None]).sin().sum() for one in x]
+    want = [torch.autograd.grad(loss, model.bias)[0] for loss in losses]
+    assert_same(rows["bias"], torch.stack(want))
+
+
+# -- Nothing in some dimension --------------------------------------------------------
+
+EMPTY = {
+    "embedding": (lambda: nn.Embedding(4, 3, padding_idx=1), (0,), True),
+    "linear": (lambda: nn.Linear(4, 3), (0, 4), False),
+    "linear twice": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)),
+        (2, 0, 4),
+        False,
+    ),
+    "no outputs": (lambda: nn.Linear(4, 0), (2, 4), False),
+    "no inputs": (lambda: nn.Linear(0, 3), (2, 0), False),
+    "layer norm": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)),
+        (0, 4),
+        False,
+    ),
+    "batch norm": (lambda: nn.BatchNorm1d(4).eval(), (4, 0), False),
+    "batch norm of planes": (lambda: nn.BatchNorm2d(4).eval(), (4, 0, 3), False),
+    "folded": (
+        lambda: nn.Sequential(
+            nn.Flatten(0, 1), nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4).eval(), nn.Tanh()
+        ),
+        (0, 2, 5, 5),
+        False,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # never updated; no elements
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_dimensions(name):
+    make, shape, words = EMPTY[name]
+    model = make().double()
+    x = torch.randn(3, *shape).double()
+    x = x.long() if words else x
+    want = {n: torch.zeros(3, *p.shape).double() for n, p in model.named_parameters()}
+    for n, p in model.named_parameters():
+        if name == "no inputs" and n == "bias":  # the one that is seen
+            want[n] = torch.full((3, *p.shape), 2.0).double()
+    check_all(model, lambda o: o.sum(), x, want=want)
+
+
+# -- Very small and very large --------------------------------------------------------
+
+
+class Folds(nn.Module):
+    """Linear layers, convolutions and embeddings whose rows are made in every way."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(50, 8)
+        self.mix = nn.Linear(8, 9)
+        self.conv = nn.Conv1d(9, 10, 3, padding=1)
+        self.grouped = nn.Conv1d(10, 10, 3, groups=5)
+        self.norm = nn.LayerNorm(10)
+        self.scale = nn.Parameter(torch.randn(10))
+        self.out = nn.Linear(10, 3)
+
+    def forward(self, x):
+        h = self.mix(self.words(x)).tanh().mT
+        h = self.grouped(self.conv(h).tanh()).mT
+        return self.out((self.norm(h) * self.scale).mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [-30, -22, -12, 0, 12, 19, 30])
+def test_norms_over_the_range_of_numbers(exponent, dtype):
+    """A norm is right where the row is: squares need not be numbers of the dtype."""
+    if dtype is torch.float64:
+        exponent *= 7
+    torch.manual_seed(0)
+    model = Folds().to(dtype)
+    x = torch.randint(50, (4, 5))
+    scale = torch.tensor([1.0, 0.0, 1.0, 3.0], dtype=dtype) * 10.0**exponent
+
+    def loss_fn(output, scale):
+        return (output.sin() * scale).sum()
+
+    call = model, loss_fn, x, scale
+    rows = per_sample_grads(*call)
+    exact = {n: row.double() for n, row in rows.items()}
+    largest = max([float(row.abs().max()) for row in exact.values()])
+    # In units in which float64 can square them.
+    want = norms_of({n: row / largest for n, row in exact.items()}) * largest
+    # What a sum of products rounds to differs from the rows' own rounding.
+    rtol = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    norms = per_sample_grad_norms(*call)
+    assert norms.dtype == (torch.float32 if dtype is torch.bfloat16 else dtype)
+    torch.testing.assert_close(norms.double(), want, rtol=rtol, atol=0)
+    by_name = per_sample_grad_norms(*call, per_parameter=True)
+    for n, row in exact.items():
+        wanted = norms_of({n: row / largest}) * largest
+        torch.testing.assert_close(
+            by_name[n].double(), wanted, rtol=rtol, atol=rtol * float(want.max())
+        )
+    most = float(want[0]) or 1.0
+    factors = (most / want).clamp(max=1)
+    total = clipped_grad_sum(*call, max_grad_norm=most)
+    for n, row in exact.items():
+        wanted = torch.tensordot(factors, row / largest, 1)
+        torch.testing.assert_close(
+            total[n].double() / largest, wanted, rtol=rtol, atol=rtol
+        )
+
+
+def test_norms_of_rows_that_are_small_differences():
+    """A Gram matrix would leave nothing but its rounding errors."""
+    layer = nn.Linear(64, 64, bias=False)
+    x = torch.randn(2, 1, 64).expand(2, 4, 64).contiguous()
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0 + 2**-12]).view(4, 1)
+
+    def loss_fn(output):
+        return (output * signs).sum()
+
+    rows = per_sample_grads(layer, loss_fn, x)["weight"].double()
+    norms = per_sample_grad_norms(layer, loss_fn, x)
+    torch.testing.assert_close(norms.double(), norms_of({"": rows}), rtol=1e-5, atol=0)
+
+
+def test_factors_below_the_range_of_half_precision():
+    layer = nn.Linear(3, 2, bias=False).half()
+    x = torch.full((2, 3), 2.0**10).half()
+    total = clipped_grad_sum(layer, lambda o: (o * 16).sum(), x, max_grad_norm=1e-5)
+    want = torch.full((2, 3), 2 * 1e-5 / 6**0.5)
+    torch.testing.assert_close(total["weight"].float(), want, rtol=1e-2, atol=6e-8)
+
+
+# -- Options of torch -----------------------------------------------------------------
+
+
+@pytest.fixture
+def switches():
+    backends = torch.backends
+    places = backends, backends.cuda.matmul, backends.mkldnn, backends.mkldnn.matmul
+    before = [place.fp32_precision for place in places]
+    yield backends
+    torch.set_float32_matmul_precision("highest")
+    for place, value in zip(places, before):
+        place.fp32_precision = value
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        lambda b: setattr(b.cuda.matmul, "fp32_precision", "tf32"),
+        lambda b: setattr(b, "fp32_precision", "tf32"),
+        lambda b: setattr(b.mkldnn, "fp32_precision", "bf16"),
+        lambda b: setattr(b.mkldnn.matmul, "fp32_precision", "bf16"),
+        lambda b: torch.set_float32_matmul_precision("medium"),
+        lambda b: (
+            torch.set_float32_matmul_precision("high"),
+            setattr(b.mkldnn.matmul, "fp32_precision", "bf16"),
+        ),
+    ],
+)
+def test_float32_precision_of_products(switch, switches):
+    """Rows of convolutions do not lose what convolutions keep, whichever of torch's
+    switches is used, the older, the newer, or both."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(12, 16, 1), nn.BatchNorm2d(16), nn.Tanh()),
+        *(nn.Conv2d(16, 12, 3), nn.Flatten()),
+    )
+    x = torch.randn(4, 12, 4, 4)
+    model(x)
+    call = model.eval(), lambda o: o.square().sum(), x
+    rows, norms = per_sample_grads(*call), per_sample_grad_norms(*call)
+    names = ["3.weight", "0.weight"]
+    switch(switches)
+    found = per_sample_grads(*call)
+    assert_same({n: found[n] for n in names}, {n: rows[n] for n in names})
+    assert_same(per_sample_grad_norms(*call), norms, rtol=1e-6)
+
+
+class Watches(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Watches, lambda: FlopCounterMode(display=False)])
+def test_modes_that_watch_operators(mode):
+    model, batch = mlp(), data()
+    want = by_loop(model, F.cross_entropy, *batch)
+    with mode():
+        check_all(model, F.cross_entropy, *batch, want=want)
