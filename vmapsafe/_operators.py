@@ -132,7 +132,9 @@ def _kernel(operator: Any) -> Callable[..., Any]:
                 given = parameters.bind(args, kwargs)
                 values, in_dims = whole_batches(given, level)
                 call = Call(operator, values, None, in_dims)
-                for rule in rules:
+                # A vmap that batches none of the arguments makes slices of nothing.
+                batched = any([dim is not None for dim in in_dims.values()])
+                for rule in rules if batched else ():
                     if rule.accepts(call) and not would_be_cast(call):
                         with below_vmap():
                             outputs = rule.batched(call)
