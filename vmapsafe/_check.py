@@ -36,9 +36,9 @@ from vmapsafe._report import Finding, Report
 from vmapsafe._rule import MODES, check_mode
 from vmapsafe._scope import Options
 from vmapsafe._state import (
-    Model,
     _refuse,
     has_running_stats,
+    label_of,
     unwrapped,
 )
 from vmapsafe._switched import Flags, owners_flags
@@ -254,7 +254,7 @@ def _refusal(asked: _Asked, path: str, module: nn.Module) -> Finding | None:
             said[mode] = str(error)
     if not said:
         return None
-    label = Model(asked.net, ()).label(module)
+    label = label_of(asked.net, module)
     found, _, do = next(iter(said.values())).partition(f"{label} ")[2].rpartition(". ")
     becomes = {m: "refused at entry" if m in said else "runs" for m in asked.modes}
     return asked.finding(path, "unsupported", found, becomes, do, said)

@@ -12,7 +12,7 @@ behind that are dead after it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ class Model:
 
     Attributes:
         root: the module, taken out of its wrappers.
-        modules: every module in it, the root first.
+        paths: the name in the model of every module in it, the root first.
         layers: the normalisation layers among them.
         buffered: the modules that own buffers.
         parts: of each module, what of ours its class is to have.
@@ -72,7 +72,7 @@ class Model:
     """
 
     root: nn.Module
-    modules: tuple[nn.Module, ...]
+    paths: dict[nn.Module, str]
     layers: dict[nn.Module, Layer] = field(default_factory=dict)
     buffered: tuple[nn.Module, ...] = ()
     parts: dict[nn.Module, tuple[type, ...]] = field(default_factory=dict)
@@ -80,13 +80,16 @@ class Model:
     computed: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict)
     kept: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
 
+    @property
+    def modules(self) -> Collection[nn.Module]:
+        """Every module in it, the root first."""
+        return self.paths.keys()
+
     def path(self, module: nn.Module) -> str:
         """The module's name in the model, "" for the root."""
-        name: str
-        for name, candidate in self.root.named_modules():
-            if candidate is module:
-                return name
-        return f"<a {type(module).__name__} that is no longer part of the model>"
+        if module in self.paths:
+            return self.paths[module]
+        return f"<a {type(module).__name__} that was not part of the model>"
 
     def label(self, module: nn.Module) -> str:
         """``'layer1.0.bn1' (BatchNorm2d)``, for errors."""
@@ -157,22 +160,22 @@ def find(
 
 
 def _look_at(root: nn.Module, mode: str, also: tuple[type, ...]) -> Model:
-    model = Model(root, (), parts={})
-    modules: list[nn.Module] = []
+    paths: dict[nn.Module, str] = {}
+    model = Model(root, paths)
     buffered: list[nn.Module] = []
     can_freeze = owners_flags(root).training
     seen = {root}
-    waiting = [root]
+    waiting = [(root, "")]
     while waiting:
-        module = waiting.pop()
-        modules.append(module)
-        for child in reversed(list(module._modules.values())):
+        module, path = waiting.pop()
+        paths[module] = path
+        for name, child in reversed(list(module._modules.items())):
             if type(child).__name__ == "OptimizedModule":
                 # A wrapper that torch.compile would trace as two modules.
                 child = unwrapped(child)  # type: ignore[arg-type]
             if child is not None and child not in seen:
                 seen.add(child)
-                waiting.append(child)
+                waiting.append((child, f"{path}.{name}" if path else name))
         if type(module) not in _harmless:
             _refuse(module, mode, root)
         if module._forward_pre_hooks and not _compiling():
@@ -204,13 +207,13 @@ def _look_at(root: nn.Module, mode: str, also: tuple[type, ...]) -> Model:
             model.layers[module] = Layer(shown, frozen, flags)
     parts = model.parts
     if not _compiling():
-        for module in modules:
+        for module in paths:
             needed = _parts(module, model, bool(buffered))
             if needed:
                 parts[module] = needed
     return Model(
         root,
-        tuple(modules),
+        paths,
         model.layers,
         tuple(buffered),
         parts,
@@ -314,6 +317,12 @@ def _wanted_by(blocks: Iterable[Any], module: nn.Module) -> tuple[type, ...]:
 _scripted: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
+def label_of(root: nn.Module, module: nn.Module) -> str:
+    """``'bn1' (BatchNorm2d)``, for errors before there is a :class:`Model`."""
+    names = {one: name for name, one in root.named_modules()}
+    return Model(root, names).label(module)
+
+
 # Classes of which no module is refused.
 _harmless: weakref.WeakSet[type] = weakref.WeakSet()
 
@@ -324,7 +333,7 @@ def _refuse(module: nn.Module, mode: str, root: nn.Module) -> None:
         raise ValueError(
             worded(
                 f'vmap_safe({type(root).__name__}, mode="{mode}")',
-                f"{Model(root, ()).label(module)} is lazy and has not seen a batch",
+                f"{label_of(root, module)} is lazy and has not seen a batch",
                 "Run the model on one batch first",
             )
         )
@@ -332,7 +341,7 @@ def _refuse(module: nn.Module, mode: str, root: nn.Module) -> None:
         raise TypeError(
             worded(
                 f'vmap_safe({type(root).__name__}, mode="{mode}")',
-                f"{Model(root, ()).label(module)} is sharded by FSDP, whose flat "
+                f"{label_of(root, module)} is sharded by FSDP, whose flat "
                 "parameters torch.func cannot map over",
                 "Use the module before it is sharded, or DistributedDataParallel",
             )
@@ -341,7 +350,7 @@ def _refuse(module: nn.Module, mode: str, root: nn.Module) -> None:
         raise TypeError(
             worded(
                 f'vmap_safe({type(root).__name__}, mode="{mode}")',
-                f"{Model(root, ()).label(module)} was traced by torch.jit.trace, which "
+                f"{label_of(root, module)} was traced by torch.jit.trace, which "
                 "leaves the flags of its layers out",
                 "Use the module before it was traced",
             )
@@ -350,7 +359,7 @@ def _refuse(module: nn.Module, mode: str, root: nn.Module) -> None:
         raise TypeError(
             worded(
                 f'vmap_safe({type(root).__name__}, mode="{mode}")',
-                f"{Model(root, ()).label(module)} is TorchScript, of which only the "
+                f"{label_of(root, module)} is TorchScript, of which only the "
                 "training flag can be switched",
                 'Use mode="eval", or the module before it was scripted',
             )
