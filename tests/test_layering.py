@@ -40,11 +40,15 @@ LAYERS = {
     "_wrap": {"_advice", "_errors", "_groups", "_rule", "_scope", "_switched"},
     "_batched": {"_call", "_errors"},
     "_formulas": {"_call", "rules.batch_norm", "rules.convolution", "rules.regimes"},
-    "_record": {"_call", "_formulas", "rules.batch_norm", "rules.native_batch_norm"},
+    "_copies": {"_call", "_errors", "rules.buffers"},
+    "_record": {
+        *("_call", "_copies", "_formulas"),
+        *("rules.batch_norm", "rules.native_batch_norm"),
+    },
     "_chunks": {"_errors"},
     "_samples": {
-        *("_batched", "_call", "_chunks", "_errors", "_record", "_scope", "_state"),
-        "_wrap",
+        *("_batched", "_call", "_chunks", "_copies", "_errors", "_record", "_scope"),
+        *("_state", "_wrap"),
     },
     "_processes": {"_errors"},
     "_per_sample": {

@@ -1,6 +1,9 @@
 """Rows, norms, sums and sketches of models and losses that do more than layers do,
 against a loop of plain backward passes."""
 
+import copy
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,8 +21,8 @@ from vmapsafe import (
 from vmapsafe.testing import assert_same
 
 
-def by_loop(model, loss_fn, *batch):
-    params = dict(model.named_parameters())
+def by_loop(model, loss_fn, *batch, params=None):
+    params = params or dict(model.named_parameters())
     rows = []
     for i in range(len(batch[0])):
         output = model(batch[0][i : i + 1])
@@ -116,6 +119,228 @@ def test_a_loss_for_each_sample():
         model, lambda o, y: (loss_fn(o, y), loss_fn(o, y)), *data(), has_aux=True
     )
     assert aux.shape == (3,)
+
+
+# -- Parameters read past the model's modules ------------------------------------------
+
+
+class Listed(nn.Module):
+    """Uses parameters through a list, an attribute of another module and a closure."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.conv = nn.Conv1d(1, 2, 2)
+        self.idle = nn.Parameter(torch.ones(2))
+        self.weights = [self.a.weight, self.b.weight]
+        self.holder = [nn.ParameterList([self.conv.weight])]
+        self.apply_bias = functools.partial(torch.add, other=self.b.bias)
+        self.log_scale = lambda: self.a.bias.exp()
+        a_bias = self.a.bias
+        self.outer = lambda x: x * a_bias
+
+    def forward(self, x):
+        h = F.linear(x, self.weights[0]).tanh() * self.log_scale()
+        h = h + F.conv1d(h.unsqueeze(1), self.holder[0][0]).mean((1, 2)).unsqueeze(1)
+        h = torch.cat([self.outer(h), torch.stack([*self.a.weight])[:1]])[:-1]
+        return self.apply_bias(h @ self.weights[1].T)
+
+
+def test_parameters_in_lists_and_closures():
+    model, (x, y) = Listed().double(), data()
+    check_all(model, F.cross_entropy, x, y)
+    rows = per_sample_grads(model, F.cross_entropy, x, y)
+    assert not rows["idle"].any()  # is used nowhere
+
+
+class Doubled(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def test_a_loss_that_holds_parameters():
+    model = mlp()
+    held = list(model.parameters())
+    weight, norm = model[0].weight, model[1]
+
+    def loss_fn(output, y):
+        total = torch.cat([p.flatten() for p in held]).abs().sum()
+        flat = nn.utils.parameters_to_vector([norm.weight, norm.bias])
+        pairs = torch.einsum("ij,kj->", weight, weight)
+        pairs = pairs + Doubled.apply(weight).sin().sum()
+        return F.cross_entropy(output, y) + total + flat.square().sum() + pairs
+
+    check_all(model, loss_fn, *data())
+
+
+def test_chosen_parameters_in_lists():
+    """Frozen ones, and others' values in their place, too."""
+    model, (x, y) = Listed().double(), data()
+    want = by_loop(model, F.cross_entropy, x, y)
+    model.requires_grad_(False)
+    names = ["a.weight", "b.bias"]
+    for fast in (True, False):
+        call = model, F.cross_entropy, x, y
+        rows = per_sample_grads(*call, params=names, fast=fast)
+        assert_same(rows, {n: want[n] for n in names})
+        other = {"a.weight": torch.randn(4, 4).double()}
+        rows = per_sample_grads(*call, params=other, fast=fast)
+        moved = copy.deepcopy(model)
+        moved.a.weight.requires_grad_()
+        moved.weights, moved.log_scale = [
+            moved.a.weight,
+            moved.b.weight,
+        ], model.log_scale
+        with torch.no_grad():
+            moved.a.weight.copy_(other["a.weight"])
+        named = {"a.weight": moved.a.weight}
+        expected = by_loop(moved, F.cross_entropy, x, y, params=named)
+        assert_same(rows, expected)
+
+
+def through_a_view(model):
+    half = model[3].weight[:1]
+    return lambda output, y: F.cross_entropy(output, y) + half.sum()
+
+
+def computed_before(model):
+    penalty = model[3].weight.norm()
+    return lambda output, y: F.cross_entropy(output, y) + penalty
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("make", [through_a_view, computed_before])
+def test_parameters_that_no_copy_can_stand_in_for(make, fast):
+    """An error that names the parameter, not a row without that use."""
+    model = mlp()
+    call = model, make(model), *data()
+    for function, options in (
+        (per_sample_grads, {}),
+        (per_sample_grad_norms, {}),
+        (clipped_grad_sum, {"max_grad_norm": 1.0}),
+        (per_sample_sketch, {"k": 3}),
+    ):
+        with pytest.raises(RuntimeError, match="depends on '3.weight' by a way past"):
+            function(*call, fast=fast, **options)
+
+
+# -- Nothing is written --------------------------------------------------------------
+
+
+class Writes(nn.Module):
+    def __init__(self, write):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.write = write
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.write(self.linear.weight)
+        return self.linear(x)
+
+
+def assign(weight):
+    weight.data = weight.data * 2
+
+
+WRITES = {
+    "clamp_": lambda w: w.clamp_(-0.1, 0.1),
+    "data": lambda w: w.data.mul_(2),
+    "a view": lambda w: w.view(-1)[:2].zero_(),
+    "an item": lambda w: w.__setitem__(0, 1.0),
+    "operator": lambda w: w.__imul__(2),
+    "out": lambda w: torch.renorm(w, 2, 0, 0.1, out=w.detach()),
+    "assignment": assign,
+    "init": lambda w: nn.init.zeros_(w),
+    "renormalised": lambda w: torch.embedding_renorm_(w, torch.tensor([0]), 0.1, 2.0),
+}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("name", WRITES)
+def test_a_forward_that_writes_on_a_parameter(name, fast, size):
+    model = Writes(WRITES[name]).double()
+    before = model.linear.weight.detach().clone()
+    x, y = data()
+    with pytest.raises(RuntimeError, match="(writes on|`data` under vmap)"):
+        per_sample_grads(model, F.cross_entropy, x[:size], y[:size], fast=fast)
+    assert torch.equal(model.linear.weight, before)
+
+
+# -- Embeddings that renormalise -------------------------------------------------------
+
+
+def renormalised(model, name="0"):
+    """The same model with the weight renormalised for good."""
+    model = copy.deepcopy(model)
+    layer = model.get_submodule(name)
+    with torch.no_grad():
+        norms = layer.weight.norm(layer.norm_type, dim=1, keepdim=True)
+        factor = layer.max_norm / (norms + 1e-7)
+        layer.weight.mul_(torch.where(norms > layer.max_norm, factor, 1))
+    layer.max_norm = None
+    return model
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+def test_embedding_with_max_norm(norm_type):
+    """Rows of the renormalised weight, which is not written."""
+    options = {"max_norm": 0.5, "norm_type": norm_type, "padding_idx": 1}
+    embedding = nn.Embedding(6, 4, **options)
+    model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(12, 3)).double()
+    with torch.no_grad():
+        embedding.weight.mul_(torch.linspace(0, 10, 6).view(-1, 1).double())
+    x, y = torch.tensor([[0, 1, 2], [5, 5, 4], [3, 1, 1]]), torch.tensor([0, 2, 1])
+    want = by_loop(renormalised(model), F.cross_entropy, x, y)
+    check_all(model, F.cross_entropy, x, y, want=want)
+
+
+# torch's, under vmap
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_embedding_bag(mode, max_norm):
+    embedding = nn.EmbeddingBag(6, 4, mode=mode, max_norm=max_norm, padding_idx=1)
+    model = nn.Sequential(embedding, nn.Linear(4, 3)).double()
+    x, y = torch.tensor([[0, 1, 2], [5, 5, 4], [3, 1, 1]]), torch.tensor([0, 2, 1])
+    same = model if max_norm is None else renormalised(model)
+    want = by_loop(same, F.cross_entropy, x, y)
+    check_all(model, F.cross_entropy, x, y, want=want)
+
+
+class Renormalises(nn.Module):
+    """Looks up twice, and may use the weight for its outputs too."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.words, self.tied = nn.Embedding(5, 4, max_norm=0.3), tied
+
+    def forward(self, x):
+        h = self.words(x).tanh() + self.words(x.flip(1)).sin()
+        return F.linear(h.sum(1), self.words.weight) if self.tied else h.sum((1,))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_renormalised_weight_that_is_read_otherwise(fast):
+    x, y = torch.tensor([[0, 1], [4, 4], [2, 0]]), torch.tensor([0, 2, 1])
+    model = Renormalises(tied=False).double()
+    want = by_loop(renormalised(model, "words"), F.cross_entropy, x, y)
+    check_all(model, F.cross_entropy, x, y, want=want)
+    model.tied = True
+    with pytest.raises(RuntimeError, match="max_norm renormalises 'words.weight'"):
+        per_sample_grads(model, F.cross_entropy, x, y, fast=fast)
 
 
 # -- Biases --------------------------------------------------------------------------

@@ -35,7 +35,6 @@ from torch.func import vmap
 
 from vmapsafe._call import (
     Call,
-    TorchFunctionMode,
     batch_behind,
     below_innermost,
     current_level,
@@ -44,6 +43,7 @@ from vmapsafe._call import (
     tree_map,
     without_autocast,
 )
+from vmapsafe._copies import Copies, leaves_of
 from vmapsafe._formulas import (
     Bias,
     Convolution,
@@ -91,6 +91,8 @@ class Recorded:
 
     def __init__(
         self,
+        called: str,
+        originals: Mapping[str, Tensor],
         loss: Callable[..., Any],
         values: Mapping[str, Tensor],
         batch: Sequence[Any],
@@ -99,18 +101,24 @@ class Recorded:
         has_aux: bool,
         block: Any,
     ) -> None:
-        """Run ``loss(values, *batch)`` on every sample, inside ``block``."""
-        self._recorder = recorder = Recorder(values, size)
+        """Run ``loss(values, *batch)`` on every sample, inside ``block``; ``values``
+        stand for ``originals`` of the same names."""
+        self._recorder = recorder = Recorder(called, originals, values, size)
 
         def one(*sample: Any) -> Any:
+            copies = recorder.begin()
             with recorder, block:
-                return loss(recorder.begin(), *sample)
+                found = loss(copies, *sample)
+            recorder.check()
+            return found
 
         with torch.enable_grad(), _no_hooks():
             result = vmap(one, randomness=randomness)(*batch)
         self.losses, aux = result if has_aux else (result, ())
         self.aux = tree_map(lambda t: t.detach(), aux)
-        self._reached = {id(leaf) for leaf in _leaves(self.losses)}
+        leaves = leaves_of(self.losses)
+        recorder.check_graph(leaves)
+        self._reached = {id(leaf) for leaf in leaves}
 
     def watched(self) -> bool:
         """Whether tensors of the caller's require a gradient of the losses."""
@@ -165,24 +173,7 @@ class Recorded:
                     into.whole(name, leaf.new_zeros(()).expand(leaf.shape))
 
 
-def _leaves(tensor: Tensor) -> list[Tensor]:
-    """Those in autograd's graph of ``tensor``."""
-    nodes = [] if tensor.grad_fn is None else [tensor.grad_fn]
-    seen = {*nodes}
-    found = []
-    for node in nodes:  # while it grows
-        behind = node.next_functions
-        for following, _ in behind:
-            if following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)
-        leaf = None if behind else getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):  # of the nodes that accumulate
-            found.append(leaf)
-    return found
-
-
-class Recorder(TorchFunctionMode):
+class Recorder(Copies):
     """The mode under which forward runs.
 
     Attributes:
@@ -193,8 +184,14 @@ class Recorder(TorchFunctionMode):
         receive: what takes a use and its output gradient in backward.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], size: int) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        called: str,
+        originals: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+        size: int,
+    ) -> None:
+        super().__init__(called, originals)
         self._plain = {name: value.detach() for name, value in values.items()}
         self.leaves = {
             name: value.expand(size, *value.shape).requires_grad_()
@@ -208,20 +205,14 @@ class Recorder(TorchFunctionMode):
 
     def begin(self) -> Mapping[str, Tensor]:
         """Forward begins, and sees this slice of the copies; known by identity."""
-        self._copies = {
-            name: slices_of(leaf, LEVEL) for name, leaf in self.leaves.items()
-        }
-        self._names = {id(copy): name for name, copy in self._copies.items()}
-        return self._copies
+        copies = {name: slices_of(leaf, LEVEL) for name, leaf in self.leaves.items()}
+        self.stand_in(copies)
+        self._names = {id(copy): name for name, copy in copies.items()}
+        return copies
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
         known = _KNOWN.get(func)
         if known is not None and current_level() == LEVEL:
             result = known(self, *args, **kwargs)

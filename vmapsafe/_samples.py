@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
 from vmapsafe._batched import without_batch_dim
-from vmapsafe._call import beyond_reverse_mode, current_level, tree_flatten, tree_map
+from vmapsafe._call import (
+    beyond_reverse_mode,
+    current_level,
+    innermost,
+    tree_flatten,
+    tree_map,
+)
 from vmapsafe._chunks import ChunkSize, in_chunks
+from vmapsafe._copies import Copies, leaves_of
 from vmapsafe._errors import worded
 from vmapsafe._record import LEVEL, Collector, Recorded, Unrecordable
 from vmapsafe._scope import Options
@@ -151,6 +158,8 @@ class Samples:
             Unrecordable: the loss does what only :meth:`rows` can follow.
         """
         return Recorded(
+            self.called,
+            {name: self.known[name] for name in self.values},
             self._loss,
             self.values,
             batch,
@@ -227,9 +236,22 @@ class Samples:
         aux = tree_map(lambda t: without_batch_dim(self.called, t), aux)
         return self._scalar(value), aux
 
+    def _loss_of_copies(self, values: Mapping[str, Tensor], *sample: Any) -> Any:
+        """The same where no :class:`Recorded` sees to it that all is read of them."""
+        if torch.compiler.is_compiling():
+            return self._loss(values, *sample)
+        copies = Copies(self.called, {name: self.known[name] for name in values})
+        copies.stand_in(values)
+        with copies:
+            result = self._loss(values, *sample)
+        copies.check()
+        value = result[0] if self.has_aux else result
+        copies.check_graph(leaves_of(innermost(value)))
+        return result
+
     def _by_grad(self, batch: tuple[Any, ...], chunk_size: int | None) -> Any:
         return vmap(
-            grad(self._loss, has_aux=self.has_aux),
+            grad(self._loss_of_copies, has_aux=self.has_aux),
             (None, *[0 for _ in batch]),
             randomness=self.randomness,
             chunk_size=chunk_size,
@@ -237,7 +259,7 @@ class Samples:
 
     def _by_jacobian(self, batch: tuple[Any, ...], chunk_size: int | None) -> Any:
         in_dims = (None, *[0 for _ in batch])
-        losses = vmap(self._loss, in_dims, randomness=self.randomness)
+        losses = vmap(self._loss_of_copies, in_dims, randomness=self.randomness)
         derive = jacrev(losses, has_aux=self.has_aux)
         size = _length(batch)
         step = chunk_size or size

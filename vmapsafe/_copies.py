@@ -1,0 +1,182 @@
+"""A sample's own copy of each parameter, also where a forward or a loss goes past it.
+
+The model's parameters are replaced in its modules. Where something hands a parameter
+itself to torch (a list of them, a closure, an attribute of another module), its row
+would silently lack that use. So calls see the copy in its place.
+
+Copies lie in the memory of the parameter. What writes on one is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmapsafe._call import Parameters, TorchFunctionMode, storage_of
+from vmapsafe._errors import worded
+from vmapsafe.rules.buffers import IN_PLACE
+
+_WRITES = frozenset(IN_PLACE)
+_RENORMALISE = {f: Parameters.of(f) for f in (F.embedding, F.embedding_bag)}
+
+
+class Copies(TorchFunctionMode):
+    """The mode under which a forward and its loss run.
+
+    Args:
+        called: the public function, for errors.
+        originals: the model's parameters, by name.
+    """
+
+    def __init__(self, called: str, originals: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._called, self._originals = called, originals
+
+    def stand_in(self, copies: Mapping[str, Tensor]) -> None:
+        """A forward begins, with these by name."""
+        self._copies = copies
+        self._named = {id(copy): name for name, copy in copies.items()}
+        self._named.update({id(p): name for name, p in self._originals.items()})
+        self._read: set[str] = set()
+        self._renormalised: set[str] = set()
+
+    def check(self) -> None:
+        """The forward has ended.
+
+        Raises:
+            RuntimeError: a weight that an embedding renormalises is used otherwise too.
+        """
+        for name in self._renormalised & self._read:
+            raise RuntimeError(
+                worded(
+                    self._called,
+                    f"an embedding with max_norm renormalises {name!r}, which is used "
+                    "by something else too: what that sees would depend on the order",
+                    "Renormalise it outside, under torch.no_grad(), and leave max_norm "
+                    "out",
+                )
+            )
+
+    def check_graph(self, leaves: Sequence[Tensor]) -> None:
+        """Raise a RuntimeError if one of ``leaves``, those of the loss's graph, is a
+        parameter for which a copy was to stand in."""
+        found = {id(leaf) for leaf in leaves}
+        for name, parameter in self._originals.items():
+            if id(parameter) in found:
+                raise RuntimeError(
+                    worded(
+                        self._called,
+                        f"the loss depends on {name!r} by a way past the model's "
+                        "modules, as a view made in advance or an autograd.Function, "
+                        "so that its row would be wrong",
+                        "Read it from its module, in the forward or in the loss",
+                    )
+                )
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        named = self._named
+        for value in (*args, *kwargs.values()):
+            if id(value) in named or type(value) in (list, tuple):
+                found: set[str] = set()
+                args = tuple([self._copy(arg, found) for arg in args])
+                kwargs = {k: self._copy(arg, found) for k, arg in kwargs.items()}
+                if func in _RENORMALISE and _max_norm(func, args, kwargs) is not None:
+                    self._renormalised |= found
+                elif func.__name__ != "__get__":
+                    self._read |= found
+                break
+        if func in _WRITES or kwargs.get("out") is not None:
+            self._refuse_writing(func, args, kwargs)
+        if func in _RENORMALISE and _max_norm(func, args, kwargs) is not None:
+            return self._by_renormalised(func, args, kwargs)
+        return self.call(func, args, kwargs)
+
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What becomes of a call that sees copies."""
+        return func(*args, **kwargs)
+
+    def _copy(self, value: Any, found: set[str]) -> Any:
+        name = self._named.get(id(value))
+        if name is not None:
+            found.add(name)
+            return self._copies[name]
+        if type(value) in (list, tuple):
+            return type(value)([self._copy(one, found) for one in value])
+        return value
+
+    def _refuse_writing(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        given = kwargs.get("out", args[0] if args else None)
+        for target in given if isinstance(given, (list, tuple)) else (given,):
+            if not isinstance(target, Tensor):
+                continue
+            storage = storage_of(target)
+            for name, copy in self._copies.items():
+                if storage is not None and storage_of(copy) == storage:
+                    raise RuntimeError(
+                        worded(
+                            f"{self._called}, {func.__name__}",
+                            "the forward or the loss writes on the parameter "
+                            f"{name!r}, which all samples share",
+                            "Compute a new tensor there, or write outside, under "
+                            "torch.no_grad()",
+                        )
+                    )
+
+    def _by_renormalised(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Embeddings with ``max_norm``, which torch's own write into the weight."""
+        given = {**_RENORMALISE[func].bind(args, kwargs)}
+        options = given["max_norm"], given["norm_type"]
+        given["max_norm"] = None
+        if func is F.embedding:
+            return _renormalised(self.call(func, (), given), *options)
+        given["weight"] = _renormalised(given["weight"], *options)
+        return self.call(func, (), given)
+
+
+def _max_norm(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> float | None:
+    found: float | None = _RENORMALISE[func].bind(args, kwargs).get("max_norm")
+    return found
+
+
+def _renormalised(rows: Tensor, most: float, norm_type: float) -> Tensor:
+    """As torch.embedding_renorm_ has it, which passes gradients on as they are."""
+    values = rows.detach()
+    norms = torch.linalg.vector_norm(values, norm_type, dim=-1, keepdim=True)
+    scaled = values * torch.where(norms > most, most / (norms + 1e-7), 1)
+    return scaled + (rows - values)
+
+
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """Those in autograd's graph of ``tensor``."""
+    nodes = [] if tensor.grad_fn is None else [tensor.grad_fn]
+    seen = {*nodes}
+    found = []
+    for node in nodes:  # while it grows
+        behind = node.next_functions
+        for following, _ in behind:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+        leaf = None if behind else getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):  # of the nodes that accumulate
+            found.append(leaf)
+    return found
