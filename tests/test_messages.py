@@ -8,8 +8,16 @@ import torch.nn.functional as F
 from plain import assert_same_state, everything
 from torch import nn
 from torch.func import vmap
+from torch.utils.checkpoint import checkpoint
 
-from vmapsafe import BlockError, NeverUpdatedWarning, vmap_safe
+from vmapsafe import (
+    BlockError,
+    NeverUpdatedWarning,
+    batched,
+    per_sample_grad_norms,
+    per_sample_grads,
+    vmap_safe,
+)
 from vmapsafe._rule import Rule, register, registered
 
 
@@ -205,6 +213,16 @@ class NoRule(torch.autograd.Function):
         return g
 
 
+class OldForm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
 class Asks(nn.Module):
     """A layer whose forward is one function."""
 
@@ -231,11 +249,27 @@ NOTES = {
         lambda x, lstm=nn.LSTM(3, 3): lstm(x)[0],
         "loop over the slices",
     ),
+    "boolean mask": (lambda x: x[x > 0], "Use torch.where(mask, a, b)"),
+    "boolean mask, assigned": (
+        lambda x: x.clone().index_put_((x > 0,), torch.zeros(())),
+        "or x[mask] = 0. Use torch.where(mask, a, b)",
+    ),
+    "numpy": (lambda x: torch.from_numpy(x.numpy()), ".numpy() and .tolist() do that"),
+    "list": (lambda x: torch.tensor(x.tolist()), ".numpy() and .tolist() do that"),
+    "old autograd.Function": (OldForm.apply, "of the old form, forward(ctx, ...)"),
+    "checkpoint": (
+        lambda x: checkpoint(torch.sin, x, use_reentrant=True),
+        "as in torch.utils.checkpoint with use_reentrant=True",
+    ),
+    "checkpoint of the other kind, in a gradient": (
+        torch.func.grad(lambda x: checkpoint(torch.sin, x, use_reentrant=False).sum()),
+        "what torch.utils.checkpoint and save_on_cpu set",
+    ),
     "in-place draw": (
         lambda x: torch.zeros(3).bernoulli_(0.5) * x,
         "Draw out of place",
     ),
-    "dynamic shape": (torch.nonzero, "Use torch.where or a mask"),
+    "dynamic shape": (torch.nonzero, "Use torch.where(mask, a, b)"),
     "a layer of another model": (
         lambda x, other=nn.BatchNorm1d(3): other(x),
         "Hand its model to vmap_safe as well",
@@ -265,12 +299,126 @@ def test_notes(name, decorated):
     assert advice in note
 
 
-def test_errors_that_are_not_vmaps_get_no_note():
-    model = nn.Sequential(nn.Linear(3, 4))
-    with pytest.raises(RuntimeError) as caught:
+@pytest.mark.parametrize(
+    "model,x",
+    [
+        (nn.Linear(3, 4), torch.randn(2, 5)),
+        (nn.BatchNorm2d(3, track_running_stats=False), torch.randn(3, 8, 8)),
+        (nn.Conv2d(3, 4, 3), torch.randn(8, 8)),
+    ],
+)
+def test_errors_that_are_not_vmaps_get_no_note(model, x):
+    model = nn.Sequential(model)
+    with pytest.raises((RuntimeError, ValueError)) as caught:
         with vmap_safe(model):
-            model(torch.randn(2, 5))
+            model(x)
     assert not hasattr(caught.value, "__notes__")
+
+
+# -- Slices without a batch dimension --------------------------------------------------
+
+TOO_FEW = {
+    "batch norm 1d": (nn.BatchNorm1d(3), (3,)),
+    "batch norm 2d": (nn.BatchNorm2d(3), (3, 8, 8)),
+    "batch norm 3d": (nn.BatchNorm3d(3), (3, 4, 4, 4)),
+    "instance norm": (nn.InstanceNorm2d(3), (3, 8)),
+    "group norm": (nn.GroupNorm(3, 3), (3,)),
+    "convolution 1d": (nn.Conv1d(3, 3, 3), (8,)),
+    "convolution 2d": (nn.Conv2d(3, 3, 3), (8, 8)),
+    "convolution 3d": (nn.Conv3d(3, 3, 3), (4, 4, 4)),
+    "transposed": (nn.ConvTranspose2d(3, 3, 3), (8, 8)),
+    "max pool 1d": (nn.MaxPool1d(2), (8,)),
+    "max pool 2d": (nn.MaxPool2d(2), (8,)),
+    "mean pool": (nn.AvgPool2d(2), (8,)),
+    "adaptive pool": (nn.AdaptiveAvgPool2d(1), (8,)),
+    "adaptive max pool": (nn.AdaptiveMaxPool2d(1), (8,)),
+    "flatten": (nn.Flatten(), (8,)),
+    "flatten and linear": (nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), (3, 2, 2)),
+    "attention": (nn.TransformerEncoderLayer(4, 1, dropout=0.0), (4,)),
+    "upsampling": (nn.Upsample(scale_factor=2), (8,)),
+    "pixel shuffle": (nn.PixelShuffle(2), (4, 8)),
+    "local response norm": (nn.LocalResponseNorm(2), (8,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::vmapsafe.NeverUpdatedWarning")
+@pytest.mark.parametrize("name", TOO_FEW)
+@pytest.mark.parametrize("outside", [False, True])
+def test_slices_without_a_batch_dimension(name, outside):
+    """The error says what to write."""
+    layer, shape = TOO_FEW[name]
+    model = nn.Sequential(layer)
+    x = torch.randn(5, *shape)
+    with pytest.raises(Exception) as caught:
+        if outside:  # the vmap around the block
+            vmap(vmap_safe(model)(lambda x: model(x)))(x)
+        else:
+            with vmap_safe(model):
+                vmap(model)(x)
+    (note,) = caught.value.__notes__
+    assert note.startswith("vmapsafe: raised in '0")
+    assert "write @batched in the place of vmap, or model(x[None])" in note
+
+
+def test_an_input_of_per_sample_gradients_with_a_dimension_too_few():
+    """What is called with a batch of one already is not told to write @batched."""
+    model, x = net_of_images(), torch.randn(5, 8, 8)
+    for call in (
+        lambda: per_sample_grads(model, lambda o: o.sum(), x),
+        lambda: per_sample_grads(model, lambda o: o.sum(), x, fast=False),
+        lambda: vmap_safe(model)(lambda: batched(model)(x))(),
+    ):
+        with pytest.raises((RuntimeError, ValueError)) as caught:
+            call()
+        (note,) = caught.value.__notes__
+        assert "raised in '1' (BatchNorm2d)" in note
+        assert "called with a batch of one" in note and "@batched" not in note
+
+
+def net_of_images():
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))
+    model(torch.randn(4, 1, 8, 8))
+    return model
+
+
+# -- Where -----------------------------------------------------------------------------
+
+
+class Trained(nn.Sequential):
+    """A model with steps and losses of its own, as Lightning has."""
+
+    def step(self, x):
+        return per_sample_grads(self, self.dropped_loss, x)
+
+    @vmap_safe
+    def mapped_step(self, x):
+        return vmap(lambda x: self.dropped_loss(self(x)))(x)
+
+    def dropped_loss(self, output):
+        return F.dropout(output).sum()
+
+
+def test_an_error_of_the_loss_names_no_layer():
+    model = Trained(nn.Linear(3, 3))
+    x = torch.randn(4, 2, 3)
+    for call in (
+        lambda: per_sample_grads(model, lambda o: F.dropout(o).sum(), x),
+        lambda: per_sample_grads(model, lambda o: F.dropout(o).sum(), x, fast=False),
+        lambda: per_sample_grads(model, nn.Sequential(nn.Dropout(), Sum()), x),
+        lambda: per_sample_grad_norms(model, lambda o: (o > 0).sum().item() * o, x),
+        lambda: model.step(x),
+        lambda: model.mapped_step(x),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        (note,) = caught.value.__notes__
+        assert "raised in the code inside the block, outside its models. " in note
+        assert "The layer" not in note
+
+
+class Sum(nn.Module):
+    def forward(self, x):
+        return x.sum()
 
 
 # -- Rules -----------------------------------------------------------------------------

@@ -609,7 +609,11 @@ TAKING = [
     ),
     ({"keys": "x"}, TypeError, "keys= for a batch that is a list. Leave keys= out."),
     ({"loader": ["xy"]}, TypeError, "the loader gave a batch that is a str. Let its"),
-    ({"loader": [(X, "y")]}, ValueError, "batch[1] holds 'y', which has no batch dim"),
+    (
+        {"loader": [(X, "y")]},
+        ValueError,
+        "batch[1] holds 'y', a str, which has no batch dim",
+    ),
     ({"loader": [(X, Y[:3])]}, ValueError, "batch sizes disagree"),
     ({"mode": "train"}, ValueError, "unknown mode 'train'"),
 ]

@@ -242,7 +242,7 @@ ERRORS = [
     ),
     (
         lambda net: per_sample_grads(net, mse, X, 3.0),
-        "batch[1] holds 3.0, which has no batch dimension",
+        "batch[1] holds 3.0, a float, which has no batch dimension",
     ),
     (
         lambda net: per_sample_grads(

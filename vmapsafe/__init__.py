@@ -16,11 +16,11 @@ The map of the package, bottom up; each file imports only from those above it:
 ``_scope``       a block in force: which rules, which models, which thread
 ``_advice``      notes for errors of torch's vmap
 ``_wrap``        ``vmap_safe``
+``_chunks``      samples a few at a time, and their random numbers
 ``_batched``     ``batched``
 ``_formulas``    rows of a weight, their norms and sums, from input and output gradient
 ``_copies``      a sample's own copy of each parameter, wherever one is read
 ``_record``      one forward and backward that finds those, layer by layer
-``_chunks``      samples a few at a time, as many as the memory takes
 ``_samples``     model, loss and batch of a call, checked and bound
 ``_processes``   results of several processes put together
 ``_per_sample``  per-sample gradients

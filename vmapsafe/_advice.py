@@ -2,83 +2,167 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from types import FrameType
 
 from torch import nn
 
+from vmapsafe._call import current_level
 from vmapsafe._state import Model
+
+_VALUE = "The value of a tensor is asked for there, which differs from slice to slice. "
 
 # (what torch 2.11 to 2.13 say, what to do); the first that fits.
 _ADVICE = (
     (
-        "random operation while in randomness error mode",
+        r"random operation while in randomness error mode",
         'Pass randomness="different" (a draw of its own for each slice) or "same" to '
         "vmap, batched or per_sample_grads; or put the layer in eval mode before the "
         "block.",
     ),
     (
-        "does not have vmap support",
-        "The layer is an autograd.Function without a rule for vmap. Give the Function "
-        "a vmap staticmethod (or generate_vmap_rule=True), or use the plain torch "
-        "layer in its place.",
+        r"does not have vmap support",
+        "It is an autograd.Function without a rule for vmap. Give the Function "
+        "a vmap staticmethod (or generate_vmap_rule=True), or use plain torch "
+        "operations in its place.",
     ),
     (
-        "inplace arithmetic",
+        r"must override the setup_context staticmethod",
+        "It is an autograd.Function of the old form, forward(ctx, ...), as in "
+        "torch.utils.checkpoint with use_reentrant=True. Give it forward(...), "
+        "setup_context and a vmap staticmethod, or use plain torch operations in its "
+        "place; leave the checkpoint out, and take a smaller chunk_size for memory.",
+    ),
+    (
+        r"support saved tensor hooks",
+        "Such hooks are what torch.utils.checkpoint and save_on_cpu set. Leave them "
+        "out under vmap, and take a smaller chunk_size for memory.",
+    ),
+    (
+        r"inplace arithmetic",
         "Write the operation out of place. Buffers of the model are left alone inside "
         "vmap_safe, so this is another tensor, created outside vmap.",
     ),
     (
-        "data-dependent control flow",
-        "The layer asks for the value of a tensor, which differs from slice to slice. "
-        "Use torch.where, or take the question out of the forward.",
+        r"data-dependent control flow",
+        f"{_VALUE}Use torch.where, or take the question out of the forward.",
+    ),
+    (r"\.item\(\)", f"{_VALUE}Keep it a tensor."),
+    (
+        r"[Cc]annot access data pointer of Tensor that doesn't have storage",
+        f"{_VALUE}.numpy() and .tolist() do that. Write it in torch operations, or do "
+        "it before or after the vmap.",
     ),
     (
-        ".item()",
-        "The layer asks for the value of a tensor, which differs from slice to slice. "
-        "Keep it a tensor.",
-    ),
-    (
-        "different inplace randomness on an unbatched tensor",
+        r"different inplace randomness on an unbatched tensor",
         "The draw fills a tensor that vmap does not batch. Draw out of place "
         "(torch.bernoulli), or into torch.empty_like of the layer's input.",
     ),
     (
-        "operators that can output dynamic shape",
-        "The shape of the result depends on the values of the slice. Use torch.where "
-        "or a mask.",
+        r"operators that can (output|support) dynamic shape",
+        "A shape depends on the values of the slice, as with a boolean mask, x[mask] "
+        "or x[mask] = 0. Use torch.where(mask, a, b), or masked_fill.",
     ),
     (
-        "Batching rule not implemented",
+        r"Batching rule not implemented",
         "torch's vmap does not know this operation, as those of nn.LSTM, nn.GRU and "
         "nn.RNN. Write it with others, or loop over the slices.",
     ),
     (
-        "running_mean or running_var, which will be updated in place",
+        r"running_mean or running_var, which will be updated in place",
         "The block does not cover this layer. Hand its model to vmap_safe as well.",
     ),
+    (
+        r"_broadcast_coalesced|c10d::broadcast",
+        "It is DistributedDataParallel's broadcast of buffers. Call the module inside "
+        "it, model.module, or pass broadcast_buffers=False to it.",
+    ),
+    (
+        r"tensors to be on the same device",
+        "Move the batch to the device of the model, x.to(device).",
+    ),
+)
+
+# What torch says of an input with a dimension too few.
+_DIMENSIONS = re.compile(
+    r"""xpected\ (at\ least\ )?\d+D?\ ?(\(unbatched\)\ |dimensions\ for\ input)?
+        (\ ?or\ (higher\ dimensionality|\d+D))*
+        .*(input|tensor|got)
+    |   xpected\ input\ to\ be\ [\d]+D
+    |   Dimension\ out\ of\ range
+    |   shapes\ cannot\ be\ multiplied
+    |   Only\ 3D,\ 4D\ and\ 5D\ input
+    |   unbatched\ \d+D\ or\ batched
+    |   logical_rank\ ==\ n
+    |   at\ least\ \d+\ dimensions,\ but\ got\ input
+    |   xpected\ number\ of\ channels\ in\ input
+    |   Padding\ length\ should
+    """,
+    re.VERBOSE,
+)
+_SLICE = (
+    "A slice under vmap has no batch dimension. If the model wants one, write @batched "
+    "in the place of vmap, or model(x[None])."
+)
+_OF_ONE = (
+    "The model is called with a batch of one, x[i:i+1] with its dimension of size 1. "
+    "See that x has the shape (B, ...) of a batch of the model's inputs."
 )
 
 
 def advise(error: BaseException, models: Iterable[Model]) -> None:
     """Add a note to an error of torch's vmap; other errors, and its type, stay."""
-    if not isinstance(error, (RuntimeError, ValueError)):
+    if not isinstance(error, (RuntimeError, ValueError, IndexError, AssertionError)):
         return
-    text = str(error)
+    frames = list(_frames(error))
+    advice = advice_for(str(error))
+    if advice is None and _DIMENSIONS.search(str(error)):
+        advice = _of_dimensions(frames)
+    if advice is not None:
+        where = _where(frames, models)
+        error.add_note(f"vmapsafe: raised in {where}. {advice}")
+
+
+def advice_for(text: str) -> str | None:
+    """What to do about an error of torch's vmap that says ``text``."""
     for said, advice in _ADVICE:
-        if said in text:
-            error.add_note(f"vmapsafe: raised in {_where(error, models)}. {advice}")
-            return
+        if re.search(said, text):
+            return advice
+    return None
 
 
-def _where(error: BaseException, models: Iterable[Model]) -> str:
-    """The innermost module of the models in the traceback."""
+def _of_dimensions(frames: Iterable[FrameType]) -> str | None:
+    """Who has given the model its input: vmap, one of ours, or neither."""
+    names = [frame.f_globals.get("__name__") for frame in frames]
+    if not {"vmapsafe._samples", "vmapsafe._batched"}.isdisjoint(names):
+        return _OF_ONE
+    if current_level() > 0 or "torch._functorch.vmap" in names:
+        return _SLICE
+    return None
+
+
+def _where(frames: Iterable[FrameType], models: Iterable[Model]) -> str:
+    """The innermost module of the models whose forward was running."""
     found = "the code inside the block, outside its models"
-    traceback = error.__traceback__
-    while traceback is not None:
-        module = traceback.tb_frame.f_locals.get("self")
-        if isinstance(module, nn.Module):
+    for frame in frames:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and _is_call_of(module, frame):
             for model in models:
                 if module in model.modules:
                     found = model.label(module)
-        traceback = traceback.tb_next
     return found
+
+
+def _is_call_of(module: nn.Module, frame: FrameType) -> bool:
+    """Not a method of it that calls it, as ``training_step`` does."""
+    return frame.f_code.co_name == "forward" or (
+        frame.f_code is nn.Module._call_impl.__code__
+    )
+
+
+def _frames(error: BaseException) -> Iterator[FrameType]:
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback.tb_frame
+        traceback = traceback.tb_next

@@ -17,7 +17,8 @@ from vmapsafe._call import (
     tree_map,
     tree_unflatten,
 )
-from vmapsafe._errors import worded
+from vmapsafe._chunks import Draws
+from vmapsafe._errors import shown, worded
 
 Dims = int | None | tuple[Any, ...] | list[Any] | dict[str, Any]
 
@@ -91,7 +92,9 @@ def batched(
         )
     if not callable(function):
         raise TypeError(
-            worded("batched(...)", f"{function!r} is not callable", "Pass a function")
+            worded(
+                "batched(...)", f"{shown(function)} is not callable", "Pass a function"
+            )
         )
     name = getattr(function, "__name__", type(function).__name__)
     # torch.compile cannot trace inspect; without a dict, names only word errors.
@@ -104,8 +107,13 @@ def batched(
         leaves, tree = tree_flatten((args, kwargs))
         dims = _dims_of_leaves(name, names, specs, args, kwargs)
         mapped = [(i, dim) for i, dim in enumerate(dims) if dim is not None]
+        # torch puts only the CPU's generator back for each chunk (read in 2.13).
+        several = chunk_size is not None and randomness == "same"
+        draws = Draws(randomness) if several else None
 
         def one(*slices: Tensor) -> Any:
+            if draws is not None:
+                draws.put_back()
             filled = list(leaves)
             for (i, dim), piece in zip(mapped, slices):
                 filled[i] = piece.unsqueeze(dim) if keep_batch_dim else piece
@@ -201,7 +209,7 @@ def _dims_of_leaves(
             raise ValueError(
                 worded(
                     f"batched({name})(...)",
-                    f"in_dims {spec!r} does not fit the structure of {label}",
+                    f"in_dims {shown(spec)} does not fit the structure of {label}",
                     "Give an int, None, or a tree of them like the argument",
                 )
             )

@@ -28,9 +28,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from vmapsafe._advice import _ADVICE
+from vmapsafe._advice import advice_for
 from vmapsafe._call import tree_flatten, tree_map
-from vmapsafe._errors import worded
+from vmapsafe._errors import shown, worded
 from vmapsafe._groups import NumGroups, check_num_groups, groups_for
 from vmapsafe._report import Finding, Report
 from vmapsafe._rule import MODES, check_mode
@@ -123,7 +123,7 @@ def check(
         raise TypeError(
             worded(
                 "check(...)",
-                f"{model!r} is a {type(model).__name__}, not an nn.Module",
+                f"{shown(model)} is a {type(model).__name__}, not an nn.Module",
                 "Write check(model, x[:2])",
             )
         )
@@ -131,7 +131,7 @@ def check(
         check_mode("check(...)", mode)
     if randomness not in ("error", "different", "same"):
         raise ValueError(
-            f"check(...): unknown randomness {randomness!r}. "
+            f"check(...): unknown randomness {shown(randomness)}. "
             'Choose one of "error", "different", "same".'
         )
     check_num_groups(num_groups)
@@ -504,12 +504,9 @@ def _said(failure: Failure, alone: bool) -> tuple[str, str]:
     if alone:
         advice = "See that the model runs on a batch of one."
         return f"without vmap too, it raises {_words(failure.error)}", advice
-    advice = "Take it out of the function that is mapped, or loop over the slices."
-    for said, instead in _ADVICE:
-        if said in text:
-            advice = instead
-            break
-    return f"under {failure.transform} it raises {_words(failure.error)}", advice
+    otherwise = "Take it out of the function that is mapped, or loop over the slices."
+    said = f"under {failure.transform} it raises {_words(failure.error)}"
+    return said, advice_for(text) or otherwise
 
 
 def _words(error: Exception) -> str:

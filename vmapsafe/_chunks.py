@@ -6,12 +6,14 @@ half of the free memory; a chunk that runs out of it is run again in halves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from vmapsafe._errors import worded
+from vmapsafe._call import below_all, tree_map
+from vmapsafe._errors import shown, worded
 
 ChunkSize = int | str | None
 
@@ -32,7 +34,7 @@ def check_chunk_size(called: str, chunk_size: ChunkSize, mode: str) -> None:
         raise ValueError(
             worded(
                 called,
-                f"chunk_size is {chunk_size!r}",
+                f"chunk_size is {shown(chunk_size)}",
                 'Pass an int of at least 1, "auto", or None for all samples at once',
             )
         )
@@ -42,23 +44,35 @@ def in_chunks(
     size: int,
     chunk_size: ChunkSize,
     device: torch.device,
+    randomness: str,
     run: Callable[[int, int], None],
 ) -> None:
     """Call ``run(start, stop)`` until all ``size`` samples are done.
 
     A call that runs out of memory must leave nothing behind: it is made again for
-    fewer samples.
+    fewer samples, with the same random numbers. With ``randomness="same"`` all chunks
+    begin with the same ones.
     """
+    if chunk_size is None:
+        run(0, size)
+        return
+    draws = Draws(randomness)
     if chunk_size != "auto":
-        step = size if chunk_size is None else int(chunk_size)
-        for start in range(0, size, step):
-            run(start, min(start + step, size))
+        for start in range(0, size, int(chunk_size)):
+            if start and randomness == "same":
+                draws.put_back()
+            run(start, min(start + int(chunk_size), size))
         return
     start, step, most = 0, _FIRST, size
     while start < size:
         stop = min(start + step, size)
+        if randomness == "same":
+            draws.put_back()
+        else:
+            draws = Draws(randomness)
         free, (used, peak) = _free(device), _used(device)
         if not _fits(run, start, stop):  # its memory is given back when it returns
+            draws.put_back()
             if stop - start == 1:
                 run(start, stop)  # raises it again
             step = most = (stop - start) // 2 or 1
@@ -72,6 +86,42 @@ def in_chunks(
             fitting = max(fitting, 2 * step) if 2 * step * taken < free else step
         start = stop
         step = max(1, min(most, fitting))
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """What all chunks gave, trees of tensors (samples, ...), as one tree."""
+    if len(parts) == 1:
+        return parts[0]
+    return tree_map(lambda *chunks: torch.cat(chunks), *parts)
+
+
+class Draws:
+    """Where torch's random generators stand, of the CPU and of devices.
+
+    Noted only where vmap lets them be used: not with ``randomness="error"``.
+    """
+
+    def __init__(self, randomness: str) -> None:
+        self._states: list[tuple[Callable[[Any], object], Any]] = []
+        if randomness == "error" or torch.compiler.is_compiling():
+            return
+        with below_all():
+            self._states = [(put_back, note()) for note, put_back in _generators()]
+
+    def put_back(self) -> None:
+        """Let what is drawn next be what was drawn since."""
+        with below_all():
+            for put_back, state in self._states:
+                put_back(state)
+
+
+def _generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], object]]]:
+    yield torch.get_rng_state, torch.set_rng_state
+    for kind in (torch.cuda, torch.xpu):
+        if kind.is_initialized():
+            yield kind.get_rng_state_all, kind.set_rng_state_all
+    if torch.backends.mps.is_available():
+        yield torch.mps.get_rng_state, torch.mps.set_rng_state
 
 
 _FIRST = 4

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import reprlib
 import sys
 import warnings
+from typing import Any
 
 import torch
 
@@ -53,4 +55,45 @@ def worded(called: str, found: str, do: str) -> str:
     >>> worded("vmap_safe(...)", "got no model", "Write vmap_safe(model)")
     'vmap_safe(...): got no model. Write vmap_safe(model).'
     """
-    return f"{called}: {found}. {do}."
+    return f"{_cut(called)}: {_cut(found)}. {do}."
+
+
+def shown(value: Any) -> str:
+    """A value in a few words: of a tensor or an array its class and shape.
+
+    >>> import torch
+    >>> shown([torch.zeros(3, 4), "a"])
+    "[Tensor (3, 4), 'a']"
+    """
+    return _short.repr(value)
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+
+    def repr1(self, x: Any, level: int) -> str:
+        if hasattr(x, "__qualname__"):  # a function or a class
+            return str(x.__qualname__)
+        if hasattr(x, "shape") and hasattr(x, "dtype"):
+            return f"{type(x).__name__} {tuple(x.shape)}"
+        if isinstance(x, dict):  # of a subclass too, as a state_dict is
+            return self.repr_dict(x, level)
+        if isinstance(x, tuple):
+            return self.repr_tuple(x, level)
+        return super().repr1(x, level)
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        said = super().repr_instance(x, level)
+        return type(x).__name__ if "\n" in said else said  # a network
+
+
+_short = _Short()
+_MOST = 300  # characters of what is said
+
+
+def _cut(text: str) -> str:
+    if len(text) <= _MOST:
+        return text
+    return f"{text[: _MOST * 2 // 3]} ... {text[-_MOST // 3 :]}"

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vmapsafe._call import current_level, tree_map
-from vmapsafe._chunks import ChunkSize, check_chunk_size, in_chunks
+from vmapsafe._chunks import ChunkSize, Draws, check_chunk_size, joined
 from vmapsafe._errors import worded
 from vmapsafe._formulas import Formula, Memory
 from vmapsafe._groups import NumGroups
@@ -54,19 +53,22 @@ def per_sample_grads(
     Args:
         model: takes batches; it need not be in a block already.
         loss_fn: of the model's output on a batch of one and the rest of the batch;
-            returns a tensor without dimensions, or ``(loss, aux)`` with ``has_aux``.
+            returns a tensor of one number, or ``(loss, aux)`` with ``has_aux``.
         *batch: the inputs, then what ``loss_fn`` takes after the output; trees of
             tensors (B, ...). A tuple as the inputs is positional arguments of the
             model, a dict its keyword arguments.
         mode: of :func:`vmap_safe`, whose block is entered for this call.
         rows: in "sync", where samples share their statistics, what a row is; see below.
         params: the names to differentiate by, or a dict from names to the tensors at
-            which to, through which outer derivatives pass; default every parameter
-            that requires a gradient. Tied parameters appear once.
+            which to, through which outer derivatives pass: exactly those, frozen ones
+            too; default every parameter that requires a gradient. Tied parameters
+            appear once. Names may begin with "module.", as in a wrapper.
         chunk_size: samples at a time, as in ``torch.func.vmap``; None for all; "auto"
             for what fits into half of the free memory, found by trying. In "sync"
             each chunk is a batch with statistics of its own, and "auto" is refused.
-        randomness: of dropout and the like: "error", "different" or "same".
+        randomness: of dropout and the like: "error"; "different", a draw a sample,
+            which a seed decides for a given int as ``chunk_size``; or "same", one draw
+            for all samples, whatever the chunks.
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
         out: a dict such as an earlier call returned, to be filled and returned, as in
             ``rows = per_sample_grads(..., out=rows)``: fresh memory is what takes
@@ -83,9 +85,10 @@ def per_sample_grads(
         tensors replaced by B.
 
     Raises:
+        TypeError: ``model`` is not a module, or ``loss_fn`` cannot be called.
         ValueError: batch sizes that disagree, a loss that has dimensions, parameters
-            that do not exist, none that requires a gradient, ``out`` of other names,
-            shapes, dtypes or devices.
+            that do not exist, two names of one, none that requires a gradient, ``out``
+            of other names, shapes, dtypes or devices.
 
     A loss that does not depend on a parameter has rows of zeros, as in torch.func.grad.
     The rows are computed layer by layer from one backward pass
@@ -191,9 +194,11 @@ def _quickly(samples: Samples, chunk_size: ChunkSize) -> Any:
     if chunk_size is not None:  # "auto" is to measure what a chunk takes besides
         for name in samples.values:
             rows[name]
+    draws = Draws(samples.randomness)
     try:
         aux = _into(rows, samples, chunk_size, derivatives=True)
     except Unrecordable:
+        draws.put_back()
         return None
     return {name: rows[name] for name in samples.values}, aux
 
@@ -216,21 +221,13 @@ def _into(
         batch = part_of(samples.batch, start, stop)
         parts.append(samples.collect(batch, into, derivatives))
 
-    in_chunks(samples.count, chunk_size, samples.device, run)
-    return tree_map(lambda *chunks: torch.cat(chunks), *parts)
+    samples.in_chunks(chunk_size, run)
+    return joined(parts)
 
 
 def _by_vmap(samples: Samples, chunk_size: ChunkSize) -> Any:
     """(rows, aux), through which outer derivatives pass."""
-    if not isinstance(chunk_size, str):
-        return samples.rows(samples.batch, chunk_size)
-    parts: list[Any] = []
-
-    def run(start: int, stop: int) -> None:
-        parts.append(samples.rows(part_of(samples.batch, start, stop)))
-
-    in_chunks(samples.count, chunk_size, samples.device, run)
-    return tree_map(lambda *chunks: torch.cat(chunks), *parts)
+    return joined(samples.by_chunk(chunk_size, samples.rows))
 
 
 def _check_out(out: Mapping[str, Tensor], samples: Samples) -> None:

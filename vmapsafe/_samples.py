@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
-from vmapsafe._batched import without_batch_dim
 from vmapsafe._call import (
     beyond_reverse_mode,
     current_level,
@@ -18,9 +17,9 @@ from vmapsafe._call import (
     tree_flatten,
     tree_map,
 )
-from vmapsafe._chunks import ChunkSize, in_chunks
+from vmapsafe._chunks import ChunkSize, Draws, in_chunks
 from vmapsafe._copies import Copies, leaves_of
-from vmapsafe._errors import worded
+from vmapsafe._errors import shown, worded
 from vmapsafe._record import LEVEL, Collector, Recorded, Unrecordable
 from vmapsafe._scope import Options
 from vmapsafe._state import process_group, unwrapped
@@ -76,9 +75,11 @@ class Samples:
         """All of it checked.
 
         Raises:
-            ValueError: says what is wrong.
+            TypeError, ValueError: say what is wrong.
         """
+        _check_model_and_loss(called, model, loss_fn)
         _check_rows(called, options)
+        _check_randomness(called, randomness)
         options = checked(options)
         net = unwrapped(model)
         places = _places(net)
@@ -120,13 +121,11 @@ class Samples:
         """Where the parameters are."""
         return next(iter(self.values.values())).device
 
-    def rows(
-        self, batch: tuple[Any, ...], chunk_size: int | None = None
-    ) -> tuple[dict[str, Tensor], Any]:
+    def rows(self, batch: tuple[Any, ...]) -> tuple[dict[str, Tensor], Any]:
         """The rows, and aux, by ``vmap(grad)``; derivatives of them pass through."""
         derive = self._by_jacobian if self.options.rows == "jacobian" else self._by_grad
         with Block((self.model,), self.options):
-            found = derive(batch, chunk_size)
+            found = derive(batch)
         return found if self.has_aux else (found, ())
 
     def recordable(self) -> bool:
@@ -179,6 +178,7 @@ class Samples:
                 that the loss cannot be followed.
         """
         if self.recordable():
+            draws = Draws(self.randomness)
             try:
                 recorded = self.recorded(batch)
                 if derivatives and recorded.watched():
@@ -196,6 +196,7 @@ class Samples:
                             "out=",
                         )
                     ) from None
+                draws.put_back()
             else:
                 recorded.backward(into)
                 return recorded.aux
@@ -213,8 +214,12 @@ class Samples:
         def run(start: int, stop: int) -> None:
             parts.append(function(part_of(self.batch, start, stop)))
 
-        in_chunks(self.count, chunk_size, self.device, run)
+        self.in_chunks(chunk_size, run)
         return parts
+
+    def in_chunks(self, chunk_size: ChunkSize, run: Callable[[int, int], None]) -> None:
+        """Call ``run(start, stop)`` for one chunk after the other."""
+        in_chunks(self.count, chunk_size, self.device, self.randomness, run)
 
     def _loss(self, values: Mapping[str, Tensor], inputs: Any, *rest: Any) -> Any:
         """Of one sample, handed to the model as a batch of one."""
@@ -232,9 +237,16 @@ class Samples:
                 parameters[own] = parameter
         if not self.has_aux:
             return self._scalar(result)
+        if not isinstance(result, (tuple, list)) or len(result) != 2:
+            raise ValueError(
+                worded(
+                    f"{self.called} with has_aux=True",
+                    f"loss_fn gave {shown(result)} instead of a pair",
+                    "Let it return (loss, aux)",
+                )
+            )
         value, aux = result
-        aux = tree_map(lambda t: without_batch_dim(self.called, t), aux)
-        return self._scalar(value), aux
+        return self._scalar(value), tree_map(self._aux, aux)
 
     def _loss_of_copies(self, values: Mapping[str, Tensor], *sample: Any) -> Any:
         """The same where no :class:`Recorded` sees to it that all is read of them."""
@@ -249,25 +261,17 @@ class Samples:
         copies.check_graph(leaves_of(innermost(value)))
         return result
 
-    def _by_grad(self, batch: tuple[Any, ...], chunk_size: int | None) -> Any:
+    def _by_grad(self, batch: tuple[Any, ...]) -> Any:
         return vmap(
             grad(self._loss_of_copies, has_aux=self.has_aux),
             (None, *[0 for _ in batch]),
             randomness=self.randomness,
-            chunk_size=chunk_size,
         )(self.values, *batch)
 
-    def _by_jacobian(self, batch: tuple[Any, ...], chunk_size: int | None) -> Any:
+    def _by_jacobian(self, batch: tuple[Any, ...]) -> Any:
         in_dims = (None, *[0 for _ in batch])
         losses = vmap(self._loss_of_copies, in_dims, randomness=self.randomness)
-        derive = jacrev(losses, has_aux=self.has_aux)
-        size = _length(batch)
-        step = chunk_size or size
-        parts = [
-            derive(self.values, *part_of(batch, start, start + step))
-            for start in range(0, size, step)
-        ]
-        return tree_map(lambda *chunks: torch.cat(chunks), *parts)
+        return jacrev(losses, has_aux=self.has_aux)(self.values, *batch)
 
     def _scalar(self, loss: Any) -> Tensor:
         if isinstance(loss, Tensor):
@@ -276,12 +280,29 @@ class Samples:
             if loss.shape == (1,):  # reduction="none"
                 return loss.squeeze(0)
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        do = 'Let it return the mean or the sum, e.g. reduction="sum"'
+        if isinstance(loss, (tuple, list)):
+            do = "Let it return the loss alone, or pass has_aux=True for (loss, aux)"
         raise ValueError(
             worded(
                 self.called,
                 f"loss_fn gave {found} for a batch of one instead of a tensor without "
                 "dimensions",
-                'Let it return the mean or the sum, e.g. reduction="sum"',
+                do,
+            )
+        )
+
+    def _aux(self, leaf: Any) -> Tensor:
+        """Without the batch of one, if it has dimensions."""
+        if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.size(0) == 1):
+            return leaf.squeeze(0) if leaf.dim() else leaf
+        raise ValueError(
+            worded(
+                f"{self.called} with has_aux=True",
+                f"aux holds {shown(leaf)} for one sample, which is no tensor with a "
+                "batch of one as its first dimension",
+                "Let loss_fn return tensors (1, ...), as the output of the model is, "
+                "or without dimensions: output and not output[0]",
             )
         )
 
@@ -297,11 +318,52 @@ def _length(batch: Any) -> int:
     return len(tree_flatten(batch)[0][0])
 
 
+def _check_model_and_loss(called: str, model: Any, loss_fn: Any) -> None:
+    """Raise a TypeError unless they are that, and not one in the other's place."""
+    write = f"Write {called.replace('...', 'model, loss_fn, x, y')}"
+    found = None
+    if isinstance(model, type):
+        found = f"model is the class {shown(model)}, not an nn.Module made of it"
+    elif not isinstance(model, nn.Module):
+        found = f"model is {shown(model)}, a {type(model).__name__}, not an nn.Module"
+        if isinstance(model, Tensor):
+            write = f"Do not call the model before. {write}"
+    elif not callable(loss_fn):
+        found = f"loss_fn is {shown(loss_fn)}, a {type(loss_fn).__name__}"
+        found += ", which cannot be called"
+    elif isinstance(loss_fn, type) and issubclass(loss_fn, nn.Module):
+        found = f"loss_fn is the class {shown(loss_fn)}"
+        write = f"Pass {shown(loss_fn)}()"
+    elif isinstance(loss_fn, nn.Module) and not _has_parameters(model):
+        if _has_parameters(loss_fn):
+            found = f"model is the nn.Module {type(model).__name__} without parameters"
+            found += f", and loss_fn a {type(loss_fn).__name__} that has some"
+    if found is not None:
+        raise TypeError(worded(called, found, write))
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _check_randomness(called: str, randomness: Any) -> None:
+    if randomness not in ("error", "different", "same"):
+        raise ValueError(
+            worded(
+                called,
+                f"unknown randomness {shown(randomness)}",
+                'Choose one of "error", "different", "same"',
+            )
+        )
+
+
 def _check_rows(called: str, options: Options) -> None:
     rows, mode = options.rows, options.mode
     if rows not in ROWS:
         listed = ", ".join(f'"{r}"' for r in ROWS)
-        raise ValueError(f"{called}: unknown rows {rows!r}. Choose one of {listed}.")
+        raise ValueError(
+            f"{called}: unknown rows {shown(rows)}. Choose one of {listed}."
+        )
     if rows != "contribution" and mode != "sync":
         raise ValueError(
             worded(
@@ -343,21 +405,75 @@ def _chosen(
                 )
             )
         return chosen
-    names = list(params)
-    if isinstance(params, str):
-        names = [params]
-    for name in names:
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(
+            worded(
+                called,
+                f"params is {shown(params)}",
+                "Pass names, or a dict from names to tensors",
+            )
+        )
+    names: dict[str, Any] = {}  # as the model has them: as they are given
+    for given in [params] if isinstance(params, str) else params:
+        name = _without_wrapper(given, known)
         if name not in known:
             raise ValueError(
                 worded(
                     called,
-                    f"{type(net).__name__} has no parameter {name!r}",
+                    f"{type(net).__name__} has no parameter {shown(given)}",
                     "Names are those of model.named_parameters()",
                 )
             )
-    if isinstance(params, Mapping):
-        return {name: params[name] for name in names}  # outer derivatives pass through
-    return {name: known[name].detach() for name in names}
+        if names.setdefault(name, given) != given:
+            raise ValueError(
+                worded(
+                    called,
+                    f"params names {given!r} and {names[name]!r}, which are one",
+                    "Name one of them",
+                )
+            )
+    if not names:
+        raise ValueError(
+            worded(called, "params is empty", "Name at least one, or leave params out")
+        )
+    tied: dict[nn.Parameter, str] = {}
+    for name in names:
+        other = tied.setdefault(known[name], name)
+        if other != name:
+            raise ValueError(
+                worded(
+                    called,
+                    f"params names {other!r} and {name!r}, which are one parameter of "
+                    f"{type(net).__name__} with one gradient",
+                    "Name one of them",
+                )
+            )
+    if not isinstance(params, Mapping):
+        return {name: known[name].detach() for name in names}
+    chosen = {name: params[given] for name, given in names.items()}
+    for name, value in chosen.items():
+        if not isinstance(value, Tensor) or value.shape != known[name].shape:
+            raise ValueError(
+                worded(
+                    called,
+                    f"params[{names[name]!r}] is {shown(value)}, and the parameter is "
+                    f"{shown(known[name])}",
+                    "Pass tensors of the parameters' shapes",
+                )
+            )
+    return chosen  # outer derivatives pass through
+
+
+_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel, torch.compile
+
+
+def _without_wrapper(name: Any, known: Collection[str]) -> Any:
+    """The name in the model itself, of one in its wrapper."""
+    if not isinstance(name, str):
+        return None
+    while name not in known and name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name
 
 
 def _places(net: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
@@ -380,9 +496,10 @@ def _batch_size(called: str, batch: tuple[Any, ...]) -> int:
                 raise ValueError(
                     worded(
                         called,
-                        f"batch[{i}] holds {leaf!r}, which has no batch dimension",
-                        "Pass tensors (B, ...); what all samples share belongs into "
-                        "loss_fn",
+                        f"batch[{i}] holds {shown(leaf)}, a {type(leaf).__name__}, "
+                        "which has no batch dimension",
+                        "Pass tensors (B, ...), which torch.as_tensor makes of numpy "
+                        "arrays and lists; what all samples share belongs into loss_fn",
                     )
                 )
             shapes.append((i, tuple(leaf.shape)))
@@ -396,7 +513,8 @@ def _batch_size(called: str, batch: tuple[Any, ...]) -> int:
             worded(
                 called,
                 f"batch sizes disagree: {found}",
-                "The first dimension is the batch, and each has one row a sample",
+                "The first dimension is the batch, and each has one row a sample; "
+                "torch.stack makes one tensor of a list of samples",
             )
         )
     return int(shapes[0][1][0])
