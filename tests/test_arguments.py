@@ -264,5 +264,7 @@ def test_values_are_shown_in_a_few_words():
     for value in (*values, torch.Tensor, lambda: 3, 10**500, range(10**9)):
         assert len(shown(value)) < 200 and "tensor(" not in shown(value)
     assert shown([3, "a", None, 0.5]) == "[3, 'a', None, 0.5]"
-    text = worded("f(...)", "found " + "x" * 9999 + " end", "Do this")
-    assert len(text) < 400 and text.endswith("x end. Do this.")
+    text = worded("f(...)", f"found {torch.zeros(999)} at the end", "Do this")
+    assert len(text) < 300 and text.endswith("]) at the end. Do this.")
+    text = worded("f(...)", "found " + "x" * 99999 + " end", "Do this")
+    assert len(text) < 2000 and text.endswith("x end. Do this.")

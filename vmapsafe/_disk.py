@@ -1,12 +1,13 @@
 """Results in a folder of ``.npy`` files that grow, and go on after an interruption.
 
 The folder holds one file for each tensor, ``result.npy`` or ``0.weight.npy`` and so on,
-and ``state.json``: what was asked, and how many batches and samples are finished. Rows
-are appended; at a checkpoint they are flushed to the disk first, then each file's
-header grows (numpy leaves room for that), then ``state.json`` is replaced in one step.
-So whatever moment a process dies at, every file can be loaded (but for an empty one
-before the first batch), and going on means writing on after the rows that
-``state.json`` counts. One process may write to a folder at a time.
+and ``state.json``: what was asked, how many batches and samples are finished, and a
+checksum of their rows. Rows are written after those that are counted; at a checkpoint
+they are flushed to the disk first, then each file's header grows (numpy leaves room for
+that), then ``state.json`` is replaced in one step. So whatever moment a process dies
+at, every file can be loaded (but for an empty one before the first batch), and going on
+means writing on after the rows that ``state.json`` counts, which are read then, and
+never written again. One process may write to a folder at a time.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote
 
 import torch
@@ -28,12 +30,27 @@ from torch import Tensor
 from vmapsafe._errors import worded
 
 
+class Done(NamedTuple):
+    """What is finished: one object, so that no interrupt comes between its parts.
+
+    Attributes:
+        batches: their number.
+        samples: the number of theirs.
+        sums: a checksum of the rows of each file, by name.
+        data: one of the batches.
+    """
+
+    batches: int
+    samples: int
+    sums: Mapping[str, int]
+    data: int
+
+
 class Folder:
     """Rows of some tensors, a batch after the other.
 
     Attributes:
-        batches: that are finished.
-        samples: that are finished.
+        done: what is finished.
         complete: whether nothing is to come; set by who knows.
     """
 
@@ -41,17 +58,17 @@ class Folder:
         """Nothing is written before the first batch.
 
         Raises:
-            ValueError: the folder holds something else.
+            ValueError: the folder holds something else, or files that were damaged.
         """
         self._called, self._path = called, path
         self._files: dict[str, _Growing] = {}
         self._next = 0.0
-        self._state: dict[str, Any] = {"asked": dict(asked), "data": None, "files": {}}
-        self.batches, self.samples, self.complete = 0, 0, False
+        self._state: dict[str, Any] = {"asked": dict(asked), "first": None, "files": {}}
+        self.done, self.complete = Done(0, 0, {}, 0), False
         if path.is_dir() and any([p.name != _NEW for p in path.iterdir()]):
             self._go_on()
         elif path.exists() and not path.is_dir():
-            self._refuse("is no folder", "Give the path of a folder to make")
+            self.refuse("is no folder", "Give the path of a folder to make")
         self._was_complete = self.complete
 
     def __enter__(self) -> Folder:
@@ -72,33 +89,39 @@ class Folder:
 
     def check_data(self, digest: str) -> None:
         """Raise unless the first batch is what it was."""
-        if self._state["data"] is None:
-            self._state["data"] = digest
-        elif self._state["data"] != digest:
-            self._refuse(
+        if self._state["first"] is None:
+            self._state["first"] = digest
+        elif self._state["first"] != digest:
+            self.refuse(
                 "was begun with another first batch: other data, or another order",
                 "Give the same loader, or another path",
             )
 
-    def append(self, rows: Mapping[str, Tensor]) -> None:
-        """The rows of the next batch, (B, ...) each."""
+    def append(self, rows: Mapping[str, Tensor], data: int) -> None:
+        """The rows of the next batch, (B, ...) each, and the checksum of all batches up
+        to this."""
         arrays = {name: _array(row) for name, row in rows.items()}
-        files = {n: f"{a.dtype} {a.shape[1:]}" for n, a in arrays.items()}
+        files = {n: _kind(a.dtype, a.shape) for n, a in arrays.items()}
         if not self._state["files"]:
             self._state["files"] = files
             self._path.mkdir(parents=True, exist_ok=True)
             self._write_state()  # so that what follows is known to be ours
         if self._state["files"] != files:
-            self._refuse(
+            self.refuse(
                 f"holds {self._state['files']}, and now came {files}",
                 "Ask for the same, or give another path",
             )
+        done = self.done
         if not self._files:
-            self._open(arrays)
+            for name, array in arrays.items():
+                self._files[name] = _Growing(self._file(name), array, done.samples)
+        sums = {}
         for name, array in arrays.items():
-            self._files[name].append(array)
-        self.batches += 1
-        self.samples += len(next(iter(arrays.values())))
+            written = array.tobytes()
+            self._files[name].write(written, done.samples)
+            sums[name] = zlib.crc32(written, done.sums.get(name, 0))
+        samples = done.samples + len(next(iter(arrays.values())))
+        self.done = Done(done.batches + 1, samples, sums, data)
         if time.monotonic() >= self._next:
             self._checkpoint()
 
@@ -106,24 +129,32 @@ class Folder:
         """What is finished, memory-mapped."""
         import numpy
 
-        found = {}
+        found, samples = {}, self.done.samples
         for name in self._state["files"]:
-            file = self._path / _file_name(name)
-            found[name] = numpy.load(file, mmap_mode="r" if self.samples else None)
+            mode: Any = "r" if samples else None
+            found[name] = numpy.load(self._file(name), mmap_mode=mode)[:samples]
         return found
+
+    def refuse(self, found: str, do: str) -> None:
+        """Raise a ValueError about the folder."""
+        raise ValueError(worded(self._called, f"{str(self._path)!r} {found}", do))
 
     # -- Reading what is there ---------------------------------------------------------
 
     def _go_on(self) -> None:
         try:
             state = json.loads((self._path / _STATE).read_text())
-            self.batches, self.samples = state["batches"], state["samples"]
-            self.complete = state["complete"]
-            asked = state["asked"]
+            self.done = Done(*[state[name] for name in Done._fields])
+            self.complete = bool(state["complete"])
+            asked = {**state["asked"]}
+            if not self.done.batches <= self.done.samples >= 0 <= self.done.batches:
+                raise ValueError
+            if {*self.done.sums} != {*state["files"]} and self.done.batches:
+                raise ValueError
         except FileNotFoundError:
-            self._refuse(f"is not empty and holds no {_STATE}", "Give another path")
-        except (ValueError, KeyError, TypeError):
-            self._refuse(f"holds a {_STATE} that cannot be read", "Give another path")
+            self.refuse(f"is not empty and holds no {_STATE}", "Give another path")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self.refuse(f"holds a {_STATE} that cannot be read", "Give another path")
         now = json.loads(json.dumps(self._state["asked"]))
         differing = [
             f"{key} was {asked.get(key)!r} and is {now.get(key)!r}"
@@ -131,41 +162,52 @@ class Folder:
             if asked.get(key) != now.get(key)
         ]
         if differing:
-            self._refuse(
+            self.refuse(
                 f"was begun with something else: {'; '.join(differing)}",
                 "Ask for the same, or give another path",
             )
         self._state = state
+        if self.done.batches:  # else files need not be there
+            for name in state["files"]:
+                if not self._holds_rows(name):
+                    self.refuse(
+                        f"lacks rows of {_file_name(name)} that {_STATE} counts, or "
+                        "they have changed",
+                        "Give another path",
+                    )
 
-    def _open(self, arrays: Mapping[str, Any]) -> None:
-        for name, array in arrays.items():
-            file = _Growing(self._path / _file_name(name), array)
-            self._files[name] = file
-            if not file.go_on(self.samples):
-                self._refuse(
-                    f"lacks rows of {_file_name(name)} that {_STATE} counts",
-                    "Give another path",
-                )
+    def _holds_rows(self, name: str) -> bool:
+        """Whether the file of a tensor holds the rows that are counted."""
+        samples = self.done.samples
+        try:
+            with open(self._file(name), "rb") as file:
+                kind, rows, size = _read_header(file)
+                if kind != self._state["files"][name] or rows < samples:
+                    return False
+                if self.complete and rows != samples:
+                    return False
+                return _sum_of_rows(file, samples * size) == self.done.sums[name]
+        except (FileNotFoundError, ValueError):  # numpy's, for headers
+            return False
 
-    def _refuse(self, found: str, do: str) -> None:
-        raise ValueError(worded(self._called, f"{str(self._path)!r} {found}", do))
+    def _file(self, name: str) -> Path:
+        return self._path / _file_name(name)
 
     # -- Writing -----------------------------------------------------------------------
 
     def _checkpoint(self) -> None:
         started = time.monotonic()
         for file in self._files.values():
-            file.finish(self.samples)
+            file.finish(self.done.samples)
         self._write_state()
         now = time.monotonic()
         self._next = now + max(_SECONDS, _TIMES * (now - started))
 
     def _write_state(self) -> None:
         state = {
-            "batches": self.batches,
-            "samples": self.samples,
+            **self.done._asdict(),
             "complete": self.complete,
-            **{key: self._state[key] for key in ("data", "files", "asked")},
+            **{key: self._state[key] for key in ("first", "files", "asked")},
         }
         beside = self._path / _NEW
         with open(beside, "w") as file:
@@ -183,36 +225,39 @@ _SECONDS, _TIMES = 1.0, 10
 class _Growing:
     """One file of rows, whose header says how many are finished."""
 
-    def __init__(self, path: Path, like: Any) -> None:
-        """Open or make it, for rows as those of ``like``."""
+    def __init__(self, path: Path, like: Any, rows: int) -> None:
+        """Open or make it, for rows as those of ``like`` after ``rows`` that are there.
+
+        What is behind them, of a run that died, is cut off.
+        """
         self._dtype, self._shape = like.dtype, like.shape[1:]
-        self._file: BinaryIO = open(path, "r+b" if path.exists() else "w+b")
+        # Without a buffer: what is written is written where it belongs.
+        self._file = open(path, "r+b" if path.exists() else "w+b", buffering=0)
+        self._write(0, self._header(rows))
+        self._file.truncate(self._place(rows))
 
-    def go_on(self, rows: int) -> bool:
-        """Be ready to append after that many rows, if there are."""
-        header = self._header(rows)
-        size = len(header) + rows * self._dtype.itemsize * math.prod(self._shape)
-        if rows and self._file.seek(0, os.SEEK_END) < size:
-            return False
-        self._file.seek(0)
-        self._file.write(header)
-        self._file.flush()
-        self._file.seek(size)
-        return True
-
-    def append(self, rows: Any) -> None:
-        self._file.write(rows.tobytes())
+    def write(self, rows: bytes, after: int) -> None:
+        """Rows, after that many others."""
+        self._write(self._place(after), rows)
 
     def finish(self, rows: int) -> None:
         """Onto the disk, and then say that they are there."""
-        self._flush()
-        self._file.seek(0)
-        self._file.write(self._header(rows))
-        self._flush()
-        self._file.seek(0, os.SEEK_END)
+        os.fsync(self._file.fileno())
+        self._write(0, self._header(rows))
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+    def _write(self, place: int, data: bytes) -> None:
+        self._file.seek(place)
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
+
+    def _place(self, row: int) -> int:
+        size: int = self._dtype.itemsize * math.prod(self._shape)
+        return len(self._header(row)) + row * size
 
     def _header(self, rows: int) -> bytes:
         """Of the same length for any number of rows."""
@@ -227,9 +272,37 @@ class _Growing:
         format.write_array_header_1_0(written, header)
         return written.getvalue()
 
-    def _flush(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+
+def _read_header(file: BinaryIO) -> tuple[str, int, int]:
+    """(kind of rows, how many, bytes of one); the rows come next.
+
+    Raises:
+        ValueError: it is none.
+    """
+    from numpy.lib import format
+
+    if format.read_magic(file) != (1, 0):
+        raise ValueError
+    shape, fortran_order, dtype = format.read_array_header_1_0(file)
+    if fortran_order or not shape:
+        raise ValueError
+    return _kind(dtype, shape), shape[0], dtype.itemsize * math.prod(shape[1:])
+
+
+def _kind(dtype: Any, shape: tuple[int, ...]) -> str:
+    return f"{dtype} {tuple(shape[1:])}"
+
+
+def _sum_of_rows(file: BinaryIO, size: int) -> int | None:
+    """The checksum of that many bytes; None where there are fewer."""
+    found = 0
+    while size:
+        piece = file.read(min(size, 2**24))
+        if not piece:
+            return None
+        found = zlib.crc32(piece, found)
+        size -= len(piece)
+    return found
 
 
 def _array(rows: Tensor) -> Any:

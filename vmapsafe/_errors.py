@@ -90,10 +90,14 @@ class _Short(reprlib.Repr):
 
 
 _short = _Short()
-_MOST = 300  # characters of what is said
+_MOST = 1500  # characters of what is said
 
 
 def _cut(text: str) -> str:
-    if len(text) <= _MOST:
-        return text
-    return f"{text[: _MOST * 2 // 3]} ... {text[-_MOST // 3 :]}"
+    """Without the middle of what takes several lines, as a printed tensor does."""
+    first, *rest = text.split("\n")
+    if rest:
+        text = f"{first} ... {rest[-1]}"
+    if len(text) > _MOST:
+        text = f"{text[: _MOST // 2]} ... {text[-_MOST // 2 :]}"
+    return text

@@ -15,6 +15,8 @@ import functools
 import hashlib
 import inspect
 import os
+import re
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     SequentialSampler,
+    Subset,
+    TensorDataset,
 )
 
 from vmapsafe._call import tree_flatten, tree_map
@@ -126,7 +130,7 @@ class Over:
         """Begins the loader anew."""
         with _Progress(self._bar, self._length(), 0) as done:
             for batch in self._loader:
-                result = self._result(self._taken_apart(batch))
+                result = self._result(self._moved(self._parts(batch)))
                 done()
                 yield result
 
@@ -168,10 +172,14 @@ class Over:
             ModuleNotFoundError: without numpy, which the extra ``[disk]`` brings.
 
         ``state.json`` in the folder holds what was asked: the function and the loss by
-        name, the options, digests of the model's parameters, buffers and flags and of
-        the first batch, the number and size of batches. Not compared are what a
-        function of that name does, batches other than the first, and ``chunk_size``,
-        which changes nothing outside "sync". Every second or so the files are on the
+        name and, if they are the caller's own, by their code and the numbers and
+        tensors they hold; the options, the layers' settings, digests of the model's
+        parameters, buffers and flags and of the first batch, the number and size of
+        batches. Batches that are finished are loaded again and compared where that
+        costs little: of tensors or lists, and of what is no DataLoader. Not compared
+        are other batches but the first, what a function calls, and ``chunk_size``,
+        which changes nothing outside "sync". Rows that are finished are read again, and
+        must have the checksum they had. Every second or so the files are on the
         disk and valid ``.npy`` files of what is finished; a run that is killed loses
         what came after that. A run that was interrupted gives the files, to the bit,
         that one without a stop gives, unless the loss or the data draw random numbers.
@@ -180,33 +188,41 @@ class Over:
         _check_numpy()
         self._check_saved(repeatable)
         with Folder(_SAVE, Path(path), self._description()) as folder:
-            with _Progress(self._bar, self._length(), folder.batches) as done:
-                for index, batch in self._batches(folder.batches):
-                    taken = self._taken_apart(batch)
+            begun = folder.done
+            batches = _Rest(self._loader, begun.batches, folder.complete)
+            with _Progress(self._bar, self._length(), begun.batches) as done:
+                for index, batch in batches:
+                    parts = self._parts(batch)
+                    leaves = tree_flatten(parts)[0]
                     if index == 0:
-                        folder.check_data(_digest(tree_flatten(taken)[0]))
-                    if folder.complete:
-                        break
-                    if index >= folder.batches:
-                        folder.append(_rows_of(self._result(taken), taken))
-                        done()
-                if folder.batches == 0:
-                    raise ValueError(
-                        worded(
-                            _SAVE,
-                            "the loader gave no batch, so that the results have no "
-                            "shape",
-                            "Give a loader with at least one",
-                        )
+                        folder.check_data(_digest(leaves))
+                    if index < begun.batches:
+                        batches.passed(leaves)
+                        continue
+                    if index == begun.batches:
+                        batches.check(folder)
+                    taken = self._moved(parts)
+                    rows = _rows_of(self._result(taken), taken)
+                    folder.append(rows, _summed(leaves, folder.done.data))
+                    done()
+            if not batches.total and not begun.batches:
+                raise ValueError(
+                    worded(
+                        _SAVE,
+                        "the loader gave no batch, so that the results have no shape",
+                        "Give a loader with at least one",
                     )
-                folder.complete = True
+                )
+            if folder.done == begun:
+                batches.check(folder)
+            folder.complete = True
         arrays = folder.arrays()
         return arrays[_ALONE] if list(arrays) == [_ALONE] else arrays
 
     # -- A batch -----------------------------------------------------------------------
 
-    def _taken_apart(self, batch: Any) -> tuple[Any, ...]:
-        """The inputs and the rest, where the model is."""
+    def _parts(self, batch: Any) -> tuple[Any, ...]:
+        """The inputs and the rest."""
         if isinstance(batch, Mapping):
             parts = self._by_keys(batch)
         elif self._keys is not None:
@@ -228,6 +244,10 @@ class Over:
             )
         if parts and isinstance(parts[0], list):  # what collate makes of tuples
             parts = (tuple(parts[0]), *parts[1:])
+        return parts
+
+    def _moved(self, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+        """To where the model is."""
         device = _device(self._model)
 
         def moved(leaf: Any) -> Any:
@@ -271,16 +291,6 @@ class Over:
         except TypeError:
             return None
 
-    def _batches(self, finished: int) -> Iterator[tuple[int, Any]]:
-        """(index, batch): the first, then those from ``finished`` on; others too where
-        leaving them out is not possible."""
-        loader = self._loader
-        if not finished or not _can_skip(loader):
-            yield from enumerate(loader)
-            return
-        for i, batch in enumerate(_without(loader, finished)):
-            yield (0 if i == 0 else finished + i - 1), batch
-
     def _check_saved(self, repeatable: bool) -> None:
         for option, value, why in (
             ("has_aux", True, "aux has no place in the files"),
@@ -307,17 +317,22 @@ class Over:
         """What is asked, for people and for comparison."""
         net = unwrapped(self._model)
         tensors = [*net.named_parameters(), *net.named_buffers()]
+        written = self._function, self._loss_fn, *self._asked.values()
         flags = [(n, m.training) for n, m in net.named_modules()]
         flags += [(n, p.requires_grad) for n, p in net.named_parameters()]
         asked = {
             "function": _described(self._function),
             "loss_fn": _described(self._loss_fn),
             "model": type(net).__qualname__,
-            "parameters and buffers": _digest([t for _, t in tensors]),
+            "layers": _digest_of_text(_settings(net)),
+            "parameters and buffers": _digest([part for nt in tensors for part in nt]),
             "training and requires_grad": _digest_of_text(repr(flags)),
+            "precision": _precision(_device(net)),
             "keys": None if self._keys is None else repr(self._keys),
             "batches": self._length(),
             "batch_size": getattr(self._loader, "batch_size", None),
+            "samples": _number(getattr(self._loader, "dataset", None)),
+            "code": _digest_of_text(repr([_written(value) for value in written])),
         }
         ignored = {"out"}
         if self._asked.get("mode") != "sync":
@@ -349,7 +364,7 @@ class _Progress:
 def _rows_of(result: Any, batch: Any) -> Mapping[str, Tensor]:
     """By name; checked to be one row a sample."""
     rows = {_ALONE: result} if isinstance(result, Tensor) else result
-    size = len(tree_flatten(batch)[0][0])
+    size = _size(batch)
     if not isinstance(rows, Mapping) or not rows:
         found = f"a {type(result).__name__}"
     elif wrong := [
@@ -369,6 +384,10 @@ def _rows_of(result: Any, batch: Any) -> Mapping[str, Tensor]:
     )
 
 
+def _size(batch: Any) -> int:
+    return len(tree_flatten(batch)[0][0])
+
+
 # -- Loaders ---------------------------------------------------------------------------
 
 
@@ -382,18 +401,92 @@ def _in_order(loader: Iterable[Any]) -> bool:
 
 
 def _can_skip(loader: Iterable[Any]) -> bool:
+    """Whether batches can be left out, and loading them costs something."""
     return (
         type(loader) is DataLoader
         and not isinstance(loader.dataset, IterableDataset)
+        and not _in_memory(loader.dataset)
         and loader.batch_sampler is not None
     )
 
 
-def _without(loader: Any, finished: int) -> Iterable[Any]:
-    """A loader of the first batch and those from ``finished`` on."""
+def _in_memory(data: Any) -> bool:
+    if isinstance(data, Subset):
+        return _in_memory(data.dataset)
+    return isinstance(data, (TensorDataset, list, tuple))
+
+
+class _Rest:
+    """(index, batch) of a loader: the first and, unless the folder is complete, those
+    that are not finished; others too where nothing is won by leaving them out.
+
+    Attributes:
+        total: the number of batches so far.
+    """
+
+    def __init__(self, loader: Any, finished: int, complete: bool) -> None:
+        self._loader, self._finished, self._complete = loader, finished, complete
+        self._skips = finished > 0 and _can_skip(loader)
+        self._samples, self._data, self.total = 0, 0, 0
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        if self._skips:
+            for i, batch in enumerate(_with(self._loader, _Indices(self._wanted))):
+                yield (0 if i == 0 else self._finished + i - 1), batch
+        else:
+            for i, batch in enumerate(self._loader):
+                self.total = i + 1
+                yield i, batch
+
+    def _wanted(self) -> Iterator[list[int]]:
+        """The indices of the samples of each batch that is to be loaded."""
+        for i, indices in enumerate(self._loader.batch_sampler):
+            self.total = i + 1
+            if i == 0 or (i >= self._finished and not self._complete):
+                yield indices
+            elif i < self._finished:
+                self._samples += len(indices)
+
+    def passed(self, leaves: list[Any]) -> None:
+        """A batch that is finished was loaded."""
+        self._samples += len(leaves[0])
+        self._data = _summed(leaves, self._data)
+
+    def check(self, folder: Folder) -> None:
+        """Raise unless the finished batches are those of the folder."""
+        done = folder.done
+        if self.total < done.batches:
+            found = f"{self.total} batches"
+        elif self.total > done.batches and folder.complete:
+            found = "more"
+        elif self._samples != done.samples:
+            found = f"{self._samples} samples in these"
+        elif self._data != done.data and not self._skips:
+            found = "other data in these"
+        else:
+            return
+        folder.refuse(
+            f"holds {done.samples} samples in {done.batches} batches, and the loader "
+            f"gives {found}",
+            "Give the same loader, or another path",
+        )
+
+
+class _Indices:
+    """Begins anew at each iteration, as a sampler does."""
+
+    def __init__(self, begin: Callable[[], Iterator[list[int]]]) -> None:
+        self._begin = begin
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._begin()
+
+
+def _with(loader: Any, batches: Iterable[list[int]]) -> Iterable[Any]:
+    """A loader of other batches."""
     return DataLoader(
         loader.dataset,
-        batch_sampler=_Rest(loader.batch_sampler, finished),
+        batch_sampler=batches,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -405,16 +498,24 @@ def _without(loader: Any, finished: int) -> Iterable[Any]:
     )
 
 
-class _Rest:
-    """Batches of indices, those of another but for some."""
+def _summed(leaves: Iterable[Any], before: int) -> int:
+    """A checksum of a batch after others: of some of the numbers, if it is large."""
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            flat = leaf.detach().reshape(-1)
+            some = flat[:: 1 + len(flat) // _MANY].cpu().contiguous()
+            before = zlib.crc32(some.view(torch.uint8).numpy().data, before)
+    return before
 
-    def __init__(self, batches: Iterable[list[int]], finished: int) -> None:
-        self._batches, self._finished = batches, finished
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for i, indices in enumerate(self._batches):
-            if i == 0 or i >= self._finished:
-                yield indices
+_MANY = 2**16
+
+
+def _number(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 # -- What was asked --------------------------------------------------------------------
@@ -457,7 +558,10 @@ def _described(value: Any) -> str:
         given = [*value.args, *sorted(value.keywords.items())]
         return f"{_described(value.func)} with {[_described(v) for v in given]}"
     if isinstance(value, nn.Module):
-        return f"{value!r} {_digest([*value.state_dict().values()])}"
+        tensors = _digest([*value.state_dict().values()])
+        return (
+            f"{type(value).__qualname__} {_digest_of_text(_settings(value))} {tensors}"
+        )
     if callable(value):
         name = getattr(value, "__qualname__", type(value).__qualname__)
         return f"{getattr(value, '__module__', '')}.{name}"
@@ -470,12 +574,81 @@ def _described(value: Any) -> str:
     return repr(value)
 
 
-def _digest(tensors: Iterable[Any]) -> str:
+def _written(value: Any) -> str:
+    """What a function of the user's does, as far as its own code and what it holds
+    says; those of a library are known by their name."""
+    if isinstance(value, functools.partial):
+        return _written(value.func)
+    if inspect.ismethod(value):
+        return _written(value.__func__) + _written(value.__self__)
+    module = str(getattr(value, "__module__", ""))
+    if module.partition(".")[0] in ("torch", "vmapsafe", "builtins"):
+        return ""
+    if inspect.isfunction(value):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or ())
+        held = {name: _contents(cell) for name, cell in cells}
+        given = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        held |= {f"default {i}": default for i, default in enumerate(given)}
+        return f"{_code(value.__code__)}{_plain(held)}"
+    if callable(value) and not isinstance(value, (type, nn.Module)):
+        call = getattr(type(value), "__call__")  # noqa: B004
+        return _written(call) + _plain(getattr(value, "__dict__", {}))
+    return ""
+
+
+def _code(code: Any) -> list[Any]:
+    constants = [_code(c) if hasattr(c, "co_code") else c for c in code.co_consts]
+    # Of ``x in {...}``, which has no order.
+    constants = [
+        sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in constants
+    ]
+    return [code.co_code.hex(), code.co_names, constants]
+
+
+def _plain(values: Mapping[str, Any]) -> str:
+    """Those that are numbers, texts and the like, or functions and tensors."""
+    kinds = (bool, int, float, complex, str, bytes, type(None), torch.dtype, Tensor)
+    found = {
+        name: _described(value) + _written(value)
+        for name, value in sorted(values.items())
+        if isinstance(value, kinds) or inspect.isfunction(value)
+    }
+    return f" {found}" if found else ""
+
+
+def _settings(net: nn.Module) -> str:
+    """What a network is but for its tensors, flags and code."""
+    said = [
+        f"{path} {type(module).__qualname__} {module.extra_repr()} "
+        + _plain({k: v for k, v in vars(module).items() if k != "training"})
+        for path, module in net.named_modules(remove_duplicate=False)
+    ]
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", "\n".join(said))
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def _precision(device: torch.device) -> str:
+    """The dtypes that operations compute in by themselves."""
+    said = str(torch.get_default_dtype())
+    if torch.is_autocast_enabled(device.type):
+        said += f", autocast to {torch.get_autocast_dtype(device.type)}"
+    return said
+
+
+def _digest(values: Iterable[Any]) -> str:
     found = hashlib.sha256()
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and not is_lazy(tensor):
-            found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            plain = tensor.detach().cpu().contiguous().reshape(-1)
+    for value in values:
+        if not isinstance(value, Tensor):
+            found.update(repr(value).encode())
+        elif not is_lazy(value):
+            found.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            plain = value.detach().cpu().contiguous().reshape(-1)
             found.update(plain.view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
 
