@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
+import os
 import random
+import subprocess
+import sys
 import textwrap
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,8 +24,9 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from vmapsafe import NeverUpdatedWarning, check, vmap_safe
-from vmapsafe.__main__ import main
+from vmapsafe.__main__ import COMMANDS, Command, main
 from vmapsafe._check import add_arguments, run
+from vmapsafe._report import Report
 from vmapsafe._rule import MODES
 
 ALL = set(MODES)
@@ -980,3 +986,77 @@ def nets(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.syspath_prepend("nowhere")  # whose undoing takes out what run puts in
     monkeypatch.setattr("sys.path", [path for path in __import__("sys").path if path])
     return name
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell with pipes")
+@pytest.mark.parametrize(
+    "arguments,status",
+    [
+        ("check torch.nn:Identity --input 2,3", 0),
+        ("check torch.nn:Dropout --input 2,3", 1),
+        ("check torch.nn:Nope", 2),
+        ("--version", 0),
+        ("check --help", 0),
+    ],
+)
+def test_into_a_pipe_that_is_closed(arguments: str, status: int) -> None:
+    """As ``| head`` does: no traceback, and the status is the one without a pipe."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-W", "ignore", "-m", "vmapsafe", *arguments.split()]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert ended.returncode == status
+    assert "Traceback" not in ended.stderr and "BrokenPipe" not in ended.stderr
+
+
+def test_a_command_whose_reader_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that prints as it goes stops there, as by SIGPIPE."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    command = Command("what it does", lambda parser: None, run)
+    monkeypatch.setitem(COMMANDS, "greet", command)
+    with open(os.devnull, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        assert main(["greet"]) == 141
+
+
+# -- Memory ----------------------------------------------------------------------------
+
+
+class RaisesInSteps(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return x * float(x.sum())
+        except RuntimeError as error:
+            raise ValueError("in other words") from error
+
+
+@pytest.mark.parametrize(
+    "last",
+    [nn.Identity(), nn.BatchNorm1d(4), RaisesInSteps(), nn.Dropout(), nn.Flatten(9)],
+)
+@pytest.mark.filterwarnings("ignore::vmapsafe.NeverUpdatedWarning")
+def test_no_model_is_kept_alive(last: nn.Module) -> None:
+    """Nor one of the copies: all memory is free again."""
+
+    def alive() -> int:
+        return sum(type(thing) is Marked for thing in gc.get_objects())
+
+    def checked() -> tuple[weakref.ref[nn.Module], Report]:
+        model = nn.Sequential(Marked(4, 4), nn.BatchNorm1d(4), last)
+        return weakref.ref(model), check(model, torch.randn(6, 4))
+
+    gc.collect()
+    before = alive()
+    found = [checked() for _ in range(2)]
+    gc.collect()
+    assert not any(reference() for reference, _ in found)
+    assert alive() == before
+
+
+class Marked(nn.Linear):
+    """Known by its class."""

@@ -87,7 +87,7 @@ LAYERS = {
     "examples.ensemble": {"examples", "vmap_safe"},
     "examples.maml": {"examples", "vmap_safe"},
     "examples.ntk": {"examples", "vmap_safe"},
-    "__main__": {"__version__", "_check", "_demo"},
+    "__main__": {"__version__", "_check", "_demo", "_report"},
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vmapsafe import __version__, _check, _demo
+from vmapsafe._report import reader_may_leave
 
 
 class Command(NamedTuple):
@@ -51,8 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_arguments(child)
         child.set_defaults(run=command.run)
 
-    options = parser.parse_args(argv)
-    return int(options.run(options))
+    status = _READER_LEFT
+    with reader_may_leave():
+        options = parser.parse_args(argv)
+        status = int(options.run(options))
+    return status
+
+
+_READER_LEFT = 128 + 13  # what a shell gives for a program that SIGPIPE has ended
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from vmapsafe._advice import advice_for
 from vmapsafe._call import tree_flatten, tree_map
 from vmapsafe._errors import shown, worded
 from vmapsafe._groups import NumGroups, check_num_groups, groups_for
-from vmapsafe._report import Finding, Report
+from vmapsafe._report import Finding, Report, reader_may_leave
 from vmapsafe._rule import MODES, check_mode
 from vmapsafe._scope import Options
 from vmapsafe._state import (
@@ -604,7 +604,8 @@ def run(arguments: argparse.Namespace) -> int:
     report = check(
         model, *example, mode=arguments.mode, randomness=arguments.randomness
     )
-    print(report)
+    with reader_may_leave():
+        print(report)
     return 0 if report.safe(arguments.mode or "eval") else 1
 
 

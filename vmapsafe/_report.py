@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import overload
 
@@ -113,6 +116,23 @@ class Report(Sequence[Finding]):
             f"check({self.model}): {_counted(len(self), 'finding')}; "
             f"{', '.join(verdicts)}."
         )
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Print into a pipe whose other end may close, as ``| head`` does: what comes after
+    that is not printed, and no error."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # Python writes what is left when it ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 # -- The table ------------------------------------------------------------------------

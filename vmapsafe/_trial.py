@@ -188,7 +188,7 @@ class _Watch:
         self.marked: dict[int, Tensor] = {}  # held, so that an id stays one tensor's
 
     def __enter__(self) -> _Watch:
-        self.handles = [
+        self.handles: list[Any] = [
             handle
             for module in self.paths
             if not isinstance(module, torch.jit.ScriptModule)  # takes no hooks
@@ -200,8 +200,11 @@ class _Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # A tensor, its hook and this object hold each other where Python's garbage
+        # collector cannot see it.
         for handle in self.handles:
             handle.remove()
+        self.marked.clear()
 
     def run(self, transform: str, function: Callable[[], Any]) -> None:
         """Call ``function``, which runs the net, and note what becomes of it."""
@@ -215,6 +218,7 @@ class _Watch:
             try:
                 function()
             except Exception as error:
+                _forget_frames(error)
                 self.outcome.failures.append(Failure(self.path, transform, error))
         self._listen()
         known = set(self.paths.values())  # not the modules that the run has made
@@ -242,13 +246,14 @@ class _Watch:
 
     def _mark(self, tree: Any) -> None:
         """Let a backward pass that reaches these tensors say so."""
-        here = self.path
+        reached = self._reached(self.path)
         for leaf in tree_flatten(tree)[0]:
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                if id(leaf) not in self.marked:
-                    self.marked[id(leaf)] = leaf
-                    hook = self._reached(here)
-                    leaf.register_hook(hook)  # type: ignore[no-untyped-call]
+            if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+                continue
+            if id(leaf) not in self.marked:
+                self.marked[id(leaf)] = leaf
+                hook = leaf.register_hook(reached)  # type: ignore[no-untyped-call]
+                self.handles.append(hook)
 
     def _reached(self, path: str) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
@@ -270,6 +275,15 @@ class _Watch:
             # A backward pass warns when it is over, of no place in particular.
             path, when = (self.path, "") if self.running else ("", " (backward)")
             _note(self.outcome.fallbacks, path, found[1] + when)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the functions that an error has passed through were working on."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _generators() -> list[Tensor]:
