@@ -300,6 +300,11 @@ def saved(which):
 
 
 INSTANCE_NORMS = [instance_norm(2, 4, 3), instance_norm(1, 4, 3, 2, affine=False)]
+GROUP_NORMS = [
+    group_norm(2, 4, 3, groups=2),
+    group_norm(1, 6, 3, 2, groups=3),
+    group_norm(2, 4, 2, 2, groups=4, eps=0.3),
+]
 CASES = {
     "batch_norm, statistics of the slice": BATCH_NORMS,
     "batch_norm, groups of channels": WITH_PLANES,  # (N, C) has one value a group
@@ -348,10 +353,15 @@ CASES = {
     ],
     "embedding_dense_backward, into memory of zeros": EMBEDDINGS,
     "addmm, batches merged": LINEARS,
-    "group_norm, by layer norm and batch norm": [
-        group_norm(2, 4, 3, groups=2),
-        group_norm(1, 6, 3, 2, groups=3),
-        group_norm(2, 4, 2, 2, groups=4, eps=0.3),
+    "group_norm, by layer norm and batch norm": GROUP_NORMS,
+    "group_norm, where torch's own fails": [
+        *GROUP_NORMS,
+        group_norm(3, 4, groups=2),
+        {**group_norm(1, 4, 3, groups=1), "weight": None, "bias": None},
+    ],
+    "layer_norm, where torch's own fails": [
+        *LAYER_NORMS[:-1],
+        {**layer_norm(2, 4), "weight": None, "bias": None},
     ],
     "in-place write to a buffer, left out": [{"0": randn(3), "1": 1.0}],
 }
@@ -384,10 +394,19 @@ DERIVED = {
 }
 
 # Where torch's own works it is left to torch.
-UNDER_AUTOCAST = {"batch_norm, running statistics"}
+UNDER_AUTOCAST = {
+    "batch_norm, running statistics",
+    "group_norm, where torch's own fails",
+    "layer_norm, where torch's own fails",
+}
 
-# Uninitialised memory has no values to compare; test_zoo draws into it.
-NO_VALUES = {"memory of its own for each slice"}
+# Uninitialised memory has no values to compare; test_zoo draws into it. An order in
+# memory is no value; test_normalisation has those.
+NO_VALUES = {
+    "memory of its own for each slice",
+    "copy in another order, under vmap",
+    "is_contiguous in another order, under vmap",
+}
 RULES = [rule for rule in registered() if rule.name not in NO_VALUES]
 
 

@@ -279,11 +279,35 @@ def beyond_reverse_mode(*tensors: Tensor | None) -> bool:
     )
 
 
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether plain autograd records what is computed from ``tensors``, none of them
+    empty, and no transform takes derivatives inside it."""
+    if not torch.is_grad_enabled():
+        return False
+    if not all([one.key().name == "Vmap" for one in _transforms()]):
+        return False
+    inside = [innermost(t) for t in tensors if t is not None]
+    return all([t.numel() > 0 for t in inside]) and any(
+        [t.requires_grad for t in inside]
+    )
+
+
 def innermost(tensor: Tensor) -> Tensor:
     """What is inside all wrappers of the transforms around it."""
     while is_wrapped(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+def first_slice(tensor: Tensor) -> Tensor:
+    """The first of the slices that the vmaps around the call show as ``tensor``."""
+    if not is_wrapped(tensor):
+        return tensor
+    functorch = torch._C._functorch
+    inside = first_slice(functorch.get_unwrapped(tensor))
+    if functorch.is_batchedtensor(tensor):
+        inside = inside.select(functorch.maybe_get_bdim(tensor), 0)
+    return inside
 
 
 # What a batching rule does between one vmap and what is outside it. Read in torch 2.13

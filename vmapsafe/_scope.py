@@ -144,7 +144,8 @@ class Place:
         return tuple(levels if wanted is None else levels[-wanted:])
 
     def path(self) -> str:
-        assert self.module is not None
+        if self.module is None:
+            return "a call outside the model's layers"
         return self.scope.covers[self.module].label(self.module)
 
     def holds(self, tensor: Tensor) -> bool:

@@ -1,14 +1,26 @@
 """Batch norm and instance norm: what normalises a slice, and that nothing is written.
 
 ``F.batch_norm`` is a layer's own call when a covered layer is running; a call on
-weights, as in a weight-standardised convolution, is not, and is left alone.
+weights, as in a weight-standardised convolution, is not, and keeps its meaning.
+
+torch's own kernels (2.13) are silently wrong in two places, and no call goes to them
+there, in no mode:
+
+* in the second derivative with forward mode and in the third by reverse mode, as they
+  hold the saved statistics constant (pytorch/pytorch#196699, #186256);
+* on the CPU in the backward where a dimension has the length 1 and input and gradient
+  lie in memory in two orders. They take both orders for the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 from vmapsafe._call import (
     Call,
@@ -16,10 +28,13 @@ from vmapsafe._call import (
     batched_levels,
     beyond_reverse_mode,
     innermost,
+    recorded,
 )
 from vmapsafe._errors import worded
 from vmapsafe._groups import groups_for
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def of_a_layer(call: Call) -> bool:
@@ -28,13 +43,11 @@ def of_a_layer(call: Call) -> bool:
 
 
 def _uses_own_statistics(call: Call) -> bool:
-    """Whether a layer asks for the statistics of its input, as one that has no running
-    ones does in every mode, or torch would update those."""
-    site = call.site
-    if call["training"] and site is not None:
-        if site.layer is not None or site.stays_in_eval:
-            return True
-    return writes_statistics(call)
+    """Whether the input's statistics are asked for, as by a layer that has no running
+    ones in every mode, and torch would update none but the model's."""
+    return bool(call["training"]) and (
+        of_a_layer(call) or call["running_mean"] is None or writes_statistics(call)
+    )
 
 
 def writes_statistics(call: Call) -> bool:
@@ -107,8 +120,7 @@ def _group_norm(call: Call) -> Tensor:
                 'it does not divide them, each channel is a group), or use mode="eval"',
             )
         )
-    x = x.contiguous()  # group_norm asks vmap for a layout it cannot tell
-    y = F.group_norm(x, groups, call["weight"], call["bias"], call["eps"])
+    y = by_groups(x, groups, call["weight"], call["bias"], call["eps"])
     # Of an empty batch vmap forgets the length of the slices (torch 2.13).
     return y if y.shape == x.shape else x.to(y.dtype, copy=True)
 
@@ -159,16 +171,12 @@ def _is_empty(call: Call) -> bool:
 def _staying_in_eval(call: Call) -> Tensor:
     if _is_empty(call):
         return torch.clone(call["input"])
-    stays = Call(F.batch_norm, {**call.arguments, "training": False}, call.site)
+    flag = "training" if call.function is F.batch_norm else "use_input_stats"
+    stays = Call(call.function, {**call.arguments, flag: False}, call.site)
     if _reads_statistics(stays):
-        return by_running_statistics(stays)
-    return F.batch_norm(**stays.arguments)
-
-
-def _instance_staying_in_eval(call: Call) -> Tensor:
-    if _is_empty(call):
-        return torch.clone(call["input"])
-    return F.instance_norm(**{**call.arguments, "use_input_stats": False})
+        return _by_running_statistics(stays)
+    y: Tensor = call.function(**stays.arguments)
+    return y
 
 
 register(
@@ -188,7 +196,7 @@ register(
         functions=(F.instance_norm,),
         modes=MODES,
         accepts=_asks_for_its_own,
-        batched=_instance_staying_in_eval,
+        batched=_staying_in_eval,
         reference=slice_by_slice(lambda call: _plain_by_running_statistics(call)),
     )
 )
@@ -216,11 +224,16 @@ def instance_norm_unwritten(call: Call) -> Tensor:
         raise ValueError(
             _one_value(call, "each channel", 'Use larger samples, or mode="eval"')
         )
-    if beyond_reverse_mode(x, weight, bias):
-        dims = list(range(2, x.dim()))
-        return _normalised_over(dims, x, weight, bias, call["eps"])
+    if torchs_own_fails(x, weight, bias):
+        y = normalised(x, list(range(2, x.dim())), call["eps"])
+        return scaled_and_shifted(y, weight, bias).to(x.dtype)
     flat = x.flatten(2)
-    y = F.instance_norm(flat, None, None, weight, bias, True, 0.0, call["eps"])
+    if recorded(x, weight, bias):
+        as_channels = flat.reshape(1, -1, flat.size(2))
+        repeated = [p if p is None else p.repeat(len(x)) for p in (weight, bias)]
+        y, _, _ = BatchNorm.apply(as_channels, *repeated, call["eps"])
+    else:
+        y = F.instance_norm(flat, None, None, weight, bias, True, 0.0, call["eps"])
     return y.view(x.shape)
 
 
@@ -228,6 +241,13 @@ def plain_instance_norm(call: Call) -> Tensor:
     """Slow form of :func:`instance_norm_unwritten`."""
     x = call["input"]
     return _normalised(call, x, list(range(2, x.dim())))
+
+
+def _uses_own_statistics_of_samples(call: Call) -> bool:
+    x: Tensor = call["input"]
+    if call["running_mean"] is not None or not call["use_input_stats"]:
+        return writes_statistics(call)
+    return x.dim() > 2 and x.numel() > x.size(0) * x.size(1)
 
 
 register(
@@ -246,7 +266,7 @@ register(
         name="instance_norm, statistics not written",
         functions=(F.instance_norm,),
         modes=MODES,
-        accepts=writes_statistics,
+        accepts=_uses_own_statistics_of_samples,
         batched=instance_norm_unwritten,
         reference=slice_by_slice(plain_instance_norm),
     )
@@ -257,19 +277,34 @@ register(
 
 
 def _reads_statistics(call: Call) -> bool:
-    """Whether torch's own would fail or crawl: it raises in vmap(grad) for dtypes that
-    differ, as under autocast, and becomes a loop over the slices where torch.compile
-    traces it (read in torch 2.13)."""
+    """Whether torch's own would be wrong, fail or crawl: it raises in vmap(grad) for
+    dtypes that differ, as under autocast, and becomes a loop over the slices where
+    torch.compile traces it (read in torch 2.13)."""
+    x: Tensor = call["input"]
     mean = call["running_mean"]
-    if call["training"] or mean is None or call["running_var"] is None:
+    use_input = call.arguments.get("training", call.arguments.get("use_input_stats"))
+    if use_input or mean is None or call["running_var"] is None:
         return False
     if has_own_weights(call):
         return False  # left to _record
-    return (
-        torch.compiler.is_compiling()
-        or call["input"].dtype != mean.dtype
-        or autocasts(call["input"].device)
-    )
+    as_one = call.function is F.instance_norm  # it makes one sample of all
+    ambiguous = x.dim() > 3 and as_one or _is_ambiguous(x)
+    return ambiguous or _torchs_own_crawls(call)
+
+
+def _torchs_own_crawls(call: Call) -> bool:
+    x: Tensor = call["input"]
+    differs = x.dtype != call["running_mean"].dtype
+    return torch.compiler.is_compiling() or differs or autocasts(x.device)
+
+
+def _by_running_statistics(call: Call) -> Tensor:
+    if _torchs_own_crawls(call):
+        return by_running_statistics(call)
+    x = call["input"]
+    named = ("running_mean", "running_var", "weight", "bias", "eps")
+    y = F.batch_norm(x.flatten(2), **{name: call[name] for name in named})
+    return y.view(x.shape)
 
 
 def by_running_statistics(call: Call) -> Tensor:
@@ -296,10 +331,10 @@ def _plain_by_running_statistics(call: Call) -> Tensor:
 register(
     Rule(
         name="batch_norm, running statistics",
-        functions=(F.batch_norm,),
+        functions=(F.batch_norm, F.instance_norm),
         modes=MODES,
         accepts=_reads_statistics,
-        batched=by_running_statistics,
+        batched=_by_running_statistics,
         reference=slice_by_slice(_plain_by_running_statistics),
     )
 )
@@ -378,30 +413,215 @@ def own_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Batch norm by the statistics of ``x`` itself."""
-    if beyond_reverse_mode(x, weight, bias):
-        dims = [d for d in range(x.dim()) if d != 1]
-        return _normalised_over(dims, x, weight, bias, eps)
-    flat = x.flatten(2) if has_several_layouts(x) else x
-    return F.batch_norm(flat, None, None, weight, bias, True, 0.0, eps).view(x.shape)
+    if torchs_own_fails(x, weight, bias):
+        y = normalised(x, [d for d in range(x.dim()) if d != 1], eps)
+        return scaled_and_shifted(y, weight, bias).to(x.dtype)
+    flat = x.flatten(2) if _is_ambiguous(x) else x
+    if recorded(x, weight, bias):
+        y, _, _ = BatchNorm.apply(flat, weight, bias, eps)
+    else:
+        y = F.batch_norm(flat, None, None, weight, bias, True, 0.0, eps)
+    return y.view(x.shape)
 
 
-def _normalised_over(
-    dims: list[int],
+def by_groups(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Group norm."""
+    fails = torchs_own_fails(x, weight, bias)
+    if not fails and not batched_levels((x,)):
+        return F.group_norm(x, groups, weight, bias, eps)
+    grouped = x.reshape(x.size(0), groups, x.shape[1:].numel() // groups)
+    if fails:
+        y = normalised(grouped, [2], eps).reshape(x.shape)
+        given = F.group_norm(specimen(x), 1).dtype
+        return scaled_and_shifted(y, weight, bias).to(given)
+    # torch's group norm asks for a layout that vmap cannot tell; layer norm does not.
+    y = fused_layer_norm(grouped, grouped.shape[2:], None, None, eps)
+    return scaled_and_shifted(y.reshape(x.shape), weight, bias)
+
+
+def fused_layer_norm(
     x: Tensor,
+    shape: Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """In plain operations, which can be differentiated any number of times.
+    """Layer norm where :func:`torchs_own_fails` says no."""
+    if not recorded(x, weight, bias):
+        return F.layer_norm(x, shape, weight, bias, eps)
+    y: Tensor
+    y, _, _ = LayerNorm.apply(x, weight, bias, tuple(shape), eps)
+    return y
 
-    torch's own batch norm is silently wrong in the second derivative with forward mode
-    and in the third by reverse mode, as it holds the saved statistics constant
-    (pytorch/pytorch#196699, #186256; measured again in 2.13).
-    """
-    centred = wide(x) - wide(x).mean(dims, keepdim=True)
+
+class BatchNorm(Function):
+    """torch's kernel by the statistics of ``x``, and its mean and 1 / sqrt(var + eps),
+    where only plain autograd takes derivatives: the first by torch's kernel, all others
+    written out."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, bias, ctx.eps = inputs
+        ctx.save_for_backward(x, weight, bias, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        asked = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            y = normalised(x, [d for d in range(x.dim()) if d != 1], ctx.eps)
+            y = scaled_and_shifted(y, weight, bias).to(x.dtype)
+            return *_gradients(y, (x, weight, bias), asked, grads[0]), None
+        rest = None, None, mean, rstd, True, ctx.eps, asked
+        backward = torch.ops.aten.native_batch_norm_backward
+        return *backward(grads[0], x, weight, *rest), None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        x, weight, bias = _expanded(info.batch_size, in_dims, x, weight, bias)
+        size, n, channels = x.shape[:3]
+        affine = [p if p is None else p.flatten() for p in (weight, bias)]
+        as_channels = x.movedim(1, 0).reshape(n, size * channels, *x.shape[3:])
+        y, *saved = BatchNorm.apply(as_channels, *affine, eps)
+        y = y.unflatten(1, (size, channels)).movedim(1, 0)
+        return (y, *[s.view(size, channels) for s in saved]), (0, 0, 0)
+
+
+class LayerNorm(Function):
+    """As :class:`BatchNorm`."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shape: tuple[int, ...],
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.native_layer_norm(x, shape, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, bias, ctx.shape, ctx.eps = inputs
+        ctx.save_for_backward(x, weight, bias, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        asked = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            y = layer_norm_written_out(x, ctx.shape, weight, bias, ctx.eps).to(x.dtype)
+            return *_gradients(y, (x, weight, bias), asked, grads[0]), None, None
+        # The kernel on the CPU reads the incoming gradient as if it were contiguous.
+        given = grads[0].contiguous(), x, ctx.shape, mean, rstd, weight, bias, asked
+        return *torch.ops.aten.native_layer_norm_backward(*given), None, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shape: tuple[int, ...],
+        eps: float,
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        if in_dims[1] is None and in_dims[2] is None:
+            x = x.movedim(in_dims[0], 0)
+            return LayerNorm.apply(x, weight, bias, shape, eps), (0, 0, 0)
+        x, weight, bias = _expanded(info.batch_size, in_dims, x, weight, bias)
+        y, *saved = LayerNorm.apply(x, None, None, shape, eps)
+        ones = [1 for _ in range(x.dim() - 1 - len(shape))]
+        if weight is not None:
+            y = y * weight.reshape(len(x), *ones, *shape)
+        if bias is not None:
+            y = y + bias.reshape(len(x), *ones, *shape)
+        return (y, *saved), (0, 0, 0)
+
+
+def _expanded(size: int, in_dims: Any, *tensors: Tensor | None) -> list[Any]:
+    """Each with a batch dimension in front."""
+    return [
+        (
+            t
+            if t is None
+            else t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+        )
+        for t, dim in zip(tensors, in_dims)
+    ]
+
+
+def _gradients(
+    y: Tensor, inputs: Sequence[Tensor | None], asked: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Those that can be differentiated again."""
+    wanted = [t for t, ask in zip(inputs, asked) if ask and t is not None]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(found) if ask else None for ask in asked]
+
+
+def layer_norm_written_out(
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """In plain operations; wide."""
+    y = normalised(x, list(range(-len(shape), 0)), eps)
+    if weight is not None:
+        y = y * wide(weight)
+    if bias is not None:
+        y = y + wide(bias)
+    return y
+
+
+def torchs_own_fails(x: Tensor, *affine: Tensor | None) -> bool:
+    """Whether torch's own normalisation by statistics of ``x`` is not right in every
+    derivative that may be taken, or raises under vmap, as it does where weights are
+    wider than the input, under autocast say."""
+    return (
+        beyond_reverse_mode(x, *affine)
+        or autocasts(x.device)
+        or x.dtype in _HALVES
+        and any([t is not None and t.dtype == torch.float32 for t in affine])
+    )
+
+
+def _is_ambiguous(x: Tensor) -> bool:
+    """Whether torch may take the order of its numbers in memory for another. In three
+    dimensions it does not."""
+    return x.dim() > 3 and 1 in x.shape
+
+
+def normalised(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    """In plain operations, which can be differentiated any number of times; wide."""
+    x = wide(x)
+    centred = x - x.mean(dims, keepdim=True)
     var = centred.square().mean(dims, keepdim=True)
-    y = scaled_and_shifted(centred * torch.rsqrt(var + eps), weight, bias)
-    return y.to(x.dtype)
+    return centred * torch.rsqrt(var + eps)
+
+
+def specimen(x: Tensor) -> Tensor:
+    """Two numbers like those of ``x``, to see which dtype autocast makes of them."""
+    return torch.ones((1, 1, 2), dtype=x.dtype, device=x.device)
 
 
 def scaled_and_shifted(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -415,12 +635,12 @@ def scaled_and_shifted(y: Tensor, weight: Tensor | None, bias: Tensor | None) ->
 
 def wide(x: Tensor) -> Tensor:
     """In the dtype in which torch's kernels normalise."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype in _HALVES else x
 
 
 def per_channel(values: Tensor, y: Tensor) -> Tensor:
     """(C,) in the shape that broadcasts against ``y`` (N, C, ...)."""
-    return values.reshape([-1 if d == 1 else 1 for d in range(y.dim())])
+    return values.reshape([len(values) if d == 1 else 1 for d in range(y.dim())])
 
 
 def _one_value(call: Call, per: str, do: str) -> str:

@@ -18,13 +18,14 @@ from torch import Tensor
 from vmapsafe._call import (
     Call,
     autocasts,
+    batched_levels,
     beyond_reverse_mode,
     current_level,
     innermost,
     is_differentiated,
 )
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
-from vmapsafe.rules.batch_norm import has_own_weights
+from vmapsafe.rules.batch_norm import by_groups, has_own_weights, torchs_own_fails
 from vmapsafe.rules.regimes import regimes
 
 
@@ -49,7 +50,7 @@ def _by_other_norms(call: Call) -> Tensor:
     if innermost(x).numel() == 0:  # of an empty batch vmap forgets shapes (torch 2.13)
         return torch.clone(x)
     if current_level() == 0 or not is_differentiated(x):  # torch's forward is whole
-        return F.group_norm(x, groups, weight, bias, eps)
+        return by_groups(x, groups, weight, bias, eps)
     grouped = x.reshape(x.size(0), groups, x.shape[1:].numel() // groups)
     y = F.layer_norm(grouped, grouped.shape[2:], None, None, eps)
     y = y.reshape(*x.shape[:2], x.shape[2:].numel())  # one layout, see batch_norm.py
@@ -67,8 +68,27 @@ def _plain(call: Call) -> Tensor:
     var = (grouped - mean).square().mean(2, keepdim=True)
     y = ((grouped - mean) / torch.sqrt(var + call["eps"])).reshape(x.shape)
     shape = [-1 if d == 1 else 1 for d in range(x.dim())]
-    weight, bias = (call[name].reshape(shape) for name in ("weight", "bias"))
-    return torch.add(y * weight, bias)
+    if call["weight"] is not None:
+        y = y * call["weight"].reshape(shape)
+    if call["bias"] is not None:
+        y = y + call["bias"].reshape(shape)
+    return y
+
+
+def _torchs_own_fails(call: Call) -> bool:
+    x, groups = call["input"], call["num_groups"]
+    if x.dim() < 2 or x.size(1) % groups or x.numel() <= groups:
+        return False  # for torch to refuse
+    if has_own_weights(call):
+        return False  # left to _record
+    return bool(
+        batched_levels((x,)) or torchs_own_fails(x, call["weight"], call["bias"])
+    )
+
+
+def _by_groups(call: Call) -> Tensor:
+    arguments = [call[name] for name in ("num_groups", "weight", "bias", "eps")]
+    return by_groups(call["input"], *arguments)
 
 
 register(
@@ -80,5 +100,15 @@ register(
         batched=_by_other_norms,
         reference=slice_by_slice(_plain),
         speed=True,
+    )
+)
+register(
+    Rule(
+        name="group_norm, where torch's own fails",
+        functions=(F.group_norm,),
+        modes=MODES,
+        accepts=_torchs_own_fails,
+        batched=_by_groups,
+        reference=slice_by_slice(_plain),
     )
 )

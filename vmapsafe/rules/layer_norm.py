@@ -1,9 +1,13 @@
-"""Layer norm of one sample each: faster batching rules, forward and backward.
+"""Layer norm and RMS norm: right in every derivative, and faster batching rules.
 
-torch's own do without the affine part of its fused kernels. Its rule of the backward
-(2.13) also takes mean and standard deviation for constants in the rows of the weight,
-so that derivatives of them from outside the vmap, as of a penalty on their norms, are
-silently wrong; ours takes every call that could have such a derivative.
+torch's own layer norm (2.13) holds the saved mean and standard deviation constant, so
+that second derivatives with forward mode and third ones are silently wrong, as in batch
+norm. Its batching rule of the backward does so in the rows of the weight even in the
+first derivative from outside the vmap, as of a penalty on their norms. Layer norm is
+written out where such a derivative may be taken.
+
+The faster batching rules, forward and backward, keep the affine part in the fused
+kernels, which torch's own do not.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmapsafe._call import (
@@ -19,8 +24,16 @@ from vmapsafe._call import (
     expanded,
     is_differentiated,
     is_plain,
+    recorded,
 )
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
+from vmapsafe.rules.batch_norm import (
+    fused_layer_norm,
+    has_own_weights,
+    layer_norm_written_out,
+    specimen,
+    torchs_own_fails,
+)
 from vmapsafe.rules.regimes import regimes
 
 _forward = torch.ops.aten.native_layer_norm.default
@@ -148,6 +161,25 @@ def _as_functions(
     return mean, torch.rsqrt(var + eps)
 
 
+# -- Where torch's own fails ---------------------------------------------------------
+
+
+def _torchs_own_fails(call: Call) -> bool:
+    x, shape = call["input"], tuple(call["normalized_shape"])
+    if tuple(x.shape[x.dim() - len(shape) :]) != shape or has_own_weights(call):
+        return False  # for torch to refuse, or left to _record
+    tensors = x, call["weight"], call["bias"]
+    return torchs_own_fails(*tensors) or recorded(*tensors)
+
+
+def _right(call: Call) -> Tensor:
+    x, shape, weight, bias, eps = call.arguments.values()
+    if torchs_own_fails(x, weight, bias):
+        y = layer_norm_written_out(x, shape, weight, bias, eps)
+        return y.to(F.layer_norm(specimen(x), (2,)).dtype)
+    return fused_layer_norm(x, shape, weight, bias, eps)
+
+
 # -- The slow form -------------------------------------------------------------------
 
 
@@ -157,9 +189,14 @@ def _plain(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     dims = list(range(-len(call["normalized_shape"]), 0))
     mean = x.mean(dims, keepdim=True)
     rstd = 1 / torch.sqrt(((x - mean) ** 2).mean(dims, keepdim=True) + call["eps"])
-    y = (x - mean) * rstd * call["weight"]
+    y = (x - mean) * rstd
+    y = y if call["weight"] is None else y * call["weight"]
     y = y if call["bias"] is None else y + call["bias"]
     return y, mean.detach(), rstd.detach()  # as torch's kernel gives them
+
+
+def _plain_output(call: Call) -> Tensor:
+    return _plain(call)[0]
 
 
 def _plain_backward(call: Call) -> tuple[Tensor | None, ...]:
@@ -209,5 +246,15 @@ register(
         accepts=_accepts_backward,
         batched=_merged_backward,
         reference=slice_by_slice(_plain_backward),
+    )
+)
+register(
+    Rule(
+        name="layer_norm, where torch's own fails",
+        functions=(F.layer_norm,),
+        modes=MODES,
+        accepts=_torchs_own_fails,
+        batched=_right,
+        reference=slice_by_slice(_plain_output),
     )
 )

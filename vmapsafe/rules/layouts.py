@@ -1,0 +1,86 @@
+"""Orders in memory that vmap cannot make or ask for.
+
+torch (2.13) refuses to make a slice channels last, or to say whether it is, inside
+vmap: "NYI: querying is_contiguous inside of vmap", "required rank 4 tensor". Here the
+slice gets the order asked for, by moving its channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmapsafe._call import Call, batched_levels, first_slice
+from vmapsafe._rule import MODES, Rule, register
+
+_LAST = {torch.channels_last: 4, torch.channels_last_3d: 5}
+_LIKE = ("empty", "zeros", "ones", "full", "rand", "randn", "randint")
+
+
+def _order(call: Call) -> torch.memory_format | None:
+    """The one asked for, where it is not that of the dimensions."""
+    given = [v for v in call.arguments.values() if isinstance(v, torch.memory_format)]
+    return given[0] if given and given[0] in _LAST else None
+
+
+def _target(call: Call) -> Tensor:
+    target: Tensor = next(v for v in call.arguments.values() if isinstance(v, Tensor))
+    return target
+
+
+def _is_asked_under_vmap(call: Call) -> bool:
+    order = _order(call)
+    if order is None:
+        return False
+    x = _target(call)
+    return x.dim() == _LAST[order] and bool(batched_levels((x,)))
+
+
+def _with_channels_last(call: Call) -> Tensor:
+    given = {
+        name: torch.contiguous_format if isinstance(v, torch.memory_format) else v
+        for name, v in call.arguments.items()
+    }
+    positional = [given.pop(name) for name in [*given] if name.isdecimal()]
+    y: Tensor = call.function(*positional, **given)
+    return y.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _is_contiguous(call: Call) -> bool:
+    order = _order(call)
+    assert order is not None
+    return first_slice(_target(call)).is_contiguous(memory_format=order)
+
+
+def _as_given(call: Call) -> Any:
+    """The order is no part of a tensor's values."""
+    return _target(call).clone()
+
+
+register(
+    Rule(
+        name="copy in another order, under vmap",
+        functions=(
+            *(Tensor.contiguous, Tensor.clone, Tensor.to, torch.clone),
+            *(Tensor.double, Tensor.float, Tensor.half, Tensor.bfloat16),
+            *(Tensor.cpu, Tensor.cuda),
+            *(getattr(torch, f"{name}_like") for name in _LIKE),
+        ),
+        modes=MODES,
+        accepts=_is_asked_under_vmap,
+        batched=_with_channels_last,
+        reference=_as_given,
+    )
+)
+register(
+    Rule(
+        name="is_contiguous in another order, under vmap",
+        functions=(Tensor.is_contiguous,),
+        modes=MODES,
+        accepts=_is_asked_under_vmap,
+        batched=_is_contiguous,
+        reference=_as_given,
+    )
+)
