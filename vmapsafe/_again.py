@@ -27,7 +27,12 @@ from torch import Tensor
 from torch._ops import _compute_keyset
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import (
+    TorchFunctionMode,
+    _pop_mode,
+    _push_mode,
+    handle_torch_function,
+)
 
 from vmapsafe import _here
 from vmapsafe._errors import BlockError, worded
@@ -188,13 +193,21 @@ def hooked(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args[0], run
 
 
-def called_with(
-    mode: TorchFunctionMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Call an operator that calls functions of the user's, among them the forward of an
-    autograd.Function under a transform, with the mode in force inside it."""
-    with _pushed([mode]):  # which handing the call on would take off
-        keys = _compute_keyset(  # type: ignore[no-untyped-call]
-            args, kwargs, func.non_fallthrough_keys
-        )
-        return func.dispatch(keys.highestPriorityTypeId(), *args, **kwargs)
+class Passed:
+    """An operator that calls functions of the user's, among them the forward of an
+    autograd.Function under a transform, on its way down the modes. Each takes itself
+    off the stack to hand it on; those that ask for it are in force again inside."""
+
+    def __init__(self, operator: Any) -> None:
+        self.operator = operator
+        self.__name__ = operator.name()
+        self.inside: list[TorchFunctionMode] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._len_torch_function_stack() > 0:
+            return handle_torch_function(self, (), *args, **kwargs)
+        with _pushed(self.inside):
+            keys = _compute_keyset(  # type: ignore[no-untyped-call]
+                args, kwargs, self.operator.non_fallthrough_keys
+            )
+            return self.operator.dispatch(keys.highestPriorityTypeId(), *args, **kwargs)

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vmapsafe import _here
 from vmapsafe._again import (
-    called_with,
+    Passed,
     foreign_hooks,
     hooked,
     listen,
@@ -255,7 +255,9 @@ class Scope(TorchFunctionMode):
         if rules is None and out is None:
             if not _compiling():
                 if isinstance(func, HigherOrderOperator):
-                    return called_with(self, func, args, kwargs)
+                    func = Passed(func)
+                if isinstance(func, Passed):
+                    func.inside.insert(0, self)
                 args = hooked(func, args)
             return func(*args, **kwargs)
         if rules is not None:
