@@ -51,18 +51,19 @@ LAYERS = {
         *("_call", "_chunks", "_copies", "_errors", "_record", "_scope"),
         *("_state", "_wrap"),
     },
+    "_turns": {"_errors", "_here"},
     "_processes": {"_errors"},
     "_per_sample": {
         *("_call", "_chunks", "_errors", "_formulas", "_groups", "_record"),
-        *("_samples", "_scope"),
+        *("_samples", "_scope", "_turns"),
     },
     "_norms": {
         *("_call", "_chunks", "_errors", "_formulas", "_groups", "_processes"),
-        *("_samples", "_scope"),
+        *("_samples", "_scope", "_turns"),
     },
     "_sketch": {
         *("_call", "_chunks", "_errors", "_formulas", "_groups", "_processes"),
-        *("_samples", "_scope", "rules.batch_norm"),
+        *("_samples", "_scope", "_turns", "rules.batch_norm"),
     },
     "_disk": {"_errors"},
     "_over": {"_call", "_disk", "_errors", "_state"},

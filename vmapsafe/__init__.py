@@ -22,6 +22,7 @@ The map of the package, bottom up; each file imports only from those above it:
 ``_copies``      a sample's own copy of each parameter, wherever one is read
 ``_record``      one forward and backward that finds those, layer by layer
 ``_samples``     model, loss and batch of a call, checked and bound
+``_turns``       one call at a time on a model
 ``_processes``   results of several processes put together
 ``_per_sample``  per-sample gradients
 ``_norms``       their norms and clipped sums

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode as TorchFunctionMode
+from torch.overrides import _pop_mode, _push_mode
 
 # The trees torch.func itself uses, and how it spreads in_dims over them (torch 2.13).
 from torch.utils._pytree import _broadcast_to_and_flatten
@@ -177,6 +178,25 @@ def prepare_compiling() -> None:
     traces, before any of them."""
     for function in _whole:
         torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
+
+
+def take_off(mode: TorchFunctionMode) -> str:
+    """Take a mode off this thread's stack, wherever it is; says where it was."""
+    # Read in torch 2.13: the stack's public form is a list made anew at each call.
+    size = torch._C._len_torch_function_stack()
+    stack = [torch._C._get_function_stack_at(i) for i in range(size)]
+    if mode not in stack:
+        return "open in another thread"
+    above: list[TorchFunctionMode] = []
+    try:
+        while stack[-1] is not mode:
+            above.append(stack.pop())
+            _pop_mode()  # type: ignore[no-untyped-call]
+        _pop_mode()  # type: ignore[no-untyped-call]
+    finally:
+        for one in reversed(above):
+            _push_mode(one)  # type: ignore[no-untyped-call]
+    return "not the innermost block" if above else "top"
 
 
 # The transforms around a call. Read in torch 2.13: a stack of them, of which torch

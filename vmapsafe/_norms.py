@@ -17,8 +17,10 @@ from vmapsafe._groups import NumGroups
 from vmapsafe._processes import agreed, check_all_or_none, gathered, summed
 from vmapsafe._samples import Loss, Params, Samples
 from vmapsafe._scope import Options
+from vmapsafe._turns import in_turn
 
 
+@in_turn
 def per_sample_grad_norms(
     model: nn.Module,
     loss_fn: Loss,
@@ -120,6 +122,7 @@ def per_sample_grad_norms(
     return found if has_aux else found[0]
 
 
+@in_turn
 def clipped_grad_sum(
     model: nn.Module,
     loss_fn: Loss,

@@ -15,8 +15,10 @@ from vmapsafe._groups import NumGroups
 from vmapsafe._record import Unrecordable
 from vmapsafe._samples import Loss, Samples, part_of
 from vmapsafe._scope import Options
+from vmapsafe._turns import in_turn
 
 
+@in_turn
 def per_sample_grads(
     model: nn.Module,
     loss_fn: Loss,

@@ -40,6 +40,7 @@ from vmapsafe._call import (
     current_level,
     is_wrapped,
     slices_of,
+    take_off,
     tree_map,
     without_autocast,
 )
@@ -107,8 +108,11 @@ class Recorded:
 
         def one(*sample: Any) -> Any:
             copies = recorder.begin()
-            with recorder, block:
-                found = loss(copies, *sample)
+            try:
+                with recorder:
+                    found = block.run(loss, copies, *sample)
+            finally:
+                take_off(recorder)  # should leaving it have been interrupted
             recorder.check()
             return found
 

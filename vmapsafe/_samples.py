@@ -14,6 +14,7 @@ from vmapsafe._call import (
     beyond_reverse_mode,
     current_level,
     innermost,
+    take_off,
     tree_flatten,
     tree_map,
 )
@@ -124,8 +125,7 @@ class Samples:
     def rows(self, batch: tuple[Any, ...]) -> tuple[dict[str, Tensor], Any]:
         """The rows, and aux, by ``vmap(grad)``; derivatives of them pass through."""
         derive = self._by_jacobian if self.options.rows == "jacobian" else self._by_grad
-        with Block((self.model,), self.options):
-            found = derive(batch)
+        found = Block((self.model,), self.options).run(derive, batch)
         return found if self.has_aux else (found, ())
 
     def recordable(self) -> bool:
@@ -226,15 +226,20 @@ class Samples:
         inputs, rest = tree_map(lambda t: t.unsqueeze(0), (inputs, rest))
         args, kwargs = _as_call(inputs)
         before = [parameters[own] for parameters, own, _ in self.places]
+        done = False
         try:
-            for parameters, own, name in self.places:
-                parameters[own] = values[name]
-            # What torch.func.functional_call does, which takes 30 us to begin.
-            output = self.net(*args, **kwargs)
-            result = self.loss_fn(output, *rest)  # which may read parameters too
+            try:
+                for parameters, own, name in self.places:
+                    parameters[own] = values[name]
+                # What torch.func.functional_call does, which takes 30 us to begin.
+                output = self.net(*args, **kwargs)
+                result = self.loss_fn(output, *rest)  # which may read parameters too
+            finally:
+                self._put_back(before)
+                done = True
         finally:
-            for (parameters, own, _), parameter in zip(self.places, before):
-                parameters[own] = parameter
+            if not done:  # interrupted while it put them back
+                self._put_back(before)
         if not self.has_aux:
             return self._scalar(result)
         if not isinstance(result, (tuple, list)) or len(result) != 2:
@@ -248,14 +253,21 @@ class Samples:
         value, aux = result
         return self._scalar(value), tree_map(self._aux, aux)
 
+    def _put_back(self, before: list[Any]) -> None:
+        for (parameters, own, _), parameter in zip(self.places, before):
+            parameters[own] = parameter
+
     def _loss_of_copies(self, values: Mapping[str, Tensor], *sample: Any) -> Any:
         """The same where no :class:`Recorded` sees to it that all is read of them."""
         if torch.compiler.is_compiling():
             return self._loss(values, *sample)
         copies = Copies(self.called, {name: self.known[name] for name in values})
         copies.stand_in(values)
-        with copies:
-            result = self._loss(values, *sample)
+        try:
+            with copies:
+                result = self._loss(values, *sample)
+        finally:
+            take_off(copies)  # should leaving it have been interrupted
         copies.check()
         value = result[0] if self.has_aux else result
         copies.check_graph(leaves_of(innermost(value)))

@@ -40,6 +40,7 @@ from vmapsafe._call import (
     is_wrapped,
     run_while_compiling,
     shares_memory,
+    take_off,
 )
 from vmapsafe._errors import BlockError, LeftOutWarning, warn_user, worded
 from vmapsafe._groups import NumGroups
@@ -471,7 +472,7 @@ class Scope(TorchFunctionMode):
             return "top"
         self.closing = True
         try:
-            found = _remove(self)
+            found = take_off(self)
             _here.set_blocks(tuple([b for b in _here.blocks() if b is not self]))
             with _here.lock:
                 left = tuple([b for b in _here.everywhere() if b is not self])
@@ -559,25 +560,6 @@ def entered_by(block: object) -> Scope | None:
             found: Scope = scope
             return found
     return None
-
-
-def _remove(scope: Scope) -> str:
-    """Take ``scope`` off this thread's stack; says where it was."""
-    # Read in torch 2.13: the stack's public form is a list made anew at each call.
-    size = torch._C._len_torch_function_stack()
-    stack = [torch._C._get_function_stack_at(i) for i in range(size)]
-    if scope not in stack:
-        return "open in another thread"
-    above: list[TorchFunctionMode] = []
-    try:
-        while stack[-1] is not scope:
-            above.append(stack.pop())
-            _pop_mode()  # type: ignore[no-untyped-call]
-        _pop_mode()  # type: ignore[no-untyped-call]
-    finally:
-        for mode in reversed(above):
-            _push_mode(mode)  # type: ignore[no-untyped-call]
-    return "not the innermost block" if above else "top"
 
 
 def _nearest_module() -> nn.Module | None:

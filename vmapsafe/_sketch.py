@@ -29,9 +29,11 @@ from vmapsafe._groups import NumGroups
 from vmapsafe._processes import agreed, check_all_or_none, gathered
 from vmapsafe._samples import Loss, Params, Samples
 from vmapsafe._scope import Options
+from vmapsafe._turns import in_turn
 from vmapsafe.rules.batch_norm import wide
 
 
+@in_turn
 def per_sample_sketch(
     model: nn.Module,
     loss_fn: Loss,
