@@ -38,7 +38,7 @@ LAYERS = {
         *("_state", "_switched"),
     },
     "_advice": {"_call", "_state"},
-    "_wrap": {"_advice", "_errors", "_groups", "_rule", "_scope", "_switched"},
+    "_wrap": {"_advice", "_call", "_errors", "_groups", "_rule", "_scope", "_switched"},
     "_chunks": {"_call", "_errors"},
     "_batched": {"_call", "_chunks", "_errors"},
     "_formulas": {"_call", "rules.batch_norm", "rules.convolution", "rules.regimes"},

@@ -199,6 +199,11 @@ def take_off(mode: TorchFunctionMode) -> str:
     return "not the innermost block" if above else "top"
 
 
+def dispatch_modes_are_on() -> bool:
+    """Whether something like FlopCounterMode or FakeTensorMode sees all operators."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 # The transforms around a call. Read in torch 2.13: a stack of them, of which torch
 # numbers the levels from 1, and None instead of an empty one.
 

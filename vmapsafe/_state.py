@@ -33,8 +33,7 @@ from vmapsafe._switched import Layer as SwitchedLayer
 from vmapsafe._switched import (
     PutsBack,
     kept_buffers,
-    of_torch,
-    own_class,
+    may_assign,
     owners_flags,
     put_buffers_back,
 )
@@ -228,8 +227,7 @@ def _parts(module: nn.Module, model: Model, has_buffers: bool) -> tuple[type, ..
     if isinstance(module, torch.jit.ScriptModule):
         return ()
     parts: list[type] = []
-    own = own_class(module)
-    if not of_torch(own) and has_buffers and (module._modules or module._buffers):
+    if has_buffers and (module._modules or module._buffers) and may_assign(module):
         parts.append(PutsBack)
     layer = model.layers.get(module)
     if layer is not None:

@@ -10,13 +10,19 @@ other:
 * what the forward of a module that is not torch's own assigns to a buffer,
   ``self.mean = …``, is put back when it returns.
 
+Other modules are left alone.
+
 So nothing of a module but its class has to be put back, and a class that an interrupt
 leaves behind shows the owner's flags.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dis
+import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -248,8 +254,62 @@ def _in_a_block() -> bool:
 # -- Buffers that a forward assigns ----------------------------------------------------
 
 
+def may_assign(module: nn.Module) -> bool:
+    """Whether the code of its class, or functions this calls by name, may assign a
+    buffer of it or below it: ``self.mean = …``, ``setattr``, ``register_buffer``."""
+    stored = _stored_by(own_class(module))
+    if not stored:
+        return False
+    if not stored.isdisjoint(_DYNAMIC):
+        return True
+    return any([not stored.isdisjoint(m._buffers) for m in module.modules()])
+
+
+_DYNAMIC = {"setattr", "__setattr__", "register_buffer", "_buffers", "__dict__"}
+_stored: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
+def _stored_by(kind: type) -> frozenset[str]:
+    """The names of attributes that the methods of a class store, but for ``__init__``."""
+    found = _stored.get(kind)
+    if found is None:
+        names: set[str] = set()
+        seen: set[Any] = set()
+        for base in kind.__mro__:
+            if not of_torch(base) and base is not object:
+                for name, value in vars(base).items():
+                    if name != "__init__":
+                        _look_for_stores(value, names, seen)
+        found = _stored[kind] = frozenset(names)
+    return found
+
+
+def _look_for_stores(value: Any, names: set[str], seen: set[Any]) -> None:
+    if isinstance(value, property):
+        for part in (value.fget, value.fset):
+            _look_for_stores(part, names, seen)
+    function = inspect.unwrap(value) if callable(value) else value
+    function = getattr(function, "__func__", function)
+    if isinstance(value, type) or not inspect.isfunction(function):
+        return
+    if function in seen or function.__module__.partition(".")[0] == "torch":
+        return
+    seen.add(function)
+    codes = [function.__code__]
+    for code in codes:  # while it grows
+        codes += [const for const in code.co_consts if inspect.iscode(const)]
+        stores = [i for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"]
+        names.update([str(instruction.argval) for instruction in stores])
+        names.update(_DYNAMIC.intersection(code.co_names))
+        for name in code.co_names:
+            _look_for_stores(function.__globals__.get(name), names, seen)
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty one
+            _look_for_stores(cell.cell_contents, names, seen)
+
+
 class PutsBack(Switched):
-    """A module of a class that is not torch's own, with buffers in it or below it."""
+    """A module that may assign buffers."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _putting_back(self, super().__call__, args, kwargs)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vmapsafe._advice import advise
+from vmapsafe._call import dispatch_modes_are_on
 from vmapsafe._errors import BlockError, NeverUpdatedWarning, warn_user, worded
 from vmapsafe._groups import NumGroups, check_num_groups
 from vmapsafe._rule import check_mode
@@ -294,6 +295,8 @@ def _warn_if_never_updated(scope: Scope) -> None:
 
     A layer that was found updated is not looked at again: on a GPU each look waits.
     """
+    if dispatch_modes_are_on():  # values may not be there, as under FakeTensorMode
+        return
     for model in scope.models:
         kind = own_class(model.root)
         if kind in _warned:

@@ -38,6 +38,7 @@ from vmapsafe._call import (
     Site,
     current_level,
     derivatives_inside,
+    unseen_by_modes,
     vmap_size,
     whole_while_compiling,
 )
@@ -167,7 +168,8 @@ class UpdateRunningStats(Function):
         group: Any,
         label: str,
     ) -> Tensor:
-        with torch.no_grad():
+        # Blocks around this one leave writes of a forward out.
+        with torch.no_grad(), unseen_by_modes():
             factor = 0.0 if momentum is None else momentum
             if count is not None:
                 count.add_(1)
