@@ -71,8 +71,8 @@ class Copies(TorchFunctionMode):
                     worded(
                         self._called,
                         f"the loss depends on {name!r} by a way past the model's "
-                        "modules, as a view made in advance or an autograd.Function, "
-                        "so that its row would be wrong",
+                        "modules, as a view made in advance is, so that its row would "
+                        "be wrong",
                         "Read it from its module, in the forward or in the loss",
                     )
                 )
