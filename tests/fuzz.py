@@ -1,0 +1,621 @@
+"""Random networks through every function of the library, against loops written out.
+
+    python tests/fuzz.py --seed N          one case: what it is, and how it ends
+    python tests/fuzz.py --cases 50000 --jobs 2 [--first N]
+
+A case is decided by one integer. It ends in one of three ways: the numbers agree and
+the model is as it was; there is no right number and the library says so; or neither,
+which is a mismatch, and is printed. Nothing is made smaller: nets are small already.
+"""
+
+import argparse
+import collections
+import copy
+import hashlib
+import math
+import multiprocessing
+import time
+import traceback
+import warnings
+
+import torch
+from fuzz_cases import OF_ONE, SHORT, Case
+from fuzz_reference import Reference, Refused, derivative, directional, jacobian
+from plain import assert_same_state, everything
+from torch.nn.modules.batchnorm import _NormBase
+
+# Of the largest entry: what may differ. In lower precision also some times the error
+# of the reference itself in that precision.
+TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 0.05}
+
+
+class Mismatch(Exception):
+    """The library gave another number, none, or one where there is none to give."""
+
+
+# -- The slow side ---------------------------------------------------------------------
+
+
+class World:
+    """A case again, in ``dtype``, contiguous, and with no vmap.
+
+    ``shaken``: with the last digits of float64 changed, to see what they decide."""
+
+    def __init__(self, case, dtype, aux, shaken=False):
+        self.case, self.dtype, self.shaken = case, dtype, shaken
+        self.net = copy.deepcopy(case.net).to(dtype)
+        self.ids = {n: id(p) for n, p in self.net.named_parameters()}
+        self.values = {n: self.cast(v) for n, v in case.values.items()}
+        self.x, self.y = self.cast(case.x), self.cast(case.y)
+        self.scale, self.another = self.cast(case.scale), self.cast(case.another)
+        self.merged = False
+        self.masks = [self.cast(m) for m in aux[1]] if case.dropout else []
+
+    def cast(self, t):
+        t = t.detach().clone(memory_format=torch.contiguous_format)
+        if not t.is_floating_point():
+            return t
+        if self.shaken and t.dtype == torch.float64:
+            last = torch.cos(torch.arange(t.numel(), dtype=torch.float64))
+            t = t * (1 + 1e-13 * last.reshape(t.shape))
+        return t.to(self.dtype)
+
+    def run(self, xs, values, scales=None, which=(), buffers=None):
+        """Outputs of slices, each with ``values`` of its own, by name. ``which`` are
+        their places among the masks."""
+        case = self.case
+        masks = [[m[i] for i in which] for m in self.masks]
+        detached = case.rows == "detached"
+        net = Reference(self.net, case.mode, case.groups_of, masks, detached)
+        own = []
+        for i, given in enumerate(values):
+            all_of = {**self.values, **given}
+            own.append({self.ids[n]: v for n, v in all_of.items()})
+            if buffers is not None:
+                own[-1].update(buffers[i])
+        outs = net(xs, own, scales)
+        self.merged |= net.merged
+        return outs
+
+    def groups(self):
+        """Places of the samples that a call sees together."""
+        case = self.case
+        if case.mode != "sync":
+            return [[i] for i in range(case.size)]
+        step = case.chunk_size if type(case.chunk_size) is int else case.size
+        places = list(range(case.size))
+        return [places[i : i + step] for i in range(0, case.size, step)]
+
+    def slices(self, where, tensor):
+        part = [tensor[i] for i in where]
+        return [t.unsqueeze(0) for t in part] if self.case.what in OF_ONE else part
+
+    def loss_of(self, out, i, values, extra):
+        case = self.case
+        y = self.slices([i], self.y)[0]
+        value = case.base_loss(out, y).sum()
+        if case.regularised:
+            all_of = {**self.values, **values}
+            value = value + 0.1 * sum(p.square().sum() for p in all_of.values())
+        if extra is not None:
+            value = value + (out * extra).sum()
+        return value
+
+    def row_parts(self, shared=None, by_input=False):
+        """Rows, gradients by the inputs, and outputs, sample by sample."""
+        case = self.case
+        rows, inputs, outs = [], [], []
+        for where in self.groups():
+            xs = self.slices(where, self.x)
+            if by_input:
+                xs = [x.requires_grad_() for x in xs]
+            names = case.names
+            if shared is not None:
+                copies = [{n: v.clone() for n, v in shared.items()} for _ in where]
+            else:
+                copies = [
+                    {n: self.values[n].clone().requires_grad_() for n in names}
+                    for _ in where
+                ]
+            if case.rows == "jacobian":
+                copies = [copies[0]] * len(where)
+            scales = None
+            if case.inputs != "x":
+                scales = self.slices(where, self.scale)
+            found = self.run(xs, copies, scales, where)
+            extra = [None] * len(where)
+            if case.twice:
+                extra = self.run(self.slices(where, self.another), copies, None, where)
+            parts = zip(found, where, copies, extra)
+            losses = [self.loss_of(o, i, c, e) for o, i, c, e in parts]
+            outs += found
+            for j, own in enumerate(copies):
+                total = losses[j] if case.rows == "jacobian" else sum(losses)
+                leaves = [own[n] for n in names] + ([xs[j]] if by_input else [])
+                grads = derivative(total, leaves)
+                rows.append(dict(zip(names, grads)))
+                inputs.append(grads[-1])
+        stacked = {n: torch.stack([r[n] for r in rows]) for n in case.names}
+        return stacked, torch.stack(inputs), torch.stack(outs)
+
+    def answer(self):
+        """What the library should have given: (found, aux's outputs or None)."""
+        case, what = self.case, self.case.what
+        if what in SHORT:
+            rows, _, outs = self.row_parts()
+            outs = outs.squeeze(1)
+            return self.made_of(rows), outs if case.has_aux else None
+        if what == "vmap of grad":
+            rows, inputs, outs = self.row_parts(by_input=case.by_input)
+            if case.by_input:
+                rows = rows, inputs
+            return rows, outs if case.dropout else None
+        if what == "batched grad":
+            return self.row_parts()[0], None
+        if what in ("grad of rows", "backward of rows"):
+            leaves = {n: self.values[n].clone().requires_grad_() for n in case.names}
+            if what == "grad of rows":
+                case.chunk_size = None
+            rows = self.row_parts(leaves)[0]
+            total = sum(r.square().sum() for r in rows.values())
+            found = derivative(total, list(leaves.values()))
+            return dict(zip(case.names, found)), None
+        return getattr(self, "of_" + what.replace(" ", "_"))(), None
+
+    def made_of(self, rows):
+        case = self.case
+        flat = {n: r.reshape(len(r), -1) for n, r in rows.items()}
+        squares = {n: r.square().sum(1) for n, r in flat.items()}
+        if case.what == "rows":
+            return rows
+        if case.what == "norms" and case.per_parameter:
+            return {n: s.sqrt() for n, s in squares.items()}
+        norms = sum(squares.values()).sqrt()
+        if case.what == "norms":
+            return norms
+        if case.what == "clipped":
+            factors = (case.max_grad_norm / norms).clamp(max=1)
+            return {
+                n: (r * factors.reshape([-1] + [1] * (r.dim() - 1))).sum(0)
+                for n, r in rows.items()
+            }
+        parts = [r @ self.matrix(n, r.shape[1]).to(r.dtype) for n, r in flat.items()]
+        return sum(parts) / math.sqrt(case.k)
+
+    def matrix(self, name, n):
+        """The part of the sketch's matrix, as its docstring writes it."""
+        case = self.case
+        digest = hashlib.sha256(f"{case.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+        many, k = -(-n // 64) * 64, case.k
+        if case.kind == "gaussian":
+            return torch.randn(many, k, generator=generator, dtype=torch.float32)[:n]
+        words = torch.empty(many * k // 64, dtype=torch.int64)
+        words.random_(-(2**63), None, generator=generator)
+        return 1.0 - 2 * ((words[:, None] >> torch.arange(64)) & 1).view(many, k)[:n]
+
+    # -- Transforms --------------------------------------------------------------------
+
+    def all_slices(self, values, x=None):
+        x = self.x if x is None else x
+        outs, values = [], values or {}
+        for where in self.groups():
+            outs += self.run([x[i] for i in where], [values] * len(where), None, where)
+        return torch.stack(outs)
+
+    def of_vmap(self):
+        return self.all_slices({})
+
+    def of_vmap_of_vmap(self):
+        parts = [list(x) for x in self.x]
+        if self.case.mode == "sync" and self.case.sync_levels is None:
+            outs = self.run(
+                [x for part in parts for x in part], [{}] * 2 * self.case.size
+            )
+        else:
+            outs = [y for part in parts for y in self.run(part, [{}] * len(part))]
+        return torch.stack(outs).reshape(2, self.case.size, *outs[0].shape)
+
+    def of_batched(self):
+        outs = []
+        for where in self.groups():
+            xs = self.slices(where, self.x)
+            outs += self.run(xs, [{}] * len(where))
+        return torch.cat(outs)
+
+    def of_vmap_of_jvp(self):
+        self.case.chunk_size = None
+        found = []
+        for where in self.groups():
+            few = self.values[self.case.few].clone().requires_grad_()
+            if self.case.words:
+                leaves, tangents = [few], [torch.ones_like(few)]
+                xs = [self.x[i] for i in where]
+            else:
+                xs = [self.x[i].clone().requires_grad_() for i in where]
+                leaves, tangents = xs, [self.case.tangent(x).detach() for x in xs]
+            outs = self.run(xs, [{self.case.few: few}] * len(where))
+            found += [directional(y, leaves, tangents) for y in outs]
+        return torch.stack(found)
+
+    def of_vmap_of_jacrev(self):
+        self.case.chunk_size = None
+        found = []
+        for where in self.groups():
+            own = [self.values[self.case.few].clone().requires_grad_() for _ in where]
+            outs = self.run(
+                [self.x[i] for i in where], [{self.case.few: w} for w in own]
+            )
+            found += [jacobian(sum(outs), [w])[0] for w in own]
+        return torch.stack(found)
+
+    def second(self, value, leaf):
+        first = derivative(value, [leaf])[0]
+        return jacobian(first, [leaf])[0]
+
+    def of_vmap_of_hessian(self):
+        self.case.chunk_size = None
+        found = []
+        for where in self.groups():
+            own = [self.values[self.case.few].clone().requires_grad_() for _ in where]
+            outs = self.run(
+                [self.x[i] for i in where], [{self.case.few: w} for w in own]
+            )
+            for y, i, w in zip(outs, where, own):
+                found.append(self.second(self.case.base_loss(y, self.y[i]), w))
+        return torch.stack(found)
+
+    def leaves(self):
+        return {n: self.values[n].clone().requires_grad_() for n in self.case.names}
+
+    def summed(self, values, x=None):
+        self.case.chunk_size = None
+        out = self.all_slices(values, x)
+        return (out.tanh() * self.case.weigh(out)).sum()
+
+    def of_grad_of_vmap(self):
+        leaves = self.leaves()
+        x = self.x.clone()
+        if self.case.by_input:
+            x.requires_grad_()
+        inputs = [*leaves.values(), *([x] if self.case.by_input else [])]
+        found = derivative(self.summed(leaves, x), inputs)
+        grads = dict(zip(leaves, found))
+        return (grads, found[-1]) if self.case.by_input else grads
+
+    def along(self, f):
+        leaves = self.leaves()
+        tangents = [torch.cos(v + 1).detach() for v in leaves.values()]
+        return directional(f(leaves), list(leaves.values()), tangents)
+
+    def few(self):
+        return self.values[self.case.few].clone().requires_grad_()
+
+    def of_jvp_of_vmap(self):
+        self.case.chunk_size = None
+        return self.along(self.all_slices)
+
+    def of_jacrev_of_vmap(self):
+        self.case.chunk_size = None
+        w = self.few()
+        return jacobian(self.all_slices({self.case.few: w}), [w])[0]
+
+    of_jacfwd_of_vmap = of_jacrev_of_vmap
+
+    def of_hessian_of_vmap(self):
+        w = self.few()
+        return self.second(self.summed({self.case.few: w}), w)
+
+    def one(self, values):
+        return self.run([self.x[0]], [values])[0]
+
+    def of_grad(self):
+        leaves = self.leaves()
+        loss = self.case.base_loss(self.one(leaves), self.y[0])
+        return dict(zip(leaves, derivative(loss, list(leaves.values()))))
+
+    def of_backward(self):
+        own = dict(self.net.named_parameters())
+        names = [n for n in self.case.names if own[n].requires_grad]
+        names = names or [n for n, p in own.items() if p.requires_grad]
+        leaves = {n: self.values[n].clone().requires_grad_() for n in names}
+        loss = self.case.base_loss(self.one(leaves), self.y[0])
+        return dict(zip(leaves, derivative(loss, list(leaves.values()))))
+
+    def of_jvp(self):
+        return self.along(self.one)
+
+    def of_jacrev(self):
+        w = self.few()
+        return jacobian(self.one({self.case.few: w}), [w])[0]
+
+    of_jacfwd = of_jacrev
+
+    def of_hessian(self):
+        w = self.few()
+        value = self.case.base_loss(self.one({self.case.few: w}), self.y[0])
+        return self.second(value, w)
+
+    def of_ensemble(self):
+        x = self.x[0]
+        xs = [x, x if self.case.inside or self.case.words else x * 2]
+        return torch.stack([self.member(m, [x])[0] for m, x in enumerate(xs)])
+
+    def of_ensemble_of_slices(self):
+        found = []
+        for m in range(2):
+            outs = []
+            groups = [[i] for i in range(self.case.size)]
+            if self.case.mode == "sync":
+                groups = [list(range(self.case.size))]
+            for where in groups:
+                outs += self.member(m, [self.x[i] for i in where])
+            found.append(torch.stack(outs))
+        return torch.stack(found)
+
+    def member(self, m, xs):
+        """Outputs of one network of the ensemble."""
+        member = self.case.members()[m]
+        given = {n: self.cast(p) for n, p in member.named_parameters()}
+        theirs = dict(member.named_buffers())
+        buffers = {id(b): self.cast(theirs[n]) for n, b in self.net.named_buffers()}
+        return self.run(xs, [given] * len(xs), None, (), [buffers] * len(xs))
+
+
+def updated(case):
+    """The buffers after the plain layers have seen the merged batches."""
+    net = copy.deepcopy(case.net)
+    frozen = net.training
+    for m in net.modules():
+        if isinstance(m, _NormBase) and not frozen:
+            m.train()
+    step = case.chunk_size if type(case.chunk_size) is int else case.size
+    if case.what in ("grad", "backward"):
+        batches = [(case.x[0], case.another[0])]
+    else:
+        batches = zip(case.x.split(step), case.another.split(step))
+        if case.what not in OF_ONE:
+            batches = [(x.flatten(0, 1), a.flatten(0, 1)) for x, a in batches]
+    with torch.no_grad():
+        for x, another in batches:
+            net(x.contiguous())
+            if case.twice:
+                net(another.contiguous())
+    return dict(net.named_buffers())
+
+
+# -- Comparison ------------------------------------------------------------------------
+
+
+def leaves_of(tree, at=""):
+    if isinstance(tree, torch.Tensor):
+        return {at: tree.detach().double()}
+    if isinstance(tree, dict):
+        pairs = tree.items()
+    else:
+        pairs = enumerate(tree)
+    found = {}
+    for key, value in pairs:
+        found.update(leaves_of(value, f"{at}.{key}" if at else str(key)))
+    return found
+
+
+def difference(found, expected):
+    """The largest, of its tensor's largest entry and a little of all; and its name."""
+    found, expected = leaves_of(found), leaves_of(expected)
+    if found.keys() != expected.keys():
+        raise Mismatch(f"names {sorted(found)} instead of {sorted(expected)}")
+    all_of = max([float(e.abs().max()) for e in expected.values() if e.numel()] or [0])
+    worst, where = 0.0, ""
+    for name, e in expected.items():
+        f = found[name]
+        if f.shape != e.shape:
+            raise Mismatch(f"{name} has shape {tuple(f.shape)} not {tuple(e.shape)}")
+        if not e.numel():
+            continue
+        own = float(e.abs().max()) + 0.01 * all_of + 1e-6
+        off = float((f - e).abs().max()) / own
+        if not off <= worst:  # not a number is the worst
+            worst, where = off, name
+            if math.isnan(off):
+                break
+    return worst, where
+
+
+def compare(case, found, aux):
+    world = World(case, torch.float64, aux)
+    expected, outs = world.answer()
+    if outs is not None:
+        found, expected = (found, aux[0]), (expected, outs)
+    off, where = difference(found, expected)
+    tolerance = TOLERANCES[case.dtype]
+    if not off < tolerance:
+        same, outs = World(case, case.dtype, aux, shaken=True).answer()
+        if outs is not None:
+            same = same, outs
+        itself, _ = difference(same, expected)
+        tolerance = max(tolerance, 10 * itself)
+        if tolerance > 0.5 or math.isnan(itself):
+            return "too rough to compare"
+    if not off < tolerance:
+        raise Mismatch(f"{where or 'the result'} is off by {off:.1e}")
+    return "agrees"
+
+
+# What an error says that is raised because there is no number to give.
+SAYS = ("one value", "Expected more than 1", "no agreed meaning", "a chunk is a batch")
+
+
+def must_refuse(case, aux=None):
+    """Why there is no number, or None."""
+    if case.mode == "sync" and case.chunk_size == "auto":
+        return "a chunk is a batch"
+    if aux is None and case.dropout:
+        ones = torch.ones(())
+        aux = None, [ones.expand(case.size)] * 20
+    world = World(case, torch.float64, aux)
+    try:
+        world.answer()
+    except Refused as refused:
+        return str(refused)
+    if case.what == "vmap of hessian" and world.merged:
+        return "a hessian inside"
+    return None
+
+
+def same_masks(case, masks):
+    """One draw for all samples, where that was asked for."""
+    for m in masks:
+        kept = m > 0.5
+        if case.randomness == "same" and not torch.equal(kept, kept[:1].expand_as(m)):
+            raise Mismatch("samples have masks of their own")
+
+
+def run(seed):
+    """(how it ended, what was asked): "agrees", "refused", or "too rough to compare".
+
+    Raises:
+        Mismatch: says what is wrong.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        case = Case(seed)
+        return _run(case), f"{case.what}, {case.mode}"
+
+
+def _run(case):
+    before = everything(case.net)
+    given = [(t, t._version, t.clone()) for t in (case.x, case.y, case.scale)]
+    given += [(t, t._version, t.clone()) for t in case.values.values()]
+    case.members()
+    asked = case.chunk_size
+    buffers = None
+    error = None
+    torch.manual_seed(case.seed)
+    try:
+        found, aux = case.library()
+    except (ValueError, TypeError, RuntimeError, IndexError, AssertionError) as raised:
+        error = raised
+    if error is not None:
+        if case.updates:
+            for name, b in case.net.named_buffers():
+                b.data = before[2][name][2]
+        else:
+            _same_state(case, before)
+        why = must_refuse(case)
+        said = str(error) + " ".join(getattr(error, "__notes__", []))
+        if why is None or not any(words in said for words in SAYS):
+            text = said.strip().splitlines()
+            raise Mismatch(
+                f"{type(error).__name__}: {text[0] if text else ''}"
+            ) from error
+        return "refused"
+    if case.updates:
+        after = {n: b.clone() for n, b in case.net.named_buffers()}
+        with torch.no_grad():
+            for name, b in case.net.named_buffers():
+                b.copy_(before[2][name][2])
+    else:
+        _same_state(case, before)
+    for tensor, version, value in given:
+        if tensor._version != version or not torch.equal(tensor, value):
+            raise Mismatch("an argument was written")
+    if case.dropout:
+        masks = aux[1]
+        if any(not m.isfinite().all() for m in masks):
+            return "too rough to compare"
+        same_masks(case, masks)
+        aux = aux[0], [_for_one(case, m) for m in masks]
+    if case.mode == "sync" and asked == "auto":
+        raise Mismatch("chunk_size='auto' was not refused")
+    try:
+        ended = compare(case, found, aux)
+    except Refused as refused:
+        raise Mismatch(f"not refused: {refused}") from None
+    if case.what == "vmap of hessian" and must_refuse(case):
+        raise Mismatch("not refused: a hessian inside")
+    if case.updates:
+        buffers = updated(case) if case.what != "grad of vmap" else _whole(case)
+        off, where = difference(after, buffers)
+        if not off < 10 * TOLERANCES[case.dtype]:
+            raise Mismatch(f"buffer {where} is off by {off:.1e}")
+    return ended
+
+
+def _whole(case):
+    case.chunk_size = None
+    return updated(case)
+
+
+def _for_one(case, mask):
+    """With the dimension of a batch of one where the slices are samples."""
+    return mask.unsqueeze(1) if case.what in OF_ONE else mask
+
+
+def _same_state(case, before):
+    try:
+        assert_same_state(case.net, before)
+    except AssertionError as error:
+        said = traceback.format_exception(error)[-2:]
+        raise Mismatch(" ".join(["state:", *" ".join(said).split()])) from None
+
+
+# -- Command line ----------------------------------------------------------------------
+
+
+def _one(seed):
+    torch.set_num_threads(1)
+    try:
+        ended, kind = run(seed)
+        return seed, ended, kind, ""
+    except Mismatch as error:
+        return seed, "mismatch", "", str(error)
+    except Exception as error:
+        return seed, "mismatch", "", f"the fuzzer: {type(error).__name__}: {error}"
+
+
+def many(first, cases, jobs):
+    """Run them; prints mismatches as they come, counts at the end."""
+    counts = collections.Counter()
+    kinds = collections.defaultdict(collections.Counter)
+    start = time.monotonic()
+    seeds = range(first, first + cases)
+    with multiprocessing.Pool(jobs) as pool:
+        for seed, ended, kind, said in pool.imap_unordered(_one, seeds, 20):
+            counts[ended] += 1
+            if ended == "mismatch":
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    case = Case(seed)
+                kind = f"{case.what}, {case.mode}"
+                print(f"seed {seed}: {kind}: {said[:200]}", flush=True)
+            kinds[kind][ended] += 1
+    for kind in sorted(kinds):
+        print(f"{kind:35}", dict(kinds[kind]))
+    took = time.monotonic() - start
+    print(f"{cases} cases from seed {first} in {took:.0f} s: {dict(counts)}")
+    return counts["mismatch"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    if asked.seed is None:
+        raise SystemExit(min(1, many(asked.first, asked.cases, asked.jobs)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        print(Case(asked.seed).describe())
+    try:
+        print(run(asked.seed))
+    except Mismatch:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,585 @@
+"""What the fuzzer draws from a seed, and what it asks of the library with it."""
+
+import copy
+import functools
+import random
+
+import torch
+import torch.nn.functional as F
+from fuzz_nets import Builder
+from torch.func import (
+    functional_call,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vmap,
+)
+from torch.nn.modules.batchnorm import _NormBase
+
+import vmapsafe
+from vmapsafe import batched, vmap_safe
+
+MODES = ("eval", "no_running_stats", "group_norm", "sync")
+OUTS = 3
+
+# What is asked, and how often.
+SHORT = {"rows": 7, "norms": 4, "clipped": 3, "sketch": 2}
+OTHERS = {
+    "vmap": 3,
+    "vmap of vmap": 1,
+    "vmap of grad": 5,
+    "vmap of jvp": 1,
+    "vmap of jacrev": 1,
+    "vmap of hessian": 1,
+    "grad of vmap": 2,
+    "jvp of vmap": 1,
+    "jacrev of vmap": 1,
+    "jacfwd of vmap": 1,
+    "hessian of vmap": 1,
+    "backward": 1,
+    "grad": 1,
+    "jvp": 1,
+    "jacrev": 1,
+    "jacfwd": 1,
+    "hessian": 1,
+    "ensemble": 2,
+    "ensemble of slices": 1,
+    "batched": 1,
+    "batched grad": 1,
+    "grad of rows": 2,
+    "backward of rows": 1,
+}
+WITH_DROPOUT = (*SHORT, "vmap", "vmap of grad")
+WITH_UPDATES = (*SHORT, "vmap", "vmap of grad", "grad of vmap", "grad", "backward")
+FIRST_ORDER = (*WITH_UPDATES, "vmap of vmap", "batched", "batched grad", "ensemble")
+# torch's functional_call does not put back a module that has two names.
+NAMED_TWICE = (*SHORT, "vmap", "vmap of vmap", "backward", "batched")
+ONE_SLICE = ("backward", "grad", "jvp", "jacrev", "jacfwd", "hessian")
+OF_ONE = (*SHORT, "batched", "batched grad", "grad of rows", "backward of rows")
+# -- Inputs ----------------------------------------------------------------------------
+
+
+def laid_out(x, rng):
+    """The values in another format, and its name; "expanded" has other values."""
+    kind = rng.choice(
+        ("", "channels_last", "permuted", "expanded", "strided", "offset")
+    )
+    if kind == "channels_last" and x.dim() >= 4:
+        first = list(range(x.dim()))
+        order = [*first[:-3], *first[-2:], first[-3]]
+        return permuted(x, order), kind
+    if kind == "permuted":
+        order = list(range(x.dim()))
+        rng.shuffle(order)
+        return permuted(x, order), f"stored as {order}"
+    if kind == "expanded":
+        d = rng.randrange(min(x.dim(), 2))
+        return x.narrow(d, 0, 1).expand(x.shape), f"expanded along {d}"
+    if kind == "strided":
+        d = rng.randrange(x.dim())
+        longer = x.repeat_interleave(2, d).movedim(d, 0)
+        return longer[::2].movedim(0, d), f"every second along {d}"
+    if kind == "offset":
+        return torch.cat([x[:1], x])[1:], kind
+    return x, "contiguous"
+
+
+def permuted(x, order):
+    back = [order.index(d) for d in range(x.dim())]
+    return x.permute(order).contiguous().permute(back)
+
+
+def tuned(net, rng):
+    """Weights and statistics that are not those of a new network."""
+    for p in net.parameters():
+        p.data.add_(0.2 * torch.randn_like(p))
+    for m in net.modules():
+        if isinstance(m, _NormBase) and m.running_mean is not None:
+            m.running_mean.copy_(0.5 * torch.randn_like(m.running_mean))
+            m.running_var.copy_(0.5 + torch.rand_like(m.running_var))
+            m.num_batches_tracked.fill_(3)
+
+
+# -- A case ----------------------------------------------------------------------------
+
+
+class Case:
+    """All that is drawn, from one seed."""
+
+    def __init__(self, seed):
+        self.seed = seed
+        self.rng = rng = random.Random(seed)
+        torch.manual_seed(seed)
+        asked = {**SHORT, **OTHERS}
+        self.what = rng.choices(list(asked), asked.values())[0]
+        self.mode = rng.choice(MODES)
+        first_order = self.what in WITH_DROPOUT
+        self.dtype = torch.float64
+        if first_order and rng.random() < 0.25:
+            self.dtype = rng.choice((torch.float32, torch.bfloat16))
+        self.fast = rng.random() < 0.7
+        self.num_groups = rng.choice((1, 1, 2, 2, 3, 32, _one_each, _halves))
+        dropout = self.what in WITH_DROPOUT and rng.random() < 0.15
+        self.randomness = rng.choice(("same", "different")) if dropout else "error"
+        self._draw_net(dropout)
+        self._draw_batch()
+        self._draw_options()
+
+    # -- Draws -------------------------------------------------------------------------
+
+    def _draw_net(self, dropout):
+        rng = self.rng
+        builder = Builder(
+            rng,
+            precise=self.dtype == torch.float64,
+            first_order=self.what in FIRST_ORDER,
+            named_twice=self.what in NAMED_TWICE,
+        )
+        net, self.shape, self.words = builder.net(OUTS, dropout)
+        self.net = net.to(self.dtype)
+        self.dropout = dropout
+        tuned(self.net, rng)
+        if rng.random() < 0.25:
+            self.net.eval()
+        else:
+            for m in self.net.modules():
+                if isinstance(m, _NormBase) and rng.random() < 0.15:
+                    m.eval()  # frozen by its owner
+        params = dict(self.net.named_parameters())
+        for p in params.values():
+            p.requires_grad_(rng.random() < 0.9)
+        if not any(p.requires_grad for p in params.values()):
+            rng.choice(list(params.values())).requires_grad_()
+        self.weights = rng.choice(("", "", "", "channels_last", "permuted"))
+        if self.weights == "channels_last":
+            for p in params.values():
+                order = list(range(p.dim()))
+                if len(order) > 3:
+                    p.data = permuted(p.data, [order[0], *order[2:], order[1]])
+        if self.weights == "permuted":
+            for p in params.values():
+                p.data = permuted(p.data, list(range(p.dim()))[::-1])
+        if rng.random() < 0.3:
+            for p in params.values():
+                p.grad = torch.ones_like(p)
+
+    def _draw_batch(self):
+        rng = self.rng
+        self.size = rng.choice((1, 2, 3, 3, 5))
+        self.each = 1 if self.what in OF_ONE else rng.choice((1, 2, 2, 3, 4))
+        shape = (self.size, *self.shape)
+        if self.what not in OF_ONE:
+            shape = (self.size, self.each, *self.shape)
+        if self.what == "vmap of vmap":
+            shape = (2, *shape)
+        if self.words:
+            x = torch.randint(self.words, shape)
+            another = torch.randint(self.words, shape)
+        else:
+            x = (torch.randn(shape).double() * 1.5 + 0.3).to(self.dtype)
+            another = torch.randn(shape).to(self.dtype)
+        self.x, self.x_format = laid_out(x, rng)
+        self.another, _ = laid_out(another, rng)
+        heads = shape[: len(shape) - len(self.shape)]
+        self.loss = rng.choice(("cross entropy", "squares", "sine", "none"))
+        if self.loss == "none" and self.what not in SHORT:
+            self.loss = "squares"
+        if self.loss in ("cross entropy", "none"):
+            self.y, self.y_format = laid_out(torch.randint(OUTS, heads), rng)
+        else:
+            y = torch.randn(*heads, OUTS).to(self.dtype)
+            self.y, self.y_format = laid_out(y, rng)
+        self.scale, _ = laid_out((torch.rand(heads) + 0.5).to(self.dtype), rng)
+
+    def _draw_options(self):
+        rng = self.rng
+        short = self.what in SHORT
+        self.chunk_size = rng.choice((None, None, 1, 2, 7))
+        if short and rng.random() < (0.02 if self.mode == "sync" else 0.2):
+            self.chunk_size = "auto"
+        self.inputs = rng.choice(("x", "x", "x", "tuple", "dict")) if short else "x"
+        self.rows = "contribution"
+        if short and self.mode == "sync":
+            self.rows = rng.choice(("contribution", "jacobian", "detached"))
+        self.has_aux = self.dropout or (short and rng.random() < 0.2)
+        self.regularised = short and rng.random() < 0.1
+        self.twice = short and not self.dropout and rng.random() < 0.1
+        self.out = self.what == "rows" and rng.random() < 0.2
+        self.updates = (
+            self.mode == "sync"
+            and self.what in WITH_UPDATES
+            and not self.dropout
+            and rng.random() < 0.3
+        )
+        own = dict(self.net.named_parameters())
+        names = list(own)
+        self.given = rng.choice(("all", "all", "names", "dict"))
+        if self.updates:
+            self.given = rng.choice(("all", "names"))
+        if self.given == "all" and short:
+            self.names = [n for n in names if own[n].requires_grad]
+        elif self.given == "all":
+            self.names = names
+        else:
+            self.names = rng.sample(names, rng.randint(1, len(names)))
+        self.values = {n: p.detach() for n, p in own.items()}
+        if self.given == "dict" and self.what in SHORT:
+            for n in self.names:
+                self.values[n] = own[n].detach() + 0.1 * torch.randn_like(own[n])
+        self.per_parameter = rng.random() < 0.5
+        self.max_grad_norm = rng.choice((0.01, 0.3, 3.0, 1e9))
+        self.k, self.kind = rng.choice((3, 70)), rng.choice(("rademacher", "gaussian"))
+        self.in_dim = rng.choice((0, 0, 1)) if self.what not in OF_ONE else 0
+        self.watched = short and not self.words and rng.random() < 0.1
+        self.sync_levels = None
+        if self.what == "vmap of vmap" and self.mode == "sync":
+            self.sync_levels = rng.choice((None, 1))
+        few = sorted(names, key=lambda n: own[n].numel())[:3]
+        self.few = rng.choice([n for n in few if own[n].numel() <= 16] or few[:1])
+        self.inside = rng.random() < 0.5
+        self.by_input = not self.words and rng.random() < 0.4
+
+    def describe(self):
+        left = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("rng", "net", "x", "y", "scale", "another", "values")
+        }
+        shapes = f"x {tuple(self.x.shape)} strides {self.x.stride()}"
+        frozen = [n for n, p in self.net.named_parameters() if not p.requires_grad]
+        flags = [n for n, m in self.net.named_modules() if not m.training]
+        lines = [f"{name} = {value!r}" for name, value in left.items()]
+        lines += [f"frozen {frozen}", f"not training {flags}", shapes]
+        lines += [
+            f"    {name}: {m}"
+            for name, m in self.net.named_modules(remove_duplicate=False)
+            if not any(m.children())
+        ]
+        return "\n".join(lines)
+
+    # -- What both sides use -----------------------------------------------------------
+
+    def groups_of(self, channels):
+        """Of batch norm's channels in "group_norm"."""
+        groups = self.num_groups
+        if callable(groups):
+            groups = groups(channels)
+        return groups if channels % groups == 0 else channels
+
+    def base_loss(self, out, y):
+        if self.loss == "cross entropy":
+            return F.cross_entropy(out, y)
+        if self.loss == "none":
+            return F.cross_entropy(out, y, reduction="none")
+        if self.loss == "squares":
+            return (out - y).square().sum()
+        return (out.sin() * y).sum() + out.square().mean()
+
+    def block(self):
+        return vmap_safe(
+            self.net,
+            mode=self.mode,
+            num_groups=self.num_groups,
+            update_running_stats=self.updates,
+            sync_levels=self.sync_levels,
+            fast=self.fast,
+        )
+
+    # -- The library -------------------------------------------------------------------
+
+    def short_form(self):
+        """(what was asked, aux) of one of the four functions."""
+        net = self.net
+
+        def loss_fn(out, y, *more):
+            masks = ()
+            if self.dropout:
+                out, masks = out
+            value = self.base_loss(out, y)
+            if self.regularised:
+                value = value + 0.1 * sum(p.square().sum() for p in net.parameters())
+            if self.twice:
+                value = value + (out * net(more[0])).sum()
+            return (value, (out.detach(), masks)) if self.has_aux else value
+
+        x = self.x
+        if self.watched:
+            x = x.detach().requires_grad_()
+        inputs = {"x": x, "tuple": (x, self.scale), "dict": None}[self.inputs]
+        if self.inputs == "dict":
+            inputs = {"scale": self.scale, "x": x}
+        batch = [inputs, self.y, *([self.another] if self.twice else [])]
+        options = {
+            "mode": self.mode,
+            "rows": self.rows,
+            "chunk_size": self.chunk_size,
+            "randomness": self.randomness,
+            "has_aux": self.has_aux,
+            "num_groups": self.num_groups,
+            "update_running_stats": self.updates,
+            "fast": self.fast,
+        }
+        if self.given == "names":
+            options["params"] = self.names
+        if self.given == "dict":
+            options["params"] = {n: self.values[n] for n in self.names}
+        if self.what == "rows":
+            function = vmapsafe.per_sample_grads
+            if self.out:
+                options["out"] = {
+                    n: torch.full((self.size, *self.values[n].shape), 7.0).to(
+                        self.dtype
+                    )
+                    for n in self.names
+                }
+        elif self.what == "norms":
+            function = vmapsafe.per_sample_grad_norms
+            options["per_parameter"] = self.per_parameter
+        elif self.what == "clipped":
+            function = vmapsafe.clipped_grad_sum
+            options["max_grad_norm"] = self.max_grad_norm
+        else:
+            function = vmapsafe.per_sample_sketch
+            options.update(k=self.k, kind=self.kind, seed=self.seed)
+        found = function(net, loss_fn, *batch, **options)
+        return found if self.has_aux else (found, None)
+
+    def mapped(self, function, chunked=False):
+        """``vmap`` over the slices, which lie along ``in_dim``."""
+        options = {"chunk_size": self.chunk_size} if chunked else {}
+        options["randomness"] = self.randomness
+        in_dim = self.in_dim
+
+        def over(x, *rest):
+            dims = (in_dim, *[0 for _ in rest])
+            return vmap(function, dims, **options)(x.movedim(0, in_dim), *rest)
+
+        return over
+
+    def call(self, values, x):
+        return functional_call(self.net, values, (x,))
+
+    def loss_at(self, values, x, y):
+        return self.base_loss(self.call(values, x), y)
+
+    @property
+    def own(self):
+        return {n: self.values[n] for n in self.names}
+
+    def by_few(self, function):
+        """``function`` of values, as one of a single parameter, and that."""
+        return lambda w, *args: function({self.few: w}, *args), self.values[self.few]
+
+    def all_out(self, values):
+        return self.mapped(lambda x: self.call(values, x))(self.x)
+
+    def summed(self, values, x):
+        out = self.mapped(lambda x: self.call(values, x))(x)
+        return (out.tanh() * self.weigh(out)).sum()
+
+    def along(self, function):
+        own = self.own
+        tangents = {n: torch.cos(p + 1) for n, p in own.items()}
+        return jvp(function, (own,), (tangents,))[1]
+
+    def do_vmap(self):
+        return self.mapped(self.net, chunked=True)(self.x)
+
+    def do_vmap_of_vmap(self):
+        return vmap(vmap(self.net))(self.x)
+
+    def do_vmap_of_grad(self):
+        argnums = (0, 1) if self.by_input else 0
+
+        def loss_and_masks(values, x, y):
+            out, masks = self.call(values, x)
+            return self.base_loss(out, y), (out.detach(), masks)
+
+        if self.dropout:
+            derive = grad(loss_and_masks, argnums, has_aux=True)
+        else:
+            derive = grad(self.loss_at, argnums)
+        one = functools.partial(derive, self.own)
+        return self.mapped(one, chunked=True)(self.x, self.y)
+
+    def do_vmap_of_jvp(self):
+        if self.words:
+            f, few = self.by_few(self.call)
+
+            def by_weight(x):
+                return jvp(lambda w: f(w, x), (few,), (torch.ones_like(few),))[1]
+
+            return self.mapped(by_weight)(self.x)
+
+        def by_input(x, v):
+            return jvp(lambda x: self.call(self.own, x), (x,), (v,))[1]
+
+        # torch has no tangent for an expanded tensor.
+        x = self.x.clone(memory_format=torch.contiguous_format)
+        return self.mapped(by_input)(x, self.tangent(x))
+
+    def do_vmap_of_jacrev(self):
+        f, few = self.by_few(self.call)
+        return self.mapped(lambda x: jacrev(f)(few, x))(self.x)
+
+    def do_vmap_of_hessian(self):
+        f, few = self.by_few(self.loss_at)
+        return self.mapped(lambda x, y: hessian(f)(few, x, y))(self.x, self.y)
+
+    def do_grad_of_vmap(self):
+        return grad(self.summed, (0, 1) if self.by_input else 0)(self.own, self.x)
+
+    def do_jvp_of_vmap(self):
+        return self.along(self.all_out)
+
+    def do_jacrev_of_vmap(self):
+        f, few = self.by_few(self.all_out)
+        return jacrev(f)(few)
+
+    def do_jacfwd_of_vmap(self):
+        f, few = self.by_few(self.all_out)
+        return jacfwd(f)(few)
+
+    def do_hessian_of_vmap(self):
+        f, few = self.by_few(self.summed)
+        return hessian(f)(few, self.x)
+
+    def do_grad(self):
+        return grad(self.loss_at)(self.own, self.x[0], self.y[0])
+
+    def do_jvp(self):
+        return self.along(lambda values: self.call(values, self.x[0]))
+
+    def do_jacrev(self):
+        f, few = self.by_few(self.call)
+        return jacrev(f)(few, self.x[0])
+
+    def do_jacfwd(self):
+        f, few = self.by_few(self.call)
+        return jacfwd(f)(few, self.x[0])
+
+    def do_hessian(self):
+        f, few = self.by_few(self.loss_at)
+        return hessian(f)(few, self.x[0], self.y[0])
+
+    def do_batched(self):
+        return batched(self.net, chunk_size=self.chunk_size)(self.x)
+
+    def do_batched_grad(self):
+        f = batched(
+            grad(lambda p, x, y: self.loss_at(p, x[None], y[None])),
+            in_dims=(None, 0, 0),
+            keep_batch_dim=False,
+            chunk_size=self.chunk_size,
+        )
+        return f(self.own, self.x, self.y)
+
+    def rows_at(self, values, chunk_size=None):
+        return vmapsafe.per_sample_grads(
+            self.net,
+            self.base_loss,
+            self.x,
+            self.y,
+            mode=self.mode,
+            num_groups=self.num_groups,
+            params=values,
+            chunk_size=chunk_size,
+            fast=self.fast,
+        )
+
+    def do_grad_of_rows(self):
+        x, y = self.x[:, None], self.y[:, None]
+
+        def penalty(values):
+            if self.inside:
+                rows = self.rows_at(values)
+            else:
+                rows = vmap(grad(self.loss_at), (None, 0, 0))(values, x, y)
+            return sum(r.square().sum() for r in rows.values())
+
+        return grad(penalty)(self.own)
+
+    def do_backward_of_rows(self):
+        leaves = {n: v.clone().requires_grad_() for n, v in self.own.items()}
+        rows = self.rows_at(leaves, self.chunk_size)
+        total = sum(r.square().sum() for r in rows.values())
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return _by_name(self.names, leaves.values(), found)
+
+    def member(self, params, buffers, x):
+        return functional_call(self.net, (params, buffers), (x,))
+
+    def do_ensemble(self):
+        params, buffers = stack_module_state(self.members())
+        params = {n: p.detach() for n, p in params.items()}
+        if self.inside:
+            return vmap(self.member, (0, 0, None))(params, buffers, self.x[0])
+        first = self.x[0]
+        x = torch.stack([first, first if self.words else first * 2])
+        return vmap(self.member)(params, buffers, x)
+
+    def do_ensemble_of_slices(self):
+        params, buffers = stack_module_state(self.members())
+        params = {n: p.detach() for n, p in params.items()}
+        inner = vmap(self.member, (None, None, 0))
+        return vmap(inner, (0, 0, None))(params, buffers, self.x)
+
+    def backward(self):
+        """Plain autograd, in the block or after it."""
+        params = dict(self.net.named_parameters())
+        wanted = [n for n in self.names if params[n].requires_grad]
+        if not wanted:
+            wanted = [n for n, p in params.items() if p.requires_grad]
+        leaves = [params[n] for n in wanted]
+        with self.block():
+            loss = self.base_loss(self.net(self.x[0]), self.y[0])
+            if self.inside:
+                found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        if not self.inside:
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return _by_name(wanted, leaves, found)
+
+    def members(self):
+        """Two networks of an ensemble, the case's own first."""
+        torch.manual_seed(self.seed)
+        second = copy.deepcopy(self.net)
+        tuned(second, self.rng)
+        return [self.net, second]
+
+    def tangent(self, x):
+        return torch.cos(3 * x) if x.is_floating_point() else x
+
+    def weigh(self, out):
+        """Numbers for each entry of ``out``, none of them special."""
+        n = out.numel()
+        return torch.linspace(0.3, 1.7, n, dtype=out.dtype).reshape(out.shape)
+
+    def library(self):
+        """(what was asked, aux)."""
+        if self.what in SHORT:
+            return self.short_form()
+        if self.what == "backward":
+            return self.backward(), None
+        with self.block():
+            found = getattr(self, "do_" + self.what.replace(" ", "_"))()
+        if not self.dropout:
+            return found, None
+        return (found[0], found) if self.what == "vmap" else found
+
+
+def _one_each(channels):
+    return channels
+
+
+def _halves(channels):
+    return max(1, channels // 2)
+
+
+def _by_name(names, leaves, found):
+    return {
+        n: torch.zeros_like(p) if g is None else g
+        for n, p, g in zip(names, leaves, found)
+    }

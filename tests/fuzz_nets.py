@@ -1,0 +1,531 @@
+"""Small random networks, of plain torch and in smooth operations only.
+
+``Net`` runs a tree of modules. What the tree may hold, ``fuzz_reference.py`` can write
+out in plain operations: a new module goes into both.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+BATCH_NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
+BATCH_NORMS[3] = nn.BatchNorm3d
+INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+AVG_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+MAX_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+ADAPTIVE = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+ACTIVATIONS = (nn.Tanh, nn.SiLU, nn.GELU, nn.Softplus, nn.Sigmoid)
+
+
+class Residual(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class Branches(nn.Module):
+    """Two bodies side by side, their outputs joined along the channels."""
+
+    def __init__(self, a, b, dim):
+        super().__init__()
+        self.a, self.b, self.dim = a, b, dim
+
+    def forward(self, x):
+        return torch.cat([self.a(x), self.b(x)], self.dim)
+
+
+class Scale(nn.Module):
+    """Parameters used directly, by operations that broadcast."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape) * 0.5 + 1)
+        self.bias = nn.Parameter(torch.randn(shape) * 0.5)
+
+    def forward(self, x):
+        return x * self.weight + self.bias
+
+
+class Functional(nn.Module):
+    """``F.linear`` on parameters of its own; the bias may be one that broadcasts."""
+
+    def __init__(self, ins, outs, bias_shape):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(outs, ins) * 0.5)
+        self.shift = nn.Parameter(torch.randn(bias_shape) * 0.5)
+
+    def forward(self, x):
+        return F.linear(x, self.kernel, self.shift)
+
+
+class Matmul(nn.Module):
+    """A product with a parameter, outside every layer."""
+
+    def __init__(self, ins, outs):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(ins, outs) * 0.5)
+
+    def forward(self, x):
+        return x @ self.matrix
+
+
+class Borrow(nn.Module):
+    """Uses the weight of a linear layer that belongs to another module."""
+
+    def __init__(self, owner):
+        super().__init__()
+        self.owner = [owner]
+
+    def forward(self, x):
+        return F.linear(x, self.owner[0].weight)
+
+
+class Again(nn.Module):
+    """A layer that stands elsewhere, once more, and has no second name."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = [layer]
+
+    def forward(self, x):
+        return self.layer[0](x)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm layer with a forward of its own, and an activation in it."""
+
+    def forward(self, x):
+        use_batch = self.training or self.running_mean is None
+        mean = self.running_mean if not use_batch or self.track_running_stats else None
+        var = self.running_var if not use_batch or self.track_running_stats else None
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+        momentum = 0.1 if self.momentum is None else self.momentum
+        y = F.batch_norm(
+            x, mean, var, self.weight, self.bias, use_batch, momentum, self.eps
+        )
+        return F.silu(y)
+
+
+class Attention(nn.Module):
+    """Self-attention of (N, L, D), by torch's fused function or written out."""
+
+    def __init__(self, size, heads, fused):
+        super().__init__()
+        self.heads, self.fused = heads, fused
+        self.qkv = nn.Linear(size, 3 * size)
+        self.out = nn.Linear(size, size)
+
+    def forward(self, x):
+        n, length, size = x.shape
+        qkv = self.qkv(x).view(n, length, 3, self.heads, size // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+            y = torch.softmax(scores, -1) @ v
+        return self.out(y.transpose(1, 2).reshape(n, length, size))
+
+
+class Multihead(nn.Module):
+    """torch's own attention layer."""
+
+    def __init__(self, size, heads):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(size, heads, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Swap(nn.Module):
+    """(N, L, D) as (N, D, L) and back: views that are not contiguous."""
+
+    def forward(self, x):
+        return x.movedim(-1, 1)
+
+
+class Tokens(nn.Module):
+    """(N, C, ...) as (N, L, C)."""
+
+    def forward(self, x):
+        return x.flatten(2).transpose(1, 2)
+
+
+class Mean(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x):
+        return x.mean(self.dims)
+
+
+class Drop(nn.Module):
+    """Dropout; what it dropped is in ``masks``, for the reference to do the same."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.masks = layer, None
+
+    def forward(self, x):
+        y = self.layer(x)
+        if self.masks is not None:
+            self.masks.append((y / x).detach())
+        return y
+
+
+class Net(nn.Module):
+    """A body, and a second input that scales its output; with the masks of dropouts."""
+
+    def __init__(self, body, gives_masks):
+        super().__init__()
+        self.body, self.gives_masks = body, gives_masks
+
+    def forward(self, x, scale=None):
+        drops = [m for m in self.modules() if isinstance(m, Drop)]
+        masks = []
+        try:
+            for m in drops:
+                m.masks = masks if self.gives_masks else None
+            out = self.body(x)
+        finally:
+            for m in drops:
+                m.masks = None
+        if scale is not None:
+            out = out * scale.unsqueeze(-1)
+        return (out, tuple(masks)) if self.gives_masks else out
+
+
+class Builder:
+    """Draws a network. ``shape`` is that of one sample on its way; channels come first
+    in it, or last where it is ``tokens``."""
+
+    def __init__(self, rng, precise, first_order, named_twice):
+        self.rng, self.precise = rng, precise
+        self.first_order, self.named_twice = first_order, named_twice
+        self.shape, self.tokens = (), False
+        self.linears, self.norms, self.seen = [], [], []
+
+    @property
+    def spatial(self):
+        return len(self.shape) - 1
+
+    # -- One layer ---------------------------------------------------------------------
+
+    def linear(self):
+        if self.spatial and not self.tokens:
+            return None
+        ins, outs = self.shape[-1], self.rng.choice((2, 3, 4))
+        kind = self.rng.random()
+        if kind < 0.6:
+            made = nn.Linear(ins, outs, bias=self.rng.random() < 0.8)
+            twins = [a for a in self.linears if a.weight.shape == made.weight.shape]
+            if twins and self.rng.random() < 0.5:
+                made.weight = self.rng.choice(twins).weight
+            self.linears.append(made)
+        elif kind < 0.75:
+            bias_shape = self.rng.choice(((outs,), (1,), (), (1, outs)))
+            if self.tokens and bias_shape == (1, outs):
+                bias_shape = (outs,)
+            made = Functional(ins, outs, bias_shape)
+        elif kind < 0.9:
+            made = Matmul(ins, outs)
+        else:
+            owners = [a for a in self.linears if a.in_features == ins]
+            if not owners:
+                return None
+            owner = self.rng.choice(owners)
+            made, outs = Borrow(owner), owner.out_features
+        self.shape = (*self.shape[:-1], outs)
+        return made
+
+    def conv(self):
+        d = self.spatial
+        if not d or self.tokens:
+            return None
+        rng, ins = self.rng, self.shape[0]
+        kernel = rng.choice((1, 2, 3))
+        groups = rng.choice([g for g in (1, 1, 2, 3, 4) if ins % g == 0])
+        outs = groups * rng.choice((1, 2)) if groups > 1 else rng.choice((2, 3, 4))
+        dilation = rng.choice((1, 1, 1, 2))
+        if rng.random() < 0.2:
+            stride = rng.choice((1, 2))
+            made = TRANSPOSED[d](
+                ins,
+                outs,
+                kernel,
+                stride,
+                padding=rng.choice((0, 0, 1)) if kernel > 1 else 0,
+                output_padding=stride - 1,
+                groups=groups,
+                bias=rng.random() < 0.7,
+                dilation=dilation,
+            )
+            length = [
+                (n - 1) * stride
+                - 2 * made.padding[0]
+                + dilation * (kernel - 1)
+                + stride
+                for n in self.shape[1:]
+            ]
+        else:
+            padding = rng.choice((0, 0, 1, 1, "same"))
+            stride = 1 if padding == "same" else rng.choice((1, 1, 2))
+            mode = rng.choice(("zeros",) * 5 + ("reflect", "replicate", "circular"))
+            made = CONVS[d](
+                ins,
+                outs,
+                kernel,
+                stride,
+                padding,
+                dilation,
+                groups,
+                bias=rng.random() < 0.7,
+                padding_mode=mode,
+            )
+            around = padding if padding != "same" else 0
+            reach = dilation * (kernel - 1)
+            if mode != "zeros" and min(self.shape[1:]) <= max(around, reach):
+                return None  # such padding needs an input longer than it
+            length = [
+                (n + 2 * around - reach - 1) // stride + 1 for n in self.shape[1:]
+            ]
+            if padding == "same":
+                length = list(self.shape[1:])
+        if min(length) < 1 or max(length) > 8:
+            return None
+        self.shape = (outs, *length)
+        return made
+
+    def batch_norm(self):
+        if self.tokens:
+            return None
+        rng, d, channels = self.rng, self.spatial, self.shape[0]
+        options = {
+            "eps": rng.choice((1e-5, 1e-5, 1e-2)),
+            "momentum": rng.choice((0.1, 0.1, 0.7, 1.0, None)),
+            "affine": rng.random() < 0.8,
+            "track_running_stats": rng.random() < 0.85,
+        }
+        kind = rng.random()
+        if kind < 0.08:
+            made = nn.SyncBatchNorm(channels, **options)
+        elif kind < 0.2 and d == 2:
+            made = NormAct(channels, **options)
+        else:
+            made = BATCH_NORMS[d](channels, **options)
+        if made.affine and rng.random() < 0.1:
+            made.bias = None
+        if made.track_running_stats and rng.random() < 0.05:
+            made.track_running_stats = False  # the buffers stay
+        twins = [
+            a
+            for a in self.norms
+            if a.affine and made.affine and a.num_features == channels
+        ]
+        if twins and rng.random() < 0.2:
+            made.weight = rng.choice(twins).weight
+        self.norms.append(made)
+        return made
+
+    def other_norm(self):
+        rng, d = self.rng, self.spatial
+        kinds = ["layer", "rms"]
+        if not self.tokens:
+            kinds += ["group", "instance", "instance"] if d else ["group"]
+        kind = rng.choice(kinds)
+        affine = rng.random() < 0.7
+        if kind in ("layer", "rms"):
+            last = rng.randint(1, len(self.shape))
+            shape = self.shape[-last:]
+            if kind == "rms":
+                eps = rng.choice((None, 1e-5)) if self.precise else 1e-5
+                return nn.RMSNorm(shape, eps, affine)
+            return nn.LayerNorm(shape, 1e-5, affine, bias=rng.random() < 0.8)
+        channels = self.shape[0]
+        if kind == "group":
+            groups = rng.choice([g for g in (1, 2, 3, 4) if channels % g == 0])
+            return nn.GroupNorm(groups, channels, affine=affine)
+        return INSTANCE_NORMS[d](
+            channels,
+            momentum=rng.choice((0.1, 0.1, None)),
+            affine=affine,
+            track_running_stats=rng.random() < 0.6,
+        )
+
+    def pool(self):
+        d = self.spatial
+        if not d or self.tokens:
+            return None
+        if d == 3 and not self.precise:
+            return None  # torch has none of them in bfloat16
+        kind = self.rng.choice(("average", "max", "adaptive"))
+        if kind == "adaptive":
+            size = self.rng.choice((1, 2))
+            self.shape = (self.shape[0], *[size] * d)
+            return ADAPTIVE[d](size)
+        if min(self.shape[1:]) < 2 or (kind == "max" and not self.precise):
+            return None
+        stride = self.rng.choice((1, 2))
+        self.shape = (self.shape[0], *[(n - 2) // stride + 1 for n in self.shape[1:]])
+        return (AVG_POOLS if kind == "average" else MAX_POOLS)[d](2, stride)
+
+    def direct(self):
+        if self.tokens:
+            return Scale((self.shape[-1],))
+        shapes = [self.shape, (self.shape[0], *[1] * self.spatial)]
+        return Scale(self.rng.choice([*shapes, (1,) * len(self.shape), ()]))
+
+    def attention(self):
+        if not self.tokens:
+            return None
+        size = self.shape[-1]
+        heads = self.rng.choice([h for h in (1, 2) if size % h == 0])
+        kinds = ("fused", "written", "layer") if self.first_order else ("written",)
+        kind = self.rng.choice(kinds)  # torch's have one derivative
+        if kind == "layer":
+            return Multihead(size, heads)
+        return Attention(size, heads, kind == "fused")
+
+    def turn(self):
+        """Channels first or last."""
+        if self.tokens:
+            self.shape, self.tokens = self.shape[::-1], False
+            return Swap()
+        if not self.spatial:
+            return None
+        length = 1
+        for n in self.shape[1:]:
+            length *= n
+        self.shape, self.tokens = (length, self.shape[0]), True
+        return Tokens()
+
+    def activation(self):
+        return self.rng.choice(ACTIVATIONS)()
+
+    def again(self):
+        """A layer that was used before, once more."""
+        fitting = [
+            (module, after)
+            for module, before, after in self.seen
+            if before == (self.shape, self.tokens)
+        ]
+        if not fitting:
+            return None
+        module, (self.shape, self.tokens) = self.rng.choice(fitting)
+        return module if self.named_twice else Again(module)
+
+    def residual(self):
+        before = self.shape, self.tokens
+        body = self.body(self.rng.randint(1, 2), nested=True)
+        if (self.shape, self.tokens) == before:
+            return Residual(body)
+        return body
+
+    def branches(self):
+        before = self.shape, self.tokens
+        a = self.body(1, nested=True)
+        shape, tokens = self.shape, self.tokens
+        known = [list(made) for made in (self.linears, self.norms, self.seen)]
+        self.shape, self.tokens = before
+        b = self.body(1, nested=True)
+        one = shape[:-1] if tokens else shape[1:]
+        other = self.shape[:-1] if self.tokens else self.shape[1:]
+        if tokens != self.tokens or one != other:
+            self.shape, self.tokens = shape, tokens
+            self.linears, self.norms, self.seen = known
+            return a
+        if tokens:
+            self.shape = (*one, shape[-1] + self.shape[-1])
+            return Branches(a, b, -1)
+        self.shape = (shape[0] + self.shape[0], *one)
+        return Branches(a, b, 1)
+
+    def dropout(self):
+        p = self.rng.choice((0.3, 0.5))
+        if self.spatial == 2 and not self.tokens and self.rng.random() < 0.5:
+            return Drop(nn.Dropout2d(p))
+        return Drop(nn.Dropout(p))
+
+    # -- The network -------------------------------------------------------------------
+
+    LAYERS = (
+        ("linear", 4),
+        ("conv", 5),
+        ("batch_norm", 5),
+        ("other_norm", 2),
+        ("pool", 1),
+        ("direct", 1),
+        ("attention", 2),
+        ("turn", 1),
+        ("activation", 3),
+        ("again", 2),
+    )
+    LARGER = (("residual", 2), ("branches", 1))
+
+    def body(self, many, nested=False):
+        kinds = self.LAYERS if nested else self.LAYERS + self.LARGER
+        names, weights = zip(*kinds)
+        layers = []
+        while len(layers) < many:
+            before = self.shape, self.tokens
+            (name,) = self.rng.choices(names, weights)
+            made = getattr(self, name)()
+            if made is None:
+                self.shape, self.tokens = before
+                continue
+            layers.append(made)
+            if not isinstance(made, (Residual, Branches, Again, nn.Sequential)):
+                self.seen.append((made, before, (self.shape, self.tokens)))
+        return nn.Sequential(*layers)
+
+    def net(self, outs, dropout):
+        """A network, the shape of its samples, and how many words it knows: 0 where it
+        takes numbers."""
+        rng = self.rng
+        kind = rng.choices(("vec", "seq", "img", "vol", "words"), (4, 3, 6, 1, 2))[0]
+        words, layers = 0, []
+        if kind == "vec":
+            shape = self.shape = (rng.choice((2, 3, 4)),)
+        elif kind == "words":
+            words, shape = 5, (rng.choice((2, 3, 4)),)
+            size = rng.choice((2, 4))
+            # A padding row has tangents and no gradients.
+            padding = rng.choice((None, 0, 2)) if self.first_order else None
+            embedding = nn.Embedding(words, size, padding_idx=padding)
+            layers.append(embedding)
+            self.shape, self.tokens = (*shape, size), True
+            if rng.random() < 0.3:
+                layers.append(Scale(self.shape))
+        else:
+            d = {"seq": 1, "img": 2, "vol": 3}[kind]
+            most = {1: 6, 2: 5, 3: 3}[d]
+            lengths = [rng.randint(2, most) for _ in range(d)]
+            shape = self.shape = (rng.choice((1, 2, 3, 4)), *lengths)
+        layers.append(self.body(rng.randint(2, 4)))
+        if dropout:
+            layers += [self.dropout(), self.body(1)]
+        if rng.random() < 0.5:
+            layers.append(self.activation())
+        if self.spatial and self.tokens and rng.random() < 0.5:
+            layers.append(Mean((1,)))
+            ins = self.shape[-1]
+        elif self.spatial and not self.tokens and rng.random() < 0.5:
+            layers.append(Mean(tuple(range(2, 2 + self.spatial))))
+            ins = self.shape[0]
+        else:
+            if self.spatial:
+                layers.append(nn.Flatten())
+            ins = torch.Size(self.shape).numel()
+        head = nn.Linear(ins, outs, bias=rng.random() < 0.8)
+        if words and ins == size and outs == words and rng.random() < 0.7:
+            head.weight = embedding.weight
+        layers.append(head)
+        return Net(nn.Sequential(*layers), dropout), shape, words

@@ -1,0 +1,359 @@
+"""What the networks of ``fuzz_nets.py`` compute in each mode, written out.
+
+Plain torch: no transform, no normalisation of torch's (its CPU kernels are wrong for
+some layouts and in some second derivatives), nothing of vmapsafe. Slices go through the
+network side by side, each with parameters and buffers of its own, so that a layer may
+join them.
+"""
+
+import torch
+import torch.nn.functional as F
+from fuzz_nets import (
+    ACTIVATIONS,
+    Again,
+    Attention,
+    Borrow,
+    Branches,
+    Drop,
+    Functional,
+    Matmul,
+    Mean,
+    Multihead,
+    NormAct,
+    Residual,
+    Scale,
+    Swap,
+    Tokens,
+)
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+
+class Refused(Exception):
+    """That there is no right number here: one value has no spread."""
+
+
+CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+TRANSPOSED = {
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
+# Done to each slice for itself by torch's own function, which has no parameters.
+AS_THEY_ARE = (
+    *ACTIVATIONS,
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.Flatten, Swap, Tokens, Mean),
+)
+
+
+def normalised(x, dims, eps):
+    count = 1
+    for d in dims:
+        count *= x.shape[d]
+    if count == 1:
+        raise Refused("one value")
+    centred = x - x.mean(dims, keepdim=True)
+    return centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
+
+
+class Reference:
+    """``net`` in a block of ``mode``.
+
+    Attributes:
+        own: for each slice, what stands in the place of a parameter or buffer, by id.
+        masks: for each dropout, in the order of use, and each slice: its factor.
+        detached: whether the statistics of the merged batch are constants.
+        merged: whether a layer has joined slices.
+    """
+
+    def __init__(self, net, mode, groups_of, masks=(), detached=False):
+        self.net, self.mode, self.groups_of = net, mode, groups_of
+        self.masks, self.detached = list(masks), detached
+        self.own, self.merged = [], False
+        self.left = []
+
+    def __call__(self, xs, own, scales=None):
+        self.own, self.left = own, list(self.masks)
+        outs = self.visit(self.net.body, [x.contiguous() for x in xs])
+        if scales is not None:
+            outs = [y * s.unsqueeze(-1) for y, s in zip(outs, scales)]
+        return outs
+
+    def of(self, tensor):
+        """Each slice's own."""
+        return [
+            tensor if tensor is None else o.get(id(tensor), tensor) for o in self.own
+        ]
+
+    def visit(self, m, xs):
+        for kind in type(m).__mro__:
+            if kind in self.HOW:
+                return self.HOW[kind](self, m, xs)
+        raise NotImplementedError(type(m).__name__)
+
+    def sequential(self, m, xs):
+        for child in m:
+            xs = self.visit(child, xs)
+        return xs
+
+    def residual(self, m, xs):
+        return [x + y for x, y in zip(xs, self.visit(m.body, xs))]
+
+    def again(self, m, xs):
+        return self.visit(m.layer[0], xs)
+
+    def branches(self, m, xs):
+        pairs = zip(self.visit(m.a, xs), self.visit(m.b, xs))
+        return [torch.cat(pair, m.dim) for pair in pairs]
+
+    def as_it_is(self, m, xs):
+        return [m.forward(x) for x in xs]
+
+    def dropout(self, m, xs):
+        if not m.layer.training:
+            return xs
+        return [x * mask for x, mask in zip(xs, self.left.pop(0))]
+
+    # -- Layers with parameters --------------------------------------------------------
+
+    def affine(self, xs, weight, bias, shape=None):
+        """x * weight + bias, each seen in ``shape``."""
+        found = []
+        for x, w, b in zip(xs, self.of(weight), self.of(bias)):
+            if w is not None:
+                x = x * (w if shape is None else w.reshape(shape))
+            if b is not None:
+                x = x + (b if shape is None else b.reshape(shape))
+            found.append(x)
+        return found
+
+    def scale(self, m, xs):
+        return self.affine(xs, m.weight, m.bias)
+
+    def linear(self, m, xs):
+        return self.times(xs, m.weight, m.bias)
+
+    def times(self, xs, weight, bias):
+        found = []
+        for x, w, b in zip(xs, self.of(weight), self.of(bias)):
+            y = x @ w.transpose(0, 1)
+            found.append(y if b is None else y + b)
+        return found
+
+    def functional(self, m, xs):
+        return self.times(xs, m.kernel, m.shift)
+
+    def borrow(self, m, xs):
+        return self.times(xs, m.owner[0].weight, None)
+
+    def matmul(self, m, xs):
+        return [x @ w for x, w in zip(xs, self.of(m.matrix))]
+
+    def embedding(self, m, xs):
+        found = []
+        for x, w in zip(xs, self.of(m.weight)):
+            y = w[x]
+            if m.padding_idx is not None:  # no gradient from there
+                y = torch.where((x == m.padding_idx).unsqueeze(-1), y.detach(), y)
+            found.append(y)
+        return found
+
+    def convolution(self, m, xs):
+        found = []
+        for x, w, b in zip(xs, self.of(m.weight), self.of(m.bias)):
+            padding = m.padding
+            if m.padding_mode != "zeros":
+                reach = m._reversed_padding_repeated_twice
+                x, padding = F.pad(x, reach, m.padding_mode), 0
+            run = CONVOLUTIONS[type(m)]
+            found.append(run(x, w, b, m.stride, padding, m.dilation, m.groups))
+        return found
+
+    def transposed(self, m, xs):
+        run = TRANSPOSED[type(m)]
+        more = m.stride, m.padding, m.output_padding, m.groups, m.dilation
+        return [
+            run(x, w, b, *more)
+            for x, w, b in zip(xs, self.of(m.weight), self.of(m.bias))
+        ]
+
+    def attend(self, q, k, v):
+        scores = (q @ k.transpose(-2, -1)) / q.shape[-1] ** 0.5
+        scores = (scores - scores.amax(-1, keepdim=True).detach()).exp()
+        return scores / scores.sum(-1, keepdim=True) @ v
+
+    def heads(self, qkv, heads):
+        """(N, L, 3 D) split, attended and joined again."""
+        n, length, triple = qkv.shape
+        parts = []
+        for h in range(heads):
+            size = triple // 3 // heads
+            q, k, v = (
+                qkv[..., i * triple // 3 + h * size : i * triple // 3 + (h + 1) * size]
+                for i in range(3)
+            )
+            parts.append(self.attend(q, k, v))
+        return torch.cat(parts, -1)
+
+    def attention(self, m, xs):
+        qkv = self.times(xs, m.qkv.weight, m.qkv.bias)
+        joined = [self.heads(one, m.heads) for one in qkv]
+        return self.times(joined, m.out.weight, m.out.bias)
+
+    def multihead(self, m, xs):
+        m = m.attention
+        qkv = self.times(xs, m.in_proj_weight, m.in_proj_bias)
+        joined = [self.heads(one, m.num_heads) for one in qkv]
+        return self.times(joined, m.out_proj.weight, m.out_proj.bias)
+
+    # -- Normalisation -----------------------------------------------------------------
+
+    def by_running_statistics(self, m, xs):
+        shape = [1, -1] + [1] * (xs[0].dim() - 2)
+        pairs = zip(xs, self.of(m.running_mean), self.of(m.running_var))
+        return [
+            (x - mean.reshape(shape)) / (var.reshape(shape) + m.eps).sqrt()
+            for x, mean, var in pairs
+        ]
+
+    def batch_norm(self, m, xs):
+        shape = [1, -1] + [1] * (xs[0].dim() - 2)
+        over = [d for d in range(xs[0].dim()) if d != 1]
+        frozen = self.net.training and not m.training
+        if m.running_mean is not None and (frozen or self.mode == "eval"):
+            ys = self.by_running_statistics(m, xs)
+        elif self.mode == "group_norm" and not frozen:
+            ys = [self.grouped(x, self.groups_of(x.shape[1]), m.eps) for x in xs]
+        elif self.mode == "sync":
+            ys = self.joined(xs, over, shape, m.eps)
+        else:
+            ys = [normalised(x, over, m.eps) for x in xs]
+        return self.affine(ys, m.weight, m.bias, shape)
+
+    def joined(self, xs, over, shape, eps):
+        self.merged = True
+        x = torch.cat(xs)
+        if x.numel() == x.shape[1]:
+            raise Refused("one value")
+        mean = x.mean(over).reshape(shape)
+        var = (x - mean).square().mean(over).reshape(shape)
+        if self.detached:
+            mean, var = mean.detach(), var.detach()
+        return [(one - mean) / (var + eps).sqrt() for one in xs]
+
+    def grouped(self, x, groups, eps):
+        y = x.reshape(x.shape[0], groups, -1)
+        return normalised(y, [2], eps).reshape(x.shape)
+
+    def norm_act(self, m, xs):
+        return [x * torch.sigmoid(x) for x in self.batch_norm(m, xs)]
+
+    def instance_norm(self, m, xs):
+        frozen = self.net.training and not m.training
+        by_instance = m.running_mean is None or not (frozen or self.mode == "eval")
+        if self.mode == "group_norm" and not m.training and m.running_mean is not None:
+            by_instance = False  # left alone
+        if by_instance:
+            over = list(range(2, xs[0].dim()))
+            ys = [normalised(x, over, m.eps) for x in xs]
+        else:
+            ys = self.by_running_statistics(m, xs)
+        return self.affine(ys, m.weight, m.bias, [1, -1] + [1] * (xs[0].dim() - 2))
+
+    def group_norm(self, m, xs):
+        ys = []
+        for x in xs:
+            if x.numel() == m.num_groups:
+                raise Refused("one value")
+            y = x.reshape(x.shape[0], m.num_groups, -1)
+            y = y - y.mean(2, keepdim=True)
+            y = y / (y.square().mean(2, keepdim=True) + m.eps).sqrt()
+            ys.append(y.reshape(x.shape))
+        return self.affine(ys, m.weight, m.bias, [1, -1] + [1] * (xs[0].dim() - 2))
+
+    def layer_norm(self, m, xs):
+        over = list(range(-len(m.normalized_shape), 0))
+        ys = []
+        for x in xs:
+            x = x - x.mean(over, keepdim=True)
+            ys.append(x / (x.square().mean(over, keepdim=True) + m.eps).sqrt())
+        return self.affine(ys, m.weight, m.bias)
+
+    def rms_norm(self, m, xs):
+        over = list(range(-len(m.normalized_shape), 0))
+        ys = []
+        for x in xs:
+            eps = torch.finfo(x.dtype).eps if m.eps is None else m.eps
+            ys.append(x / (x.square().mean(over, keepdim=True) + eps).sqrt())
+        return self.affine(ys, m.weight, None)
+
+    HOW = {
+        nn.Sequential: sequential,
+        Residual: residual,
+        Branches: branches,
+        Again: again,
+        Drop: dropout,
+        Scale: scale,
+        nn.Linear: linear,
+        Functional: functional,
+        Borrow: borrow,
+        Matmul: matmul,
+        nn.Embedding: embedding,
+        Attention: attention,
+        Multihead: multihead,
+        NormAct: norm_act,
+        _BatchNorm: batch_norm,
+        _InstanceNorm: instance_norm,
+        nn.GroupNorm: group_norm,
+        nn.LayerNorm: layer_norm,
+        nn.RMSNorm: rms_norm,
+        **dict.fromkeys(CONVOLUTIONS, convolution),
+        **dict.fromkeys(TRANSPOSED, transposed),
+        **dict.fromkeys(AS_THEY_ARE, as_it_is),
+    }
+
+
+# -- Derivatives, a loop at a time -----------------------------------------------------
+
+
+def derivative(out, inputs):
+    """Of a number, zeros where it does not depend; can be differentiated again."""
+    found = torch.autograd.grad(out, inputs, create_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found)]
+
+
+def jacobian(out, inputs):
+    """One tensor (*out.shape, *input.shape) an input."""
+    rows = [_or_zero(o, inputs) for o in out.reshape(-1)]
+    return [
+        torch.stack(parts).reshape((*out.shape, *x.shape))
+        for x, parts in zip(inputs, zip(*rows))
+    ]
+
+
+def _or_zero(out, inputs):
+    if not out.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    return derivative(out, inputs)
+
+
+def directional(out, inputs, tangents):
+    """Forward mode by two reverse ones."""
+    u = torch.zeros_like(out).requires_grad_()
+    if not out.requires_grad:
+        return u
+    total = sum(
+        (g * t).sum() for g, t in zip(derivative_along(out, inputs, u), tangents)
+    )
+    if not isinstance(total, torch.Tensor) or not total.requires_grad:
+        return torch.zeros_like(out)
+    return derivative(total, [u])[0]
+
+
+def derivative_along(out, inputs, u):
+    found = torch.autograd.grad(out, inputs, u, create_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found)]
