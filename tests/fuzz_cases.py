@@ -1,6 +1,8 @@
 """What the fuzzer draws from a seed, and what it asks of the library with it."""
 
+import contextlib
 import copy
+import dataclasses
 import functools
 import random
 
@@ -21,6 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 import vmapsafe
 from vmapsafe import batched, vmap_safe
+from vmapsafe.rules.regimes import REGIMES, Convolution, Regimes
 
 MODES = ("eval", "no_running_stats", "group_norm", "sync")
 OUTS = 3
@@ -47,6 +50,11 @@ OTHERS = {
     "hessian": 1,
     "ensemble": 2,
     "ensemble of slices": 1,
+    "ensemble of grad": 2,
+    "jvp of jvp": 1,
+    "grad of jvp": 1,
+    "grad of adapted": 1,
+    "converted": 1,
     "batched": 1,
     "batched grad": 1,
     "grad of rows": 2,
@@ -55,6 +63,7 @@ OTHERS = {
 WITH_DROPOUT = (*SHORT, "vmap", "vmap of grad")
 WITH_UPDATES = (*SHORT, "vmap", "vmap of grad", "grad of vmap", "grad", "backward")
 FIRST_ORDER = (*WITH_UPDATES, "vmap of vmap", "batched", "batched grad", "ensemble")
+FIRST_ORDER += ("ensemble of grad", "converted")
 # torch's functional_call does not put back a module that has two names.
 NAMED_TWICE = (*SHORT, "vmap", "vmap of vmap", "backward", "batched")
 ONE_SLICE = ("backward", "grad", "jvp", "jacrev", "jacfwd", "hessian")
@@ -116,11 +125,19 @@ class Case:
         asked = {**SHORT, **OTHERS}
         self.what = rng.choices(list(asked), asked.values())[0]
         self.mode = rng.choice(MODES)
+        if self.what == "grad of adapted" and self.mode == "sync":
+            self.mode = "eval"  # its first forward would mix the tasks
+        if self.what == "converted":
+            self.mode = rng.choice(("no_running_stats", "group_norm"))
         first_order = self.what in WITH_DROPOUT
         self.dtype = torch.float64
         if first_order and rng.random() < 0.25:
             self.dtype = rng.choice((torch.float32, torch.bfloat16))
+        self.autocast = first_order and rng.random() < 0.07
+        if self.autocast:
+            self.dtype = torch.float32
         self.fast = rng.random() < 0.7
+        self.regimes = rng.choice(("", "", "products", "turned products"))
         self.num_groups = rng.choice((1, 1, 2, 2, 3, 32, _one_each, _halves))
         dropout = self.what in WITH_DROPOUT and rng.random() < 0.15
         self.randomness = rng.choice(("same", "different")) if dropout else "error"
@@ -137,6 +154,7 @@ class Case:
             precise=self.dtype == torch.float64,
             first_order=self.what in FIRST_ORDER,
             named_twice=self.what in NAMED_TWICE,
+            may_bound=self.what in SHORT,
         )
         net, self.shape, self.words = builder.net(OUTS, dropout)
         self.net = net.to(self.dtype)
@@ -217,9 +235,11 @@ class Case:
         own = dict(self.net.named_parameters())
         names = list(own)
         self.given = rng.choice(("all", "all", "names", "dict"))
+        if short and rng.random() < 0.07:
+            self.given = "state"
         if self.updates:
             self.given = rng.choice(("all", "names"))
-        if self.given == "all" and short:
+        if self.given in ("all", "state") and short:
             self.names = [n for n in names if own[n].requires_grad]
         elif self.given == "all":
             self.names = names
@@ -229,6 +249,10 @@ class Case:
         if self.given == "dict" and self.what in SHORT:
             for n in self.names:
                 self.values[n] = own[n].detach() + 0.1 * torch.randn_like(own[n])
+        self.state = self._another_state() if self.given == "state" else {}
+        if self.state:
+            self.values = {n: self.state[n] for n in names}
+        self.heated = short and rng.random() < 0.05
         self.per_parameter = rng.random() < 0.5
         self.max_grad_norm = rng.choice((0.01, 0.3, 3.0, 1e9))
         self.k, self.kind = rng.choice((3, 70)), rng.choice(("rademacher", "gaussian"))
@@ -242,11 +266,24 @@ class Case:
         self.inside = rng.random() < 0.5
         self.by_input = not self.words and rng.random() < 0.4
 
+    def _another_state(self):
+        """A state dict of other numbers; what is tied stays so."""
+        net, made = self.net, {}
+        named = [*net.named_parameters(remove_duplicate=False)]
+        named += net.named_buffers(remove_duplicate=False)
+        for _, t in named:
+            if id(t) not in made:
+                by = 0.2 * torch.rand_like(t) + 1 if t.is_floating_point() else 1
+                made[id(t)] = (t.detach() * by).to(t.dtype)
+        found = {n: made[id(t)] for n, t in named}
+        return {n: found[n] for n in net.state_dict()}
+
     def describe(self):
         left = {
             name: value
             for name, value in vars(self).items()
-            if name not in ("rng", "net", "x", "y", "scale", "another", "values")
+            if name
+            not in ("rng", "net", "x", "y", "scale", "another", "values", "state")
         }
         shapes = f"x {tuple(self.x.shape)} strides {self.x.stride()}"
         frozen = [n for n, p in self.net.named_parameters() if not p.requires_grad]
@@ -293,12 +330,15 @@ class Case:
     def short_form(self):
         """(what was asked, aux) of one of the four functions."""
         net = self.net
+        heat = torch.tensor(0.7, dtype=self.dtype, requires_grad=True)
 
         def loss_fn(out, y, *more):
             masks = ()
             if self.dropout:
                 out, masks = out
             value = self.base_loss(out, y)
+            if self.heated:
+                value = value * heat
             if self.regularised:
                 value = value + 0.1 * sum(p.square().sum() for p in net.parameters())
             if self.twice:
@@ -326,6 +366,8 @@ class Case:
             options["params"] = self.names
         if self.given == "dict":
             options["params"] = {n: self.values[n] for n in self.names}
+        if self.given == "state":
+            options["params"] = self.state
         if self.what == "rows":
             function = vmapsafe.per_sample_grads
             if self.out:
@@ -527,6 +569,48 @@ class Case:
         inner = vmap(self.member, (None, None, 0))
         return vmap(inner, (0, 0, None))(params, buffers, self.x)
 
+    def do_ensemble_of_grad(self):
+        params, buffers = stack_module_state(self.members())
+        params = {n: p.detach() for n, p in params.items()}
+
+        def loss(params, buffers, x, y):
+            return self.base_loss(self.member(params, buffers, x), y)
+
+        derive = vmap(grad(loss), (0, 0, None, None))
+        return derive(params, buffers, self.x[0], self.y[0])
+
+    def twice_along(self, values):
+        tangents = {n: torch.cos(p + 1).detach() for n, p in self.own.items()}
+        return jvp(self.all_out, (values,), (tangents,))[1]
+
+    def do_jvp_of_jvp(self):
+        return self.along(self.twice_along)
+
+    def do_grad_of_jvp(self):
+        def weighed(values):
+            out = self.twice_along(values)
+            return (out.tanh() * self.weigh(out)).sum()
+
+        return grad(weighed)(self.own)
+
+    def do_grad_of_adapted(self):
+        """MAML: a step on each task, and the gradient through it."""
+
+        def task(values, x, y):
+            first = grad(self.loss_at)(values, x, y)
+            return self.loss_at(
+                {n: v - 0.1 * first[n] for n, v in values.items()}, x, y
+            )
+
+        def total(values):
+            return self.mapped(functools.partial(task, values))(self.x, self.y).sum()
+
+        return grad(total)(self.own)
+
+    def converted(self):
+        groups = {"num_groups": self.num_groups} if self.mode == "group_norm" else {}
+        return vmapsafe.convert(self.net, mode=self.mode, **groups)(self.x[0])
+
     def backward(self):
         """Plain autograd, in the block or after it."""
         params = dict(self.net.named_parameters())
@@ -559,8 +643,18 @@ class Case:
 
     def library(self):
         """(what was asked, aux)."""
+        with contextlib.ExitStack() as stack:
+            if self.autocast:
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            if self.regimes:
+                stack.enter_context(everywhere(self.regimes))
+            return self._library()
+
+    def _library(self):
         if self.what in SHORT:
             return self.short_form()
+        if self.what == "converted":
+            return self.converted(), None
         if self.what == "backward":
             return self.backward(), None
         with self.block():
@@ -568,6 +662,22 @@ class Case:
         if not self.dropout:
             return found, None
         return (found[0], found) if self.what == "vmap" else found
+
+
+@contextlib.contextmanager
+def everywhere(algorithm):
+    """No call too small for an algorithm that wins for large ones."""
+    before = REGIMES["cpu"]
+    thresholds = dict.fromkeys(
+        (f.name for f in dataclasses.fields(Regimes) if f.type in ("float", float)), 0
+    )
+    REGIMES["cpu"] = Regimes(
+        convolutions=(Convolution(algorithm),), columns=8, **thresholds
+    )
+    try:
+        yield
+    finally:
+        REGIMES["cpu"] = before
 
 
 def _one_each(channels):

@@ -7,6 +7,7 @@ out in plain operations: a new module goes into both.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -17,6 +18,7 @@ AVG_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 MAX_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 ADAPTIVE = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 ACTIVATIONS = (nn.Tanh, nn.SiLU, nn.GELU, nn.Softplus, nn.Sigmoid)
+UPSAMPLINGS = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class Residual(nn.Module):
@@ -83,6 +85,51 @@ class Borrow(nn.Module):
 
     def forward(self, x):
         return F.linear(x, self.owner[0].weight)
+
+
+class Lora(nn.Linear):
+    """A linear layer whose weight is the sum of its own and a product."""
+
+    def __init__(self, ins, outs):
+        super().__init__(ins, outs)
+        self.down = nn.Parameter(torch.randn(1, ins) * 0.5)
+        self.up = nn.Parameter(torch.randn(outs, 1) * 0.5)
+
+    def forward(self, x):
+        return F.linear(x, self.weight + self.up @ self.down, self.bias)
+
+
+class ThereAndBack(nn.Module):
+    """One weight, used as it is and turned around."""
+
+    def __init__(self, ins, between):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(between, ins) * 0.5)
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.weight), self.weight.t())
+
+
+class WithItself(nn.Module):
+    """A bilinear layer of its input and its input."""
+
+    def __init__(self, ins, outs):
+        super().__init__()
+        self.form = nn.Bilinear(ins, ins, outs)
+
+    def forward(self, x):
+        return self.form(x, x)
+
+
+class Standardised(nn.Conv2d):
+    """Batch norm of the weight, as in timm: no layer of the model's."""
+
+    def forward(self, x):
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        rows = F.batch_norm(rows, None, None, training=True, momentum=0.0, eps=1e-6)
+        weight = rows.reshape_as(self.weight)
+        more = self.stride, self.padding, self.dilation, self.groups
+        return F.conv2d(x, weight, self.bias, *more)
 
 
 class Again(nn.Module):
@@ -207,9 +254,10 @@ class Builder:
     """Draws a network. ``shape`` is that of one sample on its way; channels come first
     in it, or last where it is ``tokens``."""
 
-    def __init__(self, rng, precise, first_order, named_twice):
+    def __init__(self, rng, precise, first_order, named_twice, may_bound):
         self.rng, self.precise = rng, precise
         self.first_order, self.named_twice = first_order, named_twice
+        self.may_bound = may_bound  # embeddings by max_norm, which torch writes
         self.shape, self.tokens = (), False
         self.linears, self.norms, self.seen = [], [], []
 
@@ -230,13 +278,21 @@ class Builder:
             if twins and self.rng.random() < 0.5:
                 made.weight = self.rng.choice(twins).weight
             self.linears.append(made)
-        elif kind < 0.75:
+        elif kind < 0.7:
             bias_shape = self.rng.choice(((outs,), (1,), (), (1, outs)))
             if self.tokens and bias_shape == (1, outs):
                 bias_shape = (outs,)
             made = Functional(ins, outs, bias_shape)
-        elif kind < 0.9:
+        elif kind < 0.76:
             made = Matmul(ins, outs)
+        elif kind < 0.81:
+            made = Lora(ins, outs)
+        elif kind < 0.85:
+            made, outs = ThereAndBack(ins, outs), ins
+        elif kind < 0.88:
+            made = WithItself(ins, outs)
+        elif kind < 0.93 and self.first_order:  # torch's has no forward mode
+            made = nn.utils.parametrizations.weight_norm(nn.Linear(ins, outs))
         else:
             owners = [a for a in self.linears if a.in_features == ins]
             if not owners:
@@ -279,7 +335,11 @@ class Builder:
             padding = rng.choice((0, 0, 1, 1, "same"))
             stride = 1 if padding == "same" else rng.choice((1, 1, 2))
             mode = rng.choice(("zeros",) * 5 + ("reflect", "replicate", "circular"))
-            made = CONVS[d](
+            make = CONVS[d]
+            plain = d == 2 and kernel > 1 and mode == "zeros"
+            if plain and self.first_order and rng.random() < 0.1:
+                make = Standardised
+            made = make(
                 ins,
                 outs,
                 kernel,
@@ -408,7 +468,21 @@ class Builder:
         return Tokens()
 
     def activation(self):
+        if self.rng.random() < 0.15 and self.precise and self.first_order:
+            # Of the second dimension, whatever it is; it is not smooth at 0, and
+            # torch's has wrong derivatives under two vmaps.
+            return nn.PReLU(self.shape[0] if self.rng.random() < 0.5 else 1)
+        if self.rng.random() < 0.1:
+            return nn.Softmax(-1)
         return self.rng.choice(ACTIVATIONS)()
+
+    def larger(self):
+        d = self.spatial
+        if not d or self.tokens or max(self.shape[1:]) > 3:
+            return None
+        self.shape = (self.shape[0], *[2 * n for n in self.shape[1:]])
+        mode = self.rng.choice(("nearest", UPSAMPLINGS[d]))
+        return nn.Upsample(scale_factor=2, mode=mode)
 
     def again(self):
         """A layer that was used before, once more."""
@@ -467,6 +541,7 @@ class Builder:
         ("turn", 1),
         ("activation", 3),
         ("again", 2),
+        ("larger", 1),
     )
     LARGER = (("residual", 2), ("branches", 1))
 
@@ -481,6 +556,9 @@ class Builder:
             if made is None:
                 self.shape, self.tokens = before
                 continue
+            written = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, _BatchNorm
+            if type(made) is nn.SiLU and layers and isinstance(layers[-1], written):
+                made.inplace = self.rng.random() < 0.3
             layers.append(made)
             if not isinstance(made, (Residual, Branches, Again, nn.Sequential)):
                 self.seen.append((made, before, (self.shape, self.tokens)))
@@ -499,11 +577,17 @@ class Builder:
             size = rng.choice((2, 4))
             # A padding row has tangents and no gradients.
             padding = rng.choice((None, 0, 2)) if self.first_order else None
-            embedding = nn.Embedding(words, size, padding_idx=padding)
-            layers.append(embedding)
-            self.shape, self.tokens = (*shape, size), True
-            if rng.random() < 0.3:
-                layers.append(Scale(self.shape))
+            if self.first_order and rng.random() < 0.15:  # torch's has one derivative
+                mode = rng.choice(("mean", "sum"))
+                embedding = nn.EmbeddingBag(words, size, mode=mode, padding_idx=padding)
+                self.shape = (size,)
+            else:
+                most = rng.choice((None, None, 0.7)) if self.may_bound else None
+                embedding = nn.Embedding(words, size, padding, max_norm=most)
+                self.shape, self.tokens = (*shape, size), True
+                if rng.random() < 0.3:
+                    layers.append(Scale(self.shape))
+            layers.insert(0, embedding)
         else:
             d = {"seq": 1, "img": 2, "vol": 3}[kind]
             most = {1: 6, 2: 5, 3: 3}[d]
@@ -525,7 +609,13 @@ class Builder:
                 layers.append(nn.Flatten())
             ins = torch.Size(self.shape).numel()
         head = nn.Linear(ins, outs, bias=rng.random() < 0.8)
-        if words and ins == size and outs == words and rng.random() < 0.7:
+        bounded = words and embedding.max_norm is not None
+        if (
+            words
+            and not bounded
+            and (outs, ins) == (words, size)
+            and rng.random() < 0.7
+        ):
             head.weight = embedding.weight
         layers.append(head)
         return Net(nn.Sequential(*layers), dropout), shape, words

@@ -16,14 +16,18 @@ from fuzz_nets import (
     Branches,
     Drop,
     Functional,
+    Lora,
     Matmul,
     Mean,
     Multihead,
     NormAct,
     Residual,
     Scale,
+    Standardised,
     Swap,
+    ThereAndBack,
     Tokens,
+    WithItself,
 )
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -46,7 +50,7 @@ AS_THEY_ARE = (
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.Flatten, Swap, Tokens, Mean),
+    *(nn.Flatten, Swap, Tokens, Mean, nn.Softmax, nn.Upsample),
 )
 
 
@@ -113,6 +117,9 @@ class Reference:
     def as_it_is(self, m, xs):
         return [m.forward(x) for x in xs]
 
+    def silu(self, m, xs):
+        return [x * torch.sigmoid(x) for x in xs]
+
     def dropout(self, m, xs):
         if not m.layer.training:
             return xs
@@ -135,11 +142,36 @@ class Reference:
         return self.affine(xs, m.weight, m.bias)
 
     def linear(self, m, xs):
-        return self.times(xs, m.weight, m.bias)
+        if not hasattr(m, "parametrizations"):
+            return self.times(xs, m.weight, m.bias)
+        made = m.parametrizations.weight
+        pairs = zip(self.of(made.original0), self.of(made.original1))
+        weights = [g * v / v.square().sum(1, keepdim=True).sqrt() for g, v in pairs]
+        return self.by_each(xs, weights, self.of(m.bias))
+
+    def lora(self, m, xs):
+        parts = zip(self.of(m.weight), self.of(m.up), self.of(m.down))
+        return self.by_each(xs, [w + u @ d for w, u, d in parts], self.of(m.bias))
+
+    def there_and_back(self, m, xs):
+        return [x @ w.transpose(0, 1) @ w for x, w in zip(xs, self.of(m.weight))]
+
+    def with_itself(self, m, xs):
+        form = m.form
+        parts = zip(xs, self.of(form.weight), self.of(form.bias))
+        return [torch.einsum("...i,oij,...j->...o", x, w, x) + b for x, w, b in parts]
+
+    def prelu(self, m, xs):
+        shape = [1, -1] + [1] * (xs[0].dim() - 2)
+        parts = zip(xs, self.of(m.weight))
+        return [torch.where(x > 0, x, x * w.reshape(shape)) for x, w in parts]
 
     def times(self, xs, weight, bias):
+        return self.by_each(xs, self.of(weight), self.of(bias))
+
+    def by_each(self, xs, weights, biases):
         found = []
-        for x, w, b in zip(xs, self.of(weight), self.of(bias)):
+        for x, w, b in zip(xs, weights, biases):
             y = x @ w.transpose(0, 1)
             found.append(y if b is None else y + b)
         return found
@@ -156,10 +188,33 @@ class Reference:
     def embedding(self, m, xs):
         found = []
         for x, w in zip(xs, self.of(m.weight)):
+            if m.max_norm is not None:
+                norms = w.detach().square().sum(1, keepdim=True).sqrt()
+                shorter = m.max_norm / (norms + 1e-7)
+                w = w * torch.where(norms > m.max_norm, shorter, torch.ones_like(norms))
             y = w[x]
             if m.padding_idx is not None:  # no gradient from there
                 y = torch.where((x == m.padding_idx).unsqueeze(-1), y.detach(), y)
             found.append(y)
+        return found
+
+    def bag(self, m, xs):
+        found = []
+        for x, w in zip(xs, self.of(m.weight)):
+            kept = torch.ones_like(x).unsqueeze(-1)
+            if m.padding_idx is not None:
+                kept = (x != m.padding_idx).unsqueeze(-1)
+            y = (w[x] * kept).sum(1)
+            if m.mode == "mean":
+                y = y / kept.sum(1).clamp(min=1)
+            found.append(y)
+        return found
+
+    def standardised(self, m, xs):
+        found = []
+        for x, w, b in zip(xs, self.of(m.weight), self.of(m.bias)):
+            w = normalised(w.flatten(1), [1], 1e-6).reshape(w.shape)
+            found.append(F.conv2d(x, w, b, m.stride, m.padding, m.dilation, m.groups))
         return found
 
     def convolution(self, m, xs):
@@ -250,7 +305,7 @@ class Reference:
         return normalised(y, [2], eps).reshape(x.shape)
 
     def norm_act(self, m, xs):
-        return [x * torch.sigmoid(x) for x in self.batch_norm(m, xs)]
+        return self.silu(m, self.batch_norm(m, xs))
 
     def instance_norm(self, m, xs):
         frozen = self.net.training and not m.training
@@ -302,7 +357,13 @@ class Reference:
         Functional: functional,
         Borrow: borrow,
         Matmul: matmul,
+        Lora: lora,
+        ThereAndBack: there_and_back,
+        WithItself: with_itself,
+        nn.PReLU: prelu,
+        Standardised: standardised,
         nn.Embedding: embedding,
+        nn.EmbeddingBag: bag,
         Attention: attention,
         Multihead: multihead,
         NormAct: norm_act,
@@ -314,6 +375,7 @@ class Reference:
         **dict.fromkeys(CONVOLUTIONS, convolution),
         **dict.fromkeys(TRANSPOSED, transposed),
         **dict.fromkeys(AS_THEY_ARE, as_it_is),
+        nn.SiLU: silu,
     }
 
 
