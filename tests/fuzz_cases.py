@@ -8,7 +8,7 @@ import random
 
 import torch
 import torch.nn.functional as F
-from fuzz_nets import Builder
+from fuzz_nets import Builder, HandMade
 from torch.func import (
     functional_call,
     grad,
@@ -73,6 +73,8 @@ OF_ONE = (*SHORT, "batched", "batched grad", "grad of rows", "backward of rows")
 
 def laid_out(x, rng):
     """The values in another format, and its name; "expanded" has other values."""
+    if not x.numel():
+        return x, "empty"
     kind = rng.choice(
         ("", "channels_last", "permuted", "expanded", "strided", "offset")
     )
@@ -155,6 +157,7 @@ class Case:
             first_order=self.what in FIRST_ORDER,
             named_twice=self.what in NAMED_TWICE,
             may_bound=self.what in SHORT,
+            hand_made=self.what != "converted",
         )
         net, self.shape, self.words = builder.net(OUTS, dropout)
         self.net = net.to(self.dtype)
@@ -187,6 +190,10 @@ class Case:
     def _draw_batch(self):
         rng = self.rng
         self.size = rng.choice((1, 2, 3, 3, 5))
+        if self.what in SHORT and rng.random() < 0.03:
+            self.size = 0
+        elif self.what in SHORT and len(self.shape) == 1 and rng.random() < 0.05:
+            self.size = 70  # more than a sketch takes at a time
         self.each = 1 if self.what in OF_ONE else rng.choice((1, 2, 2, 3, 4))
         shape = (self.size, *self.shape)
         if self.what not in OF_ONE:
@@ -215,6 +222,10 @@ class Case:
     def _draw_options(self):
         rng = self.rng
         short = self.what in SHORT
+        self.hand_made = any(isinstance(m, HandMade) for m in self.net.modules())
+        self.around = rng.choice(("",) * 6 + ("no_grad", "another block"))
+        self.by_decorator = rng.random() < 0.2
+        self.out_dim = rng.choice((0, 0, 1, -1))
         self.chunk_size = rng.choice((None, None, 1, 2, 7))
         if short and rng.random() < (0.02 if self.mode == "sync" else 0.2):
             self.chunk_size = "auto"
@@ -230,6 +241,7 @@ class Case:
             self.mode == "sync"
             and self.what in WITH_UPDATES
             and not self.dropout
+            and not self.hand_made
             and rng.random() < 0.3
         )
         own = dict(self.net.named_parameters())
@@ -261,6 +273,12 @@ class Case:
         self.sync_levels = None
         if self.what == "vmap of vmap" and self.mode == "sync":
             self.sync_levels = rng.choice((None, 1))
+        self.own_buffers_written = (
+            self.what == "ensemble"
+            and not self.hand_made
+            and self.mode == "sync"
+            and rng.random() < 0.5
+        )
         few = sorted(names, key=lambda n: own[n].numel())[:3]
         self.few = rng.choice([n for n in few if own[n].numel() <= 16] or few[:1])
         self.inside = rng.random() < 0.5
@@ -283,7 +301,17 @@ class Case:
             name: value
             for name, value in vars(self).items()
             if name
-            not in ("rng", "net", "x", "y", "scale", "another", "values", "state")
+            not in (
+                "rng",
+                "net",
+                "x",
+                "y",
+                "scale",
+                "another",
+                "values",
+                "state",
+                "buffers",
+            )
         }
         shapes = f"x {tuple(self.x.shape)} strides {self.x.stride()}"
         frozen = [n for n, p in self.net.named_parameters() if not p.requires_grad]
@@ -320,7 +348,7 @@ class Case:
             self.net,
             mode=self.mode,
             num_groups=self.num_groups,
-            update_running_stats=self.updates,
+            update_running_stats=self.updates or self.own_buffers_written,
             sync_levels=self.sync_levels,
             fast=self.fast,
         )
@@ -389,7 +417,7 @@ class Case:
         found = function(net, loss_fn, *batch, **options)
         return found if self.has_aux else (found, None)
 
-    def mapped(self, function, chunked=False):
+    def mapped(self, function, chunked=False, out_dims=0):
         """``vmap`` over the slices, which lie along ``in_dim``."""
         options = {"chunk_size": self.chunk_size} if chunked else {}
         options["randomness"] = self.randomness
@@ -397,9 +425,15 @@ class Case:
 
         def over(x, *rest):
             dims = (in_dim, *[0 for _ in rest])
-            return vmap(function, dims, **options)(x.movedim(0, in_dim), *rest)
+            x = x.movedim(0, in_dim)
+            return vmap(function, dims, out_dims, **options)(x, *rest)
 
         return over
+
+    @property
+    def by_graph(self):
+        """Whether plain autograd is to follow what is done."""
+        return self.what in ("backward", "backward of rows")
 
     def call(self, values, x):
         return functional_call(self.net, values, (x,))
@@ -428,7 +462,12 @@ class Case:
         return jvp(function, (own,), (tangents,))[1]
 
     def do_vmap(self):
-        return self.mapped(self.net, chunked=True)(self.x)
+        found = self.mapped(self.net, chunked=True, out_dims=self.out_dim)(self.x)
+        if self.dropout:
+            out, masks = found
+            back = [m.movedim(self.out_dim, 0) for m in masks]
+            return out.movedim(self.out_dim, 0), back
+        return found.movedim(self.out_dim, 0)
 
     def do_vmap_of_vmap(self):
         return vmap(vmap(self.net))(self.x)
@@ -508,7 +547,8 @@ class Case:
         return hessian(f)(few, self.x[0], self.y[0])
 
     def do_batched(self):
-        return batched(self.net, chunk_size=self.chunk_size)(self.x)
+        run = batched(self.net, out_dims=self.out_dim, chunk_size=self.chunk_size)
+        return run(self.x).movedim(self.out_dim, 0)
 
     def do_batched_grad(self):
         f = batched(
@@ -556,6 +596,7 @@ class Case:
 
     def do_ensemble(self):
         params, buffers = stack_module_state(self.members())
+        self.buffers = buffers
         params = {n: p.detach() for n, p in params.items()}
         if self.inside:
             return vmap(self.member, (0, 0, None))(params, buffers, self.x[0])
@@ -646,6 +687,11 @@ class Case:
         with contextlib.ExitStack() as stack:
             if self.autocast:
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            if self.around == "no_grad" and not self.by_graph:
+                stack.enter_context(torch.no_grad())
+            if self.around == "another block":
+                other = MODES[MODES.index(self.mode) - 1]
+                stack.enter_context(vmap_safe(self.net, mode=other))
             if self.regimes:
                 stack.enter_context(everywhere(self.regimes))
             return self._library()
@@ -657,8 +703,12 @@ class Case:
             return self.converted(), None
         if self.what == "backward":
             return self.backward(), None
-        with self.block():
-            found = getattr(self, "do_" + self.what.replace(" ", "_"))()
+        run = getattr(self, "do_" + self.what.replace(" ", "_"))
+        if self.by_decorator:
+            found = self.block()(run)()
+        else:
+            with self.block():
+                found = run()
         if not self.dropout:
             return found, None
         return (found[0], found) if self.what == "vmap" else found

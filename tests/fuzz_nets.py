@@ -152,11 +152,48 @@ class NormAct(nn.BatchNorm2d):
         var = self.running_var if not use_batch or self.track_running_stats else None
         if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
-        momentum = 0.1 if self.momentum is None else self.momentum
+        momentum = self.momentum
+        if momentum is None and self.training and self.track_running_stats:
+            momentum = 1.0 / float(self.num_batches_tracked)
+        momentum = 0.0 if momentum is None else momentum
         y = F.batch_norm(
             x, mean, var, self.weight, self.bias, use_batch, momentum, self.eps
         )
         return F.silu(y)
+
+
+class HandMade(nn.Module):
+    """Batch norm as people write it, with buffers of its own, written in three ways."""
+
+    def __init__(self, channels, names, way):
+        super().__init__()
+        self.names, self.way = names, way
+        self.register_buffer(names[0], torch.randn(channels) * 0.5)
+        self.register_buffer(names[1], torch.rand(channels) + 0.5)
+        self.gain = nn.Parameter(torch.randn(channels) * 0.3 + 1)
+
+    def forward(self, x):
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        mean, var = (getattr(self, name) for name in self.names)
+        if self.training:
+            over = [d for d in range(x.dim()) if d != 1]
+            own = x.mean(over)
+            own_var = (x - own.reshape(shape)).square().mean(over)
+            with torch.no_grad():
+                for name, new in zip(self.names, (own, own_var)):
+                    self.write(name, new.detach())
+            mean, var = own, own_var
+        y = (x - mean.reshape(shape)) / (var.reshape(shape) + 1e-3).sqrt()
+        return y * self.gain.reshape(shape)
+
+    def write(self, name, new):
+        old = getattr(self, name)
+        if self.way == "in place":
+            old.mul_(0.9).add_(new, alpha=0.1)
+        elif self.way == "copied":
+            old.copy_(0.9 * old + 0.1 * new)
+        else:
+            setattr(self, name, 0.9 * old + 0.1 * new)
 
 
 class Attention(nn.Module):
@@ -254,9 +291,10 @@ class Builder:
     """Draws a network. ``shape`` is that of one sample on its way; channels come first
     in it, or last where it is ``tokens``."""
 
-    def __init__(self, rng, precise, first_order, named_twice, may_bound):
+    def __init__(self, rng, precise, first_order, named_twice, may_bound, hand_made):
         self.rng, self.precise = rng, precise
         self.first_order, self.named_twice = first_order, named_twice
+        self.hand_made = hand_made
         self.may_bound = may_bound  # embeddings by max_norm, which torch writes
         self.shape, self.tokens = (), False
         self.linears, self.norms, self.seen = [], [], []
@@ -375,6 +413,10 @@ class Builder:
             "track_running_stats": rng.random() < 0.85,
         }
         kind = rng.random()
+        if kind > 0.95 and self.hand_made:
+            names = ("running_mean", "running_var"), ("mu", "sigma")
+            ways = "in place", "copied", "assigned"
+            return HandMade(channels, rng.choice(names), rng.choice(ways))
         if kind < 0.08:
             made = nn.SyncBatchNorm(channels, **options)
         elif kind < 0.2 and d == 2:

@@ -16,6 +16,7 @@ from fuzz_nets import (
     Branches,
     Drop,
     Functional,
+    HandMade,
     Lora,
     Matmul,
     Mean,
@@ -307,6 +308,24 @@ class Reference:
     def norm_act(self, m, xs):
         return self.silu(m, self.batch_norm(m, xs))
 
+    def hand_made(self, m, xs):
+        """Switched like instance norm if its buffers have the usual names."""
+        shape = [1, -1] + [1] * (xs[0].dim() - 2)
+        over = [d for d in range(xs[0].dim()) if d != 1]
+        by_buffers = not m.training
+        frozen = self.net.training and not m.training
+        if m.names[0] == "running_mean" and self.mode != "group_norm" and not frozen:
+            by_buffers = self.mode == "eval"
+        ys = []
+        means, vars_ = (self.of(getattr(m, name)) for name in m.names)
+        for x, mean, var, gain in zip(xs, means, vars_, self.of(m.gain)):
+            mean, var = mean.reshape(shape), var.reshape(shape)
+            if not by_buffers:
+                mean = x.mean(over, keepdim=True)
+                var = (x - mean).square().mean(over, keepdim=True)
+            ys.append((x - mean) / (var + 1e-3).sqrt() * gain.reshape(shape))
+        return ys
+
     def instance_norm(self, m, xs):
         frozen = self.net.training and not m.training
         by_instance = m.running_mean is None or not (frozen or self.mode == "eval")
@@ -368,6 +387,7 @@ class Reference:
         Multihead: multihead,
         NormAct: norm_act,
         _BatchNorm: batch_norm,
+        HandMade: hand_made,
         _InstanceNorm: instance_norm,
         nn.GroupNorm: group_norm,
         nn.LayerNorm: layer_norm,
