@@ -260,11 +260,19 @@ class Case:
         self.values = {n: p.detach() for n, p in own.items()}
         if self.given == "dict" and self.what in SHORT:
             for n in self.names:
-                self.values[n] = own[n].detach() + 0.1 * torch.randn_like(own[n])
+                moved = own[n].detach() + 0.1 * torch.randn_like(own[n])
+                self.values[n] = laid_out(moved, rng)[0] if moved.dim() else moved
         self.state = self._another_state() if self.given == "state" else {}
         if self.state:
             self.values = {n: self.state[n] for n in names}
         self.heated = short and rng.random() < 0.05
+        # Rows whose squares are no numbers any more.
+        self.factor = 1.0
+        if self.what in ("norms", "clipped") and rng.random() < 0.1:
+            extremes = {torch.float32: (1e-25, 1e18), torch.float64: (1e-170, 1e160)}
+            self.factor = rng.choice(extremes.get(self.dtype, (1.0,)))
+        if self.autocast:
+            self.factor = 1.0
         self.per_parameter = rng.random() < 0.5
         self.max_grad_norm = rng.choice((0.01, 0.3, 3.0, 1e9))
         self.k, self.kind = rng.choice((3, 70)), rng.choice(("rademacher", "gaussian"))
@@ -365,6 +373,8 @@ class Case:
             if self.dropout:
                 out, masks = out
             value = self.base_loss(out, y)
+            if self.factor != 1:
+                value = value * self.factor
             if self.heated:
                 value = value * heat
             if self.regularised:
@@ -410,7 +420,7 @@ class Case:
             options["per_parameter"] = self.per_parameter
         elif self.what == "clipped":
             function = vmapsafe.clipped_grad_sum
-            options["max_grad_norm"] = self.max_grad_norm
+            options["max_grad_norm"] = self.max_grad_norm * self.factor
         else:
             function = vmapsafe.per_sample_sketch
             options.update(k=self.k, kind=self.kind, seed=self.seed)
@@ -559,11 +569,11 @@ class Case:
         )
         return f(self.own, self.x, self.y)
 
-    def rows_at(self, values, chunk_size=None):
+    def rows_at(self, values, chunk_size=None, x=None):
         return vmapsafe.per_sample_grads(
             self.net,
             self.base_loss,
-            self.x,
+            self.x if x is None else x,
             self.y,
             mode=self.mode,
             num_groups=self.num_groups,
@@ -586,10 +596,13 @@ class Case:
 
     def do_backward_of_rows(self):
         leaves = {n: v.clone().requires_grad_() for n, v in self.own.items()}
-        rows = self.rows_at(leaves, self.chunk_size)
+        x = self.x.detach()
+        if self.by_input:
+            leaves["the input"] = x.requires_grad_()
+        rows = self.rows_at({n: leaves[n] for n in self.own}, self.chunk_size, x)
         total = sum(r.square().sum() for r in rows.values())
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        return _by_name(self.names, leaves.values(), found)
+        return _by_name(leaves, leaves.values(), found)
 
     def member(self, params, buffers, x):
         return functional_call(self.net, (params, buffers), (x,))

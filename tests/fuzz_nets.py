@@ -265,6 +265,26 @@ class Drop(nn.Module):
         return y
 
 
+class Depth(nn.Module):
+    """Stochastic depth: some samples of a batch are dropped as a whole."""
+
+    def __init__(self, p, way):
+        super().__init__()
+        self.p, self.way = p, way
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        shape = x.shape[:1] + (1,) * (x.dim() - 1)
+        if self.way == "rand":
+            kept = torch.rand(shape, dtype=x.dtype) >= self.p
+        elif self.way == "bernoulli":
+            kept = torch.bernoulli(torch.full(shape, 1 - self.p, dtype=x.dtype))
+        else:
+            kept = x.new_empty(shape).bernoulli_(1 - self.p)
+        return x * kept / (1 - self.p)
+
+
 class Net(nn.Module):
     """A body, and a second input that scales its output; with the masks of dropouts."""
 
@@ -568,6 +588,8 @@ class Builder:
         p = self.rng.choice((0.3, 0.5))
         if self.spatial == 2 and not self.tokens and self.rng.random() < 0.5:
             return Drop(nn.Dropout2d(p))
+        if self.rng.random() < 0.3:
+            return Drop(Depth(p, self.rng.choice(("rand", "bernoulli", "bernoulli_"))))
         return Drop(nn.Dropout(p))
 
     # -- The network -------------------------------------------------------------------
