@@ -26,7 +26,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 # Of the largest entry: what may differ. In lower precision also some times the error
 # of the reference itself in that precision.
-TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 0.05}
+TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 0.05}
+# What is added to the largest entry: smaller numbers are as good as 0.
+FLOORS = {torch.float64: 1e-6, torch.float32: 0.05, torch.bfloat16: 0.5}
 
 
 class Mismatch(Exception):
@@ -168,8 +170,6 @@ class World:
             return self.row_parts()[0], None
         if what in ("grad of rows", "backward of rows"):
             leaves = {n: self.values[n].clone().requires_grad_() for n in case.names}
-            if what == "grad of rows":
-                case.chunk_size = None
             rows = self.row_parts(leaves)[0]
             total = sum(r.square().sum() for r in rows.values())
             if what == "backward of rows" and case.by_input:
@@ -241,7 +241,6 @@ class World:
         return torch.cat(outs)
 
     def of_vmap_of_jvp(self):
-        self.case.chunk_size = None
         found = []
         for where in self.groups():
             few = self.values[self.case.few].clone().requires_grad_()
@@ -256,7 +255,6 @@ class World:
         return torch.stack(found)
 
     def of_vmap_of_jacrev(self):
-        self.case.chunk_size = None
         found = []
         for where in self.groups():
             own = [self.values[self.case.few].clone().requires_grad_() for _ in where]
@@ -271,7 +269,6 @@ class World:
         return jacobian(first, [leaf])[0]
 
     def of_vmap_of_hessian(self):
-        self.case.chunk_size = None
         found = []
         for where in self.groups():
             own = [self.values[self.case.few].clone().requires_grad_() for _ in where]
@@ -286,7 +283,6 @@ class World:
         return {n: self.values[n].clone().requires_grad_() for n in self.case.names}
 
     def summed(self, values, x=None):
-        self.case.chunk_size = None
         out = self.all_slices(values, x)
         return (out.tanh() * self.case.weigh(out)).sum()
 
@@ -309,11 +305,9 @@ class World:
         return self.values[self.case.few].clone().requires_grad_()
 
     def of_jvp_of_vmap(self):
-        self.case.chunk_size = None
         return self.along(self.all_slices)
 
     def of_jacrev_of_vmap(self):
-        self.case.chunk_size = None
         w = self.few()
         return jacobian(self.all_slices({self.case.few: w}), [w])[0]
 
@@ -371,12 +365,10 @@ class World:
         return directional(out, list(leaves.values()), tangents)
 
     def of_jvp_of_jvp(self):
-        self.case.chunk_size = None
         leaves = self.leaves()
         return self.once_along(leaves, self.once_along(leaves, self.all_slices(leaves)))
 
     def of_grad_of_jvp(self):
-        self.case.chunk_size = None
         leaves = self.leaves()
         out = self.once_along(leaves, self.all_slices(leaves))
         total = (out.tanh() * self.case.weigh(out)).sum()
@@ -448,6 +440,8 @@ def updated_members(case):
 def updated(case):
     """The buffers after the plain layers have seen the merged batches."""
     net = in_training(case.net)
+    if case.size == 0:
+        return dict(net.named_buffers())
     step = case.chunk_size if type(case.chunk_size) is int else case.size
     if case.what in ("grad", "backward"):
         batches = [(case.x[0], case.another[0])]
@@ -506,9 +500,16 @@ def compare(case, found, aux):
     expected, outs = world.answer()
     if outs is not None:
         found, expected = (found, aux[0]), (expected, outs)
+    if case.what in SHORT:
+        wide = case.dtype == torch.bfloat16 and case.what in ("norms", "sketch")
+        of = torch.float32 if wide else case.dtype
+        given = found[0] if outs is not None else found
+        given = list(given.values()) if isinstance(given, dict) else [given]
+        if any(g.dtype != of for g in given):
+            raise Mismatch(f"dtype {given[0].dtype} instead of {of}")
     rough = torch.bfloat16 if case.autocast else case.dtype
     tolerance = TOLERANCES[rough]
-    floor = 10 * tolerance * case.factor
+    floor = FLOORS[rough] * case.factor
     off, where = difference(found, expected, floor)
     if not off < tolerance:
         same, outs = World(case, rough, aux, shaken=True).answer()
@@ -588,19 +589,15 @@ def _run(case):
     given += [(t, t._version, t.clone()) for t in held]
     case.members()
     asked = case.chunk_size
-    buffers = None
     error = None
     torch.manual_seed(case.seed)
     try:
         found, aux = case.library()
     except (ValueError, TypeError, RuntimeError, IndexError, AssertionError) as raised:
         error = raised
+    after = {n: b.clone() for n, b in case.net.named_buffers()}
+    _same_state(case, before)
     if error is not None:
-        if case.updates:
-            for name, b in case.net.named_buffers():
-                b.data = before[2][name][2]
-        else:
-            _same_state(case, before)
         why = must_refuse(case)
         said = str(error) + " ".join(getattr(error, "__notes__", []))
         if why is None or not any(words in said for words in SAYS):
@@ -611,13 +608,6 @@ def _run(case):
                 f"{type(error).__name__}: {text[0] if text else ''}"
             ) from error
         return "refused"
-    if case.updates:
-        after = {n: b.clone() for n, b in case.net.named_buffers()}
-        with torch.no_grad():
-            for name, b in case.net.named_buffers():
-                b.copy_(before[2][name][2])
-    else:
-        _same_state(case, before)
     for tensor, version, value in given:
         if tensor._version != version or not torch.equal(tensor, value):
             raise Mismatch("an argument was written")
@@ -647,16 +637,10 @@ def _run(case):
     if case.what == "vmap of hessian" and must_refuse(case):
         raise Mismatch("not refused: a hessian inside")
     if case.updates:
-        buffers = updated(case) if case.what != "grad of vmap" else _whole(case)
-        off, where = difference(after, buffers, 1e-6)
+        off, where = difference(after, updated(case), 1e-6)
         if not off < 10 * TOLERANCES[torch.bfloat16 if case.autocast else case.dtype]:
             raise Mismatch(f"buffer {where} is off by {off:.1e}")
     return ended
-
-
-def _whole(case):
-    case.chunk_size = None
-    return updated(case)
 
 
 def _for_one(case, mask):
@@ -665,6 +649,10 @@ def _for_one(case, mask):
 
 
 def _same_state(case, before):
+    if case.updates:  # the buffers are looked at later
+        for name, buffer in case.net.named_buffers():
+            buffer.data = before[2][name][2].clone()
+            before[2][name] = (id(buffer), buffer._version, *before[2][name][2:])
     try:
         assert_same_state(case.net, before)
     except AssertionError as error:

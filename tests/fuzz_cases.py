@@ -66,6 +66,7 @@ FIRST_ORDER = (*WITH_UPDATES, "vmap of vmap", "batched", "batched grad", "ensemb
 FIRST_ORDER += ("ensemble of grad", "converted")
 # torch's functional_call does not put back a module that has two names.
 NAMED_TWICE = (*SHORT, "vmap", "vmap of vmap", "backward", "batched")
+IN_CHUNKS = (*WITH_DROPOUT, "batched", "batched grad", "backward of rows")
 ONE_SLICE = ("backward", "grad", "jvp", "jacrev", "jacfwd", "hessian")
 OF_ONE = (*SHORT, "batched", "batched grad", "grad of rows", "backward of rows")
 # -- Inputs ----------------------------------------------------------------------------
@@ -227,6 +228,8 @@ class Case:
         self.by_decorator = rng.random() < 0.2
         self.out_dim = rng.choice((0, 0, 1, -1))
         self.chunk_size = rng.choice((None, None, 1, 2, 7))
+        if self.what not in IN_CHUNKS:
+            self.chunk_size = None
         if short and rng.random() < (0.02 if self.mode == "sync" else 0.2):
             self.chunk_size = "auto"
         self.inputs = rng.choice(("x", "x", "x", "tuple", "dict")) if short else "x"
