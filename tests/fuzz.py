@@ -376,6 +376,18 @@ class World:
             return {n: torch.zeros_like(v) for n, v in leaves.items()}
         return dict(zip(leaves, derivative(total, list(leaves.values()))))
 
+    def of_jacrev_of_rows(self):
+        w, rows = self.few(), []
+        for where in self.groups():
+            own = [w.clone() for _ in where]
+            xs = [self.x[i] for i in where]
+            outs = self.run(xs, [{self.case.few: one} for one in own])
+            losses = [self.case.base_loss(o, self.y[i]) for o, i in zip(outs, where)]
+            rows += [derivative(sum(losses), [one])[0] for one in own]
+        return jacobian(torch.stack(rows), [w])[0]
+
+    of_jacfwd_of_rows = of_rows_pulled_back = of_jacrev_of_rows
+
     def of_grad_of_adapted(self):
         leaves = self.leaves()
         total = 0

@@ -17,6 +17,7 @@ from torch.func import (
     jacrev,
     jvp,
     stack_module_state,
+    vjp,
     vmap,
 )
 from torch.nn.modules.batchnorm import _NormBase
@@ -54,6 +55,9 @@ OTHERS = {
     "jvp of jvp": 1,
     "grad of jvp": 1,
     "grad of adapted": 1,
+    "jacrev of rows": 1,
+    "jacfwd of rows": 1,
+    "rows pulled back": 1,
     "converted": 1,
     "batched": 1,
     "batched grad": 1,
@@ -430,14 +434,15 @@ class Case:
         found = function(net, loss_fn, *batch, **options)
         return found if self.has_aux else (found, None)
 
-    def mapped(self, function, chunked=False, out_dims=0):
-        """``vmap`` over the slices, which lie along ``in_dim``."""
+    def mapped(self, function, chunked=False, out_dims=0, shared=0):
+        """``vmap`` over the slices, which lie along ``in_dim``; the last ``shared``
+        arguments have none."""
         options = {"chunk_size": self.chunk_size} if chunked else {}
         options["randomness"] = self.randomness
         in_dim = self.in_dim
 
         def over(x, *rest):
-            dims = (in_dim, *[0 for _ in rest])
+            dims = (in_dim, *[0] * (len(rest) - shared), *[None] * shared)
             x = x.movedim(0, in_dim)
             return vmap(function, dims, out_dims, **options)(x, *rest)
 
@@ -446,7 +451,7 @@ class Case:
     @property
     def by_graph(self):
         """Whether plain autograd is to follow what is done."""
-        return self.what in ("backward", "backward of rows")
+        return self.what in ("backward", "backward of rows", "rows pulled back")
 
     def call(self, values, x):
         return functional_call(self.net, values, (x,))
@@ -596,6 +601,36 @@ class Case:
             return sum(r.square().sum() for r in rows.values())
 
         return grad(penalty)(self.own)
+
+    def rows_of_few(self):
+        f, few = self.by_few(self.loss_at)
+        rows = self.mapped(lambda x, y, w: grad(f)(w, x, y), shared=1)
+        return lambda w: rows(self.x, self.y, w), few
+
+    def do_jacrev_of_rows(self):
+        rows, few = self.rows_of_few()
+        return jacrev(rows)(few)
+
+    def do_jacfwd_of_rows(self):
+        rows, few = self.rows_of_few()
+        return jacfwd(rows)(few)
+
+    def do_rows_pulled_back(self):
+        """The Jacobian again, from all unit vectors at once, at another level."""
+        rows, few = self.rows_of_few()
+        shape = self.size, *few.shape
+        n = torch.Size(shape).numel()
+        basis = torch.eye(n, dtype=self.dtype).reshape(n, *shape)
+        if self.inside:
+            _, pull = vjp(rows, few)
+            (found,) = vmap(vmap(pull))(basis.unsqueeze(0))
+            return found.reshape(*shape, *few.shape)
+        few = few.clone().requires_grad_()
+        found = torch.zeros(n, *few.shape, dtype=self.dtype)
+        out = rows(few)
+        if out.requires_grad:
+            (found,) = torch.autograd.grad(out, few, basis, is_grads_batched=True)
+        return found.reshape(*shape, *few.shape)
 
     def do_backward_of_rows(self):
         leaves = {n: v.clone().requires_grad_() for n, v in self.own.items()}

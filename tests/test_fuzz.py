@@ -11,7 +11,13 @@ EACH = 100
 
 SECOND_ORDER = (
     *("hessian", "hessian of vmap", "vmap of hessian", "jvp of jvp", "grad of jvp"),
-    *("grad of rows", "backward of rows", "grad of adapted"),
+    *(
+        "jacrev of rows",
+        "jacfwd of rows",
+        "grad of rows",
+        "backward of rows",
+        "grad of adapted",
+    ),
 )
 
 
