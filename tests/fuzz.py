@@ -106,9 +106,9 @@ class World:
         if case.regularised:
             all_of = {**self.values, **values}
             penalty = 0.1 * sum(p.square().sum() for p in all_of.values())
-            value = value + penalty / case.factor
+            value = value + penalty
         if extra is not None:
-            value = value + (out * extra).sum() / case.factor
+            value = value + (out * extra).sum()
         return value
 
     def row_parts(self, shared=None, by_input=False):

@@ -278,7 +278,7 @@ class Case:
         if self.what in ("norms", "clipped") and rng.random() < 0.1:
             extremes = {torch.float32: (1e-25, 1e18), torch.float64: (1e-170, 1e160)}
             self.factor = rng.choice(extremes.get(self.dtype, (1.0,)))
-        if self.autocast:
+        if self.autocast or self.regularised or self.twice:
             self.factor = 1.0
         self.per_parameter = rng.random() < 0.5
         self.max_grad_norm = rng.choice((0.01, 0.3, 3.0, 1e9))

@@ -192,7 +192,10 @@ class Reference:
             if m.max_norm is not None:
                 norms = w.detach().square().sum(1, keepdim=True).sqrt()
                 shorter = m.max_norm / (norms + 1e-7)
-                w = w * torch.where(norms > m.max_norm, shorter, torch.ones_like(norms))
+                factor = torch.where(
+                    norms > m.max_norm, shorter, torch.ones_like(norms)
+                )
+                w = w + (w * factor - w).detach()  # as if it had been written
             y = w[x]
             if m.padding_idx is not None:  # no gradient from there
                 y = torch.where((x == m.padding_idx).unsqueeze(-1), y.detach(), y)
