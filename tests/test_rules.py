@@ -231,6 +231,7 @@ CONVOLUTIONS = [
     convolution_backward((2, 2, 5, 6), (3, 2, 3, 2), stride=[2, 1], padding=[0, 1]),
     convolution_backward((2, 3, 5, 4), (2, 3, 1, 1), stride=2),
     convolution_backward((1, 2, 3, 3), (3, 2, 1, 1), padding=1),
+    convolution_backward((1, 2, 3, 2), (3, 2, 1, 1), stride=2, padding=1),
     convolution_backward((1, 2, 7), (3, 2, 3), stride=2, padding=1, bias=False),
     convolution_backward((2, 2, 5), (3, 2, 1)),
     convolution_backward((1, 2, 9), (2, 2, 3), stride=2, padding=2, dilation=3),

@@ -42,6 +42,7 @@ class Samples:
         known: the model's parameters, by all their names.
         places: where in the model each of ``values`` goes, by its name: a module's
             parameters, and the name there.
+        constants: what else of a state dict stands in the model meanwhile, and where.
         batch: trees of tensors (size, ...), or, where the caller's batch is empty, of
             made-up samples, whose results are thrown away.
         leaves: the tensors in it.
@@ -55,6 +56,7 @@ class Samples:
     values: dict[str, Tensor]
     known: dict[str, nn.Parameter]
     places: list[tuple[dict[str, Any], str, str]]
+    constants: list[tuple[dict[str, Any], str, Tensor]]
     batch: tuple[Any, ...]
     leaves: list[Tensor]
     size: int
@@ -85,7 +87,12 @@ class Samples:
         net = unwrapped(model)
         places = _places(net)
         known = {name: parameters[own] for parameters, own, name in places}
-        values = _chosen(called, net, known, params)
+        constants: dict[str, Tensor] = {}
+        if isinstance(params, Mapping) and _is_state_dict(net, known, params):
+            values, constants = _of_state_dict(called, net, known, params)
+            _refuse_updates(called, options)
+        else:
+            values = _chosen(called, net, known, params)
         names = {known[name]: name for name in values}
         size = _batch_size(called, batch)
         if size == 0:
@@ -103,6 +110,11 @@ class Samples:
                 (parameters, own, names[known[name]])
                 for parameters, own, name in places
                 if known[name] in names
+            ],
+            [
+                (tensors, own, constants[name])
+                for tensors, own, name in (*places, *_places_of_buffers(net))
+                if name in constants
             ],
             batch,
             tree_flatten(batch)[0],
@@ -225,21 +237,24 @@ class Samples:
         """Of one sample, handed to the model as a batch of one."""
         inputs, rest = tree_map(lambda t: t.unsqueeze(0), (inputs, rest))
         args, kwargs = _as_call(inputs)
-        before = [parameters[own] for parameters, own, _ in self.places]
+        where = (*self.places, *self.constants)
+        before = [(tensors, own, tensors[own]) for tensors, own, _ in where]
         done = False
         try:
             try:
                 for parameters, own, name in self.places:
                     parameters[own] = values[name]
+                for tensors, own, tensor in self.constants:
+                    tensors[own] = tensor
                 # What torch.func.functional_call does, which takes 30 us to begin.
                 output = self.net(*args, **kwargs)
                 result = self.loss_fn(output, *rest)  # which may read parameters too
             finally:
-                self._put_back(before)
+                _put_back(before)
                 done = True
         finally:
             if not done:  # interrupted while it put them back
-                self._put_back(before)
+                _put_back(before)
         if not self.has_aux:
             return self._scalar(result)
         if not isinstance(result, (tuple, list)) or len(result) != 2:
@@ -252,10 +267,6 @@ class Samples:
             )
         value, aux = result
         return self._scalar(value), tree_map(self._aux, aux)
-
-    def _put_back(self, before: list[Any]) -> None:
-        for (parameters, own, _), parameter in zip(self.places, before):
-            parameters[own] = parameter
 
     def _loss_of_copies(self, values: Mapping[str, Tensor], *sample: Any) -> Any:
         """The same where no :class:`Recorded` sees to it that all is read of them."""
@@ -317,6 +328,11 @@ class Samples:
                 "or without dimensions: output and not output[0]",
             )
         )
+
+
+def _put_back(before: list[tuple[dict[str, Any], str, Any]]) -> None:
+    for tensors, own, tensor in before:
+        tensors[own] = tensor
 
 
 def part_of(batch: Any, start: int, stop: int) -> Any:
@@ -397,6 +413,104 @@ def _check_one_process(called: str, net: nn.Module, mode: str) -> None:
                 "Give every process at least one sample",
             )
         )
+
+
+def _is_state_dict(
+    net: nn.Module, known: Mapping[str, nn.Parameter], params: Mapping[Any, Any]
+) -> bool:
+    """Whether it holds buffers, or all that the model's state dict does."""
+    names = {_without_wrapper(given, known) for given in params}
+    buffers = {name for name, _ in net.named_buffers(remove_duplicate=False)}
+    return not names.isdisjoint(buffers) or names == _state_names(net)
+
+
+def _state_names(net: nn.Module) -> set[str]:
+    return {name for name in net.state_dict() if not name.endswith("_extra_state")}
+
+
+def _of_state_dict(
+    called: str,
+    net: nn.Module,
+    known: Mapping[str, nn.Parameter],
+    params: Mapping[Any, Any],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors to differentiate by, and the rest: frozen parameters, buffers."""
+    given = {_without_wrapper(name, known): params[name] for name in params}
+    own = net.state_dict(keep_vars=True)
+    names = _state_names(net)
+    missing, unknown = sorted(names - set(given)), sorted(set(given) - names)
+    if missing or unknown:
+        found = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r} besides"
+        raise ValueError(
+            worded(
+                called,
+                f"params has buffers of {type(net).__name__} in it, as a state dict, "
+                f"but {found}",
+                "Pass parameters alone, or all that model.state_dict() holds",
+            )
+        )
+    values: dict[str, Tensor] = {}
+    constants: dict[str, Tensor] = {}
+    first: dict[int, str] = {}  # names of tied tensors
+    for name in names:
+        value, model = given[name], own[name]
+        if not isinstance(value, Tensor) or value.shape != model.shape:
+            raise ValueError(
+                worded(
+                    called,
+                    f"params[{name!r}] is {shown(value)}, and the model has "
+                    f"{shown(model)}",
+                    "Pass a state dict of this model",
+                )
+            )
+    for name in own:
+        if name not in names:
+            continue
+        other = first.setdefault(id(own[name]), name)
+        if not own[name].requires_grad:
+            constants[name] = given[name]
+        elif other == name:
+            values[name] = given[name]
+        elif given[other] is not given[name] and not torch.equal(
+            given[other], given[name]
+        ):
+            raise ValueError(
+                worded(
+                    called,
+                    f"params has different values for {other!r} and {name!r}, which "
+                    f"are one parameter of {type(net).__name__}",
+                    "Pass the same tensor for both",
+                )
+            )
+    if not values:
+        raise ValueError(
+            worded(
+                called,
+                f"no parameter of {type(net).__name__} requires a gradient",
+                "Unfreeze some, or name the ones you want with params=",
+            )
+        )
+    return values, constants
+
+
+def _refuse_updates(called: str, options: Options) -> None:
+    if options.update_running_stats:
+        raise ValueError(
+            worded(
+                f"{called} with update_running_stats=True",
+                "params is a state dict, whose tensors are never written",
+                "Leave update_running_stats out, or pass the parameters alone",
+            )
+        )
+
+
+def _places_of_buffers(net: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
+    return [
+        (module._buffers, own, f"{path}.{own}".lstrip("."))
+        for path, module in net.named_modules(remove_duplicate=False)
+        for own, buffer in module._buffers.items()
+        if buffer is not None
+    ]
 
 
 def _chosen(

@@ -160,8 +160,9 @@ def _plain_products(
     padding = call["padding"]
     step = max(1, regimes(x.device).columns // (groups * columns * positions))
     copies = room = None
-    if columns == channels and x.shape[1:].numel() == groups * columns * positions:
-        step = len(x)  # a kernel of one position sees the input as it is
+    as_it_is = columns == channels and not any(padding)  # a kernel of one position
+    if as_it_is and x.shape[1:].numel() == groups * columns * positions:
+        step = len(x)
     else:
         step = min(step, len(x))
         copies = x.new_empty(step * groups, *shape[1:])
