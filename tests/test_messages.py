@@ -265,6 +265,10 @@ NOTES = {
         torch.func.grad(lambda x: checkpoint(torch.sin, x, use_reentrant=False).sum()),
         "what torch.utils.checkpoint and save_on_cpu set",
     ),
+    "a tensor from outside, in a gradient": (
+        torch.func.grad(lambda x, held=torch.zeros(3): held.copy_(x[0]).sum()),
+        "DistributedDataParallel's broadcast of them, call the module inside it",
+    ),
     "in-place draw": (
         lambda x: torch.zeros(3).bernoulli_(0.5) * x,
         "Draw out of place",
@@ -373,6 +377,15 @@ def test_an_input_of_per_sample_gradients_with_a_dimension_too_few():
         (note,) = caught.value.__notes__
         assert "raised in '1' (BatchNorm2d)" in note
         assert "called with a batch of one" in note and "@batched" not in note
+
+
+def test_a_batch_on_another_device():
+    with pytest.raises(RuntimeError) as caught:
+        per_sample_grads(
+            nn.Linear(2, 2), F.mse_loss, *torch.zeros(2, 4, 2, device="meta")
+        )
+    (note,) = caught.value.__notes__
+    assert "Move the batch to the device of the model" in note
 
 
 def net_of_images():

@@ -74,12 +74,14 @@ _ADVICE = (
         "The block does not cover this layer. Hand its model to vmap_safe as well.",
     ),
     (
-        r"_broadcast_coalesced|c10d::broadcast",
-        "It is DistributedDataParallel's broadcast of buffers. Call the module inside "
-        "it, model.module, or pass broadcast_buffers=False to it.",
+        r"would mutate a captured Tensor",
+        "Write the operation out of place. If it is a layer's update of its buffers, "
+        "hand its model to vmap_safe as well; if it is DistributedDataParallel's "
+        "broadcast of them, call the module inside it, or pass broadcast_buffers=False "
+        "to it.",
     ),
     (
-        r"tensors to be on the same device",
+        r"tensors to be on the same device|not on the expected device",
         "Move the batch to the device of the model, x.to(device).",
     ),
 )
