@@ -281,8 +281,16 @@ class Samples:
             take_off(copies)  # should leaving it have been interrupted
         copies.check()
         value = result[0] if self.has_aux else result
-        copies.check_graph(leaves_of(innermost(value)))
+        given = {id(leaf) for leaf in self._given()}  # the copies come from these
+        leaves = leaves_of(innermost(value))
+        copies.check_graph([leaf for leaf in leaves if id(leaf) not in given])
         return result
+
+    def _given(self) -> list[Tensor]:
+        """What plain autograd differentiates the caller's ``params`` by."""
+        values = [innermost(value) for value in self.values.values()]
+        watched = [value for value in values if value.requires_grad]
+        return [leaf for value in watched for leaf in (value, *leaves_of(value))]
 
     def _by_grad(self, batch: tuple[Any, ...]) -> Any:
         return vmap(
