@@ -264,6 +264,8 @@ class Case:
             self.names = names
         else:
             self.names = rng.sample(names, rng.randint(1, len(names)))
+        if {*self.names} == {*self.net.state_dict()}:  # a dict of all is a state dict
+            self.names = [n for n in names if own[n].requires_grad]
         self.values = {n: p.detach() for n, p in own.items()}
         if self.given == "dict" and self.what in SHORT:
             for n in self.names:

@@ -138,9 +138,8 @@ def per_sample_grads(
         _check_out(out, samples)
         found = out, _into(dict(out), samples, chunk_size)
     if samples.size == 0:
-        rows, aux = found
-        rows = tree_map(lambda t: t[:0], rows) if out is None else out
-        found = rows, tree_map(lambda t: t[:0], aux)
+        given, aux = tree_map(lambda t: t[:0], found)
+        found = (given if out is None else out), aux
     return found if has_aux else found[0]
 
 

@@ -270,7 +270,7 @@ _stored: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictio
 
 
 def _stored_by(kind: type) -> frozenset[str]:
-    """The names of attributes that the methods of a class store, but for ``__init__``."""
+    """The attributes that the methods of a class store, but for ``__init__``."""
     found = _stored.get(kind)
     if found is None:
         names: set[str] = set()
