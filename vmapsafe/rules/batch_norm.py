@@ -165,9 +165,7 @@ def _asks_for_its_own(call: Call) -> bool:
 
 def _is_empty(call: Call) -> bool:
     """Then torch's backward ends the process (2.13)."""
-    if torch.compiler.is_compiling():
-        return False
-    return innermost(call["input"]).numel() == 0
+    return not torch.compiler.is_compiling() and innermost(call["input"]).numel() == 0
 
 
 def _staying_in_eval(call: Call) -> Tensor:
@@ -290,7 +288,7 @@ def _reads_statistics(call: Call) -> bool:
     if has_own_weights(call):
         return False  # left to _record
     as_one = call.function is F.instance_norm  # it makes one sample of all
-    ambiguous = x.dim() > 3 and as_one or _is_ambiguous(x)
+    ambiguous = x.dim() > 3 and as_one or has_several_layouts(x)
     return ambiguous or _torchs_own_crawls(call)
 
 
@@ -345,14 +343,14 @@ register(
 # -- Every mode: a batch of one in another layout --------------------------------------
 #
 # torch's kernel on the CPU (2.13) is silently wrong in the backward of a batch of one
-# whose input is channels-last and whose output gradient is not, or the other way round.
-# Instance norm is batch norm of a batch of one. With three dimensions there is one
-# layout.
+# whose input is channels-last and whose output gradient is not, or the other way round;
+# so of images of one row or one column. Instance norm is batch norm of a batch of one.
+# With three dimensions there is one layout.
 
 
 def has_several_layouts(x: Tensor) -> bool:
     """Whether the input of a batch norm is such a batch."""
-    return x.dim() > 3 and x.size(0) == 1 and x.device.type == "cpu"
+    return x.dim() > 3 and 1 in x.shape and x.device.type == "cpu"
 
 
 def _is_batch_of_one(call: Call) -> bool:
@@ -418,7 +416,7 @@ def own_statistics(
     if torchs_own_fails(x, weight, bias):
         y = normalised(x, [d for d in range(x.dim()) if d != 1], eps)
         return scaled_and_shifted(y, weight, bias).to(x.dtype)
-    flat = x.flatten(2) if _is_ambiguous(x) else x
+    flat = x.flatten(2) if has_several_layouts(x) else x
     if recorded(x, weight, bias):
         y, _, _ = BatchNorm.apply(flat, weight, bias, eps)
     else:
@@ -605,12 +603,6 @@ def torchs_own_fails(x: Tensor, *affine: Tensor | None) -> bool:
         or x.dtype in _HALVES
         and any([t is not None and t.dtype == torch.float32 for t in affine])
     )
-
-
-def _is_ambiguous(x: Tensor) -> bool:
-    """Whether torch may take the order of its numbers in memory for another. In three
-    dimensions it does not."""
-    return x.dim() > 3 and 1 in x.shape
 
 
 def normalised(x: Tensor, dims: list[int], eps: float) -> Tensor:
