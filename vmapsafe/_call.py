@@ -439,6 +439,31 @@ def batch_behind(slice_: Tensor, level: int, size: int) -> Tensor | None:
     return None if dim is None or is_wrapped(batch) else batch.movedim(dim, 0)
 
 
+def merging(
+    merged: Callable[[int, Sequence[int | None], Sequence[Tensor | None]], Tensor],
+    plain: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+) -> Tensor:
+    """``plain(*tensors)`` below all vmaps, the only transforms there are. For each
+    that batches any of ``tensors``, ``merged`` is asked instead, with its size, their
+    batch dimensions and the batches, and gives a batch, batch dimension first."""
+    level = current_level()
+    if not level:
+        return plain(*tensors)
+    functorch = torch._C._functorch
+    size = vmap_size(level)
+    with below_innermost():
+        pairs = [
+            (t, None) if t is None else functorch._unwrap_batched(t, level)
+            for t in tensors
+        ]
+        batches, dims = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        if all([dim is None for dim in dims]):
+            return merging(merged, plain, batches)
+        batch = merged(size, dims, batches)
+    return slices_of(batch, level)
+
+
 def slices_of(batch: Tensor, level: int) -> Tensor:
     """(B, ...) as the vmap of ``level`` shows it."""
     shown: Tensor = torch._C._functorch._add_batch_dim(batch, 0, level)

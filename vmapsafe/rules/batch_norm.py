@@ -28,12 +28,14 @@ from vmapsafe._call import (
     batched_levels,
     beyond_reverse_mode,
     innermost,
+    merging,
     recorded,
 )
 from vmapsafe._errors import worded
 from vmapsafe._groups import groups_for
 from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 
+Dims = Sequence[int | None]
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -230,8 +232,8 @@ def instance_norm_unwritten(call: Call) -> Tensor:
     flat = x.flatten(2)
     if recorded(x, weight, bias):
         as_channels = flat.reshape(1, -1, flat.size(2))
-        repeated = [p if p is None else p.repeat(len(x)) for p in (weight, bias)]
-        y, _, _ = BatchNorm.apply(as_channels, *repeated, call["eps"])
+        weight, bias = (p if p is None else p.repeat(len(x)) for p in (weight, bias))
+        y = _fused_batch_norm(as_channels, weight, bias, call["eps"])
     else:
         y = F.instance_norm(flat, None, None, weight, bias, True, 0.0, call["eps"])
     return y.view(x.shape)
@@ -418,7 +420,7 @@ def own_statistics(
         return scaled_and_shifted(y, weight, bias).to(x.dtype)
     flat = x.flatten(2) if has_several_layouts(x) else x
     if recorded(x, weight, bias):
-        y, _, _ = BatchNorm.apply(flat, weight, bias, eps)
+        y = _fused_batch_norm(flat, weight, bias, eps)
     else:
         y = F.batch_norm(flat, None, None, weight, bias, True, 0.0, eps)
     return y.view(x.shape)
@@ -451,27 +453,61 @@ def fused_layer_norm(
     """Layer norm where :func:`torchs_own_fails` says no."""
     if not recorded(x, weight, bias):
         return F.layer_norm(x, shape, weight, bias, eps)
-    y: Tensor
-    y, _, _ = LayerNorm.apply(x, weight, bias, tuple(shape), eps)
-    return y
+
+    def plain(*tensors: Tensor | None) -> Tensor:
+        y: Tensor = LayerNorm.apply(*tensors, tuple(shape), eps)
+        return y
+
+    def merged(size: int, dims: Dims, tensors: Sequence[Tensor | None]) -> Tensor:
+        x, weight, bias = tensors
+        assert x is not None
+        if dims[1] is None and dims[2] is None:
+            assert dims[0] is not None
+            return merging(merged, plain, (x.movedim(dims[0], 0), weight, bias))
+        x, weight, bias = _expanded(size, dims, tensors)
+        y = merging(merged, plain, (x, None, None))
+        ones = [1 for _ in range(x.dim() - 1 - len(shape))]
+        if weight is not None:
+            y = y * weight.reshape(size, *ones, *shape)
+        if bias is not None:
+            y = y + bias.reshape(size, *ones, *shape)
+        return y
+
+    return merging(merged, plain, (x, weight, bias))
+
+
+def _fused_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Batch norm by the statistics of ``x``, where :func:`recorded` says yes."""
+
+    def plain(*tensors: Tensor | None) -> Tensor:
+        y: Tensor = BatchNorm.apply(*tensors, eps)
+        return y
+
+    def merged(size: int, dims: Dims, tensors: Sequence[Tensor | None]) -> Tensor:
+        x, *affine = _expanded(size, dims, tensors)
+        n, channels = x.shape[1:3]
+        affine = [p if p is None else p.flatten() for p in affine]
+        as_channels = x.movedim(1, 0).reshape(n, size * channels, *x.shape[3:])
+        y = merging(merged, plain, (as_channels, *affine))
+        return y.view(n, size, channels, *x.shape[3:]).movedim(1, 0)
+
+    return merging(merged, plain, (x, weight, bias))
 
 
 class BatchNorm(Function):
-    """torch's kernel by the statistics of ``x``, and its mean and 1 / sqrt(var + eps),
-    where only plain autograd takes derivatives: the first by torch's kernel, all others
-    written out."""
+    """torch's kernel by the statistics of ``x``, where only plain autograd takes
+    derivatives: the first by torch's kernel, all others written out."""
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, bias, ctx.eps = inputs
-        ctx.save_for_backward(x, weight, bias, *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        found = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        ctx.save_for_backward(x, weight, bias, *found[1:])
+        ctx.eps = eps
+        return found[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -485,42 +521,23 @@ class BatchNorm(Function):
         backward = torch.ops.aten.native_batch_norm_backward
         return *backward(grads[0], x, weight, *rest), None
 
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        x, weight, bias = _expanded(info.batch_size, in_dims, x, weight, bias)
-        size, n, channels = x.shape[:3]
-        affine = [p if p is None else p.flatten() for p in (weight, bias)]
-        as_channels = x.movedim(1, 0).reshape(n, size * channels, *x.shape[3:])
-        y, *saved = BatchNorm.apply(as_channels, *affine, eps)
-        y = y.unflatten(1, (size, channels)).movedim(1, 0)
-        return (y, *[s.view(size, channels) for s in saved]), (0, 0, 0)
-
 
 class LayerNorm(Function):
     """As :class:`BatchNorm`."""
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         shape: tuple[int, ...],
         eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.native_layer_norm(x, shape, weight, bias, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, bias, ctx.shape, ctx.eps = inputs
-        ctx.save_for_backward(x, weight, bias, *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
+    ) -> Tensor:
+        found = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, *found[1:])
+        ctx.shape, ctx.eps = shape, eps
+        return found[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -533,39 +550,15 @@ class LayerNorm(Function):
         given = grads[0].contiguous(), x, ctx.shape, mean, rstd, weight, bias, asked
         return *torch.ops.aten.native_layer_norm_backward(*given), None, None
 
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        shape: tuple[int, ...],
-        eps: float,
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        if in_dims[1] is None and in_dims[2] is None:
-            x = x.movedim(in_dims[0], 0)
-            return LayerNorm.apply(x, weight, bias, shape, eps), (0, 0, 0)
-        x, weight, bias = _expanded(info.batch_size, in_dims, x, weight, bias)
-        y, *saved = LayerNorm.apply(x, None, None, shape, eps)
-        ones = [1 for _ in range(x.dim() - 1 - len(shape))]
-        if weight is not None:
-            y = y * weight.reshape(len(x), *ones, *shape)
-        if bias is not None:
-            y = y + bias.reshape(len(x), *ones, *shape)
-        return (y, *saved), (0, 0, 0)
 
-
-def _expanded(size: int, in_dims: Any, *tensors: Tensor | None) -> list[Any]:
+def _expanded(size: int, dims: Dims, tensors: Sequence[Tensor | None]) -> list[Any]:
     """Each with a batch dimension in front."""
-    return [
-        (
-            t
-            if t is None
-            else t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-        )
-        for t, dim in zip(tensors, in_dims)
-    ]
+    batches = []
+    for t, dim in zip(tensors, dims):
+        if t is not None:
+            t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+        batches.append(t)
+    return batches
 
 
 def _gradients(
