@@ -202,7 +202,7 @@ class Scope(TorchFunctionMode):
             self.layers.update(model.layers)
         self.in_order = list(self.layers)
         self.next = 0
-        self._copies_are_known = False
+        self.copied = False  # whether a layer was, inside
         self._below: dict[nn.Module, list[nn.Module]] = {}
         if not _compiling():
             self.thread = threading.current_thread()
@@ -330,9 +330,9 @@ class Scope(TorchFunctionMode):
         """Say once that a copy of a covered layer, made inside the block, is not
         covered: it normalises as its owner's flags say."""
         mean = bound["running_mean"]
-        if self.options.mode == "eval" or _compiling() or mean is None:
+        if not self.copied or self.options.mode == "eval" or _compiling():
             return
-        if self._copies_are_known or is_wrapped(mean) or mean in self._looked_at:
+        if mean is None or is_wrapped(mean) or mean in self._looked_at:
             return
         self._looked_at[mean] = True
         if any([b._with("running_mean", mean) is not None for b in _here.blocks()]):
@@ -349,7 +349,7 @@ class Scope(TorchFunctionMode):
                     ),
                     UserWarning,
                 )
-                self._copies_are_known = True
+                self.copied = False
                 return
 
     def _owns(self, module: nn.Module) -> bool:

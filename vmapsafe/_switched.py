@@ -141,6 +141,9 @@ class Switched(nn.Module):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         # Copies and pickles are of the owner's class.
+        block = covering(self)
+        if block is not None:
+            block.copied = True
         reduced: Any = super().__reduce_ex__(protocol)
         how, given, *rest = reduced
         ours = type(self)
