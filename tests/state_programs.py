@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import inspect
 import io
@@ -36,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vmapsafe import (
     BlockError,
+    NeverUpdatedWarning,
     clipped_grad_sum,
     per_sample_grad_norms,
     per_sample_grads,
@@ -441,6 +443,11 @@ def total_loss(out):
     return (out * weights + out.sin()).sum()
 
 
+@functools.cache
+def scripted():
+    return torch.jit.script(nn.Sequential(nn.BatchNorm1d(C)))
+
+
 def same(a, b):
     if a is None or b is None:
         return a is b
@@ -588,6 +595,7 @@ class Program:
                 del self.covers[before:]
 
         self.nested += 1
+        self.roots = modules
         try:
             getattr(self, "way_" + way)(made, inside)
         except ERRORS as error:
@@ -714,22 +722,44 @@ class Program:
 
     def way_twofold(self, made, inside):
         """A failing entry first: nothing of it is left."""
-        lazy = nn.Sequential(nn.LazyBatchNorm1d())
-        models = getattr(made, "_models", ())
-        for bad in (lazy, torch.jit.script(nn.Sequential(nn.BatchNorm1d(C)))):
+        for bad in (nn.Sequential(nn.LazyBatchNorm1d()), scripted()):
             try:
-                vmap_safe(*models, bad, mode="sync").__enter__()
+                vmap_safe(*self.roots, bad, mode="sync").__enter__()
             except (ValueError, TypeError):
                 pass
             else:
                 raise Mismatch("a block that cannot be opened was")
             self.look()
+
+        class Fresh(nn.BatchNorm1d):  # anew: one warning a class and process
+            pass
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", NeverUpdatedWarning)
+            try:
+                vmap_safe(
+                    *self.roots, type("Root", (nn.Sequential,), {})(Fresh(C))
+                ).__enter__()
+            except NeverUpdatedWarning:
+                pass
+            else:
+                raise Mismatch("no warning of statistics that were never updated")
+        self.look()
         with made:
             inside()
 
+    def way_default_device(self, made, inside):
+        """torch's own mode, set inside and left open."""
+        try:
+            with made:
+                torch.set_default_device("cpu")
+                inside()
+        finally:
+            torch.set_default_device(None)
+
     def way_wrong_order(self, made, inside):
         """An error, and nothing of either is left."""
-        first = vmap_safe(*getattr(made, "_models", ()), mode="eval")
+        first = vmap_safe(*self.roots, mode="eval")
         outer, inner = self.rng.sample([first, made], 2)
         outer.__enter__()
         inner.__enter__()
@@ -1405,6 +1435,7 @@ WAYS = [
     "generator",
     "resumed",
     "twofold",
+    "default_device",
     "wrong_order",
     "straggler",
     "finalised",
@@ -1519,6 +1550,9 @@ def _global_hooks():
 def run(seed, echo=False, without=()):
     """None, or what is wrong and the program up to there."""
     Fuse.forward_raises = Fuse.backward_raises = None
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()  # which makes the many collections cheap
     program = Program(seed, echo, without)
     try:
         with warnings.catch_warnings():

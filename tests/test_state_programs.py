@@ -4,10 +4,18 @@ One that fails is run again and printed by ``python tests/state_programs.py --se
 which also runs many more.
 """
 
+import gc
+
 import pytest
 from state_programs import run
 
 EACH = 25
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collected_again():
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("part", range(20))
