@@ -278,8 +278,8 @@ def _statistics(x, dims):
 
 def _normalised(layer, x, cover):
     batch_norm, mode = isinstance(layer, _BatchNorm), cover.mode
-    if layer in cover.frozen:
-        mode = "eval"
+    if layer in cover.frozen and not (mode == "sync" and layer.running_mean is None):
+        mode = "eval"  # without running statistics it uses the batch's then too
     elif not batch_norm and layer.running_mean is None:
         mode = "no_running_stats"
     elif not batch_norm and mode == "group_norm":
@@ -424,6 +424,8 @@ class Owned:
                     "track_running_stats"
                 ):
                     yield f"{name}.track_running_stats is {a.track_running_stats}"
+            if settled and type(a) is not type(b):
+                yield f"{name} is a {type(a)}"
             keys = set(vars(a)) ^ set(vars(b))
             if settled and keys:
                 yield f"{name} has or lacks the attributes {sorted(keys)}"
@@ -892,7 +894,10 @@ class Program:
                 for key, t in m._buffers.items()
                 if t is not None
             }
-        found = self.guarded(forward, expected)
+        try:
+            found = self.guarded(forward, expected)
+        finally:
+            self.assigned_by_forward(one)
         if found is None:
             wanted = None
         else:
@@ -909,8 +914,6 @@ class Program:
                     raise Mismatch(f"{place} was replaced by a forward")
                 if tensor._version != version or not torch.equal(tensor, value):
                     raise Mismatch(f"{place} was written by a forward")
-        else:
-            self.assigned_by_forward(one)
         if found is not None and check and not self.unclear(one):
             if not same(found, wanted):
                 off = (found - wanted).abs().max() / wanted.abs().max()
