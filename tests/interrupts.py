@@ -341,7 +341,7 @@ class Interrupted:
         self.tried = 0
 
     def start(self):
-        known = self.known
+        known, kind = self.known, ""
         try:
             sys.settrace(self.trace)
             self.run(known.model, known.x, known.y)
@@ -351,18 +351,17 @@ class Interrupted:
             if self.child is None:
                 raise
             kind = type(error).__name__
-            error.__traceback__ = None
-            del error
-            said = known.wrong() if kind == "KeyboardInterrupt" else f"became {kind}"
-            self.finish(said)
-        if self.child is not None:  # somebody took it for his own
-            self.finish(known.wrong() and "swallowed, and " + known.wrong())
-        wrong = known.wrong()
-        if wrong:
-            raise AssertionError(f"without an interrupt: {wrong}")
-        return self
-
-    def finish(self, said):
+        # The exception is gone only now, and with it what its frames held.
+        if self.child is None:
+            wrong = known.wrong()
+            if wrong:
+                raise AssertionError(f"without an interrupt: {wrong}")
+            return self
+        said = known.wrong()
+        if not kind and said:  # somebody took it for his own
+            said = f"swallowed; {said}"
+        elif kind not in ("", "KeyboardInterrupt"):
+            said = f"became {kind}; {said}"
         os.write(self.child, said.encode()[:4000])
         os._exit(0)
 

@@ -234,7 +234,8 @@ def test_a_thread_that_ends_inside_a_block(mode):
         want = vmap(model)(x)
 
     def work():
-        vmap_safe(model, **options_of(mode)).__enter__()
+        block = vmap_safe(model, **options_of(mode))
+        block.__enter__()
         vmap(model)(x)
 
     in_a_thread(work)
@@ -501,7 +502,7 @@ def test_forks_while_other_threads_enter_and_leave():
     def child():
         with vmap_safe(model), vmap_safe(*others, mode="sync"):
             model(x)
-        per_sample_grads(others[0], F.cross_entropy, x, y)
+        per_sample_grads(model, F.cross_entropy, x, y)
 
     def forks():
         try:
@@ -540,8 +541,10 @@ def test_fork_inside_a_block():
 
 
 @pytest.mark.parametrize("same", [False, True], ids=["another model", "the same"])
-def test_a_signal_handler_that_opens_a_block(same):
-    """At whatever line of an entry or an exit it comes."""
+@pytest.mark.parametrize("computes", ["neither", "inside", "handler"])
+def test_a_signal_handler_that_opens_a_block(same, computes):
+    """At whatever line of an entry, a forward or an exit it comes. (A handler that
+    itself computes in the middle of a vmap is nothing that torch can do.)"""
 
     def child():
         model = small(layers=3)
@@ -554,16 +557,16 @@ def test_a_signal_handler_that_opens_a_block(same):
 
         def handler(number, frame):
             with vmap_safe(other, mode="sync"):
-                other(x[0])
+                if computes == "handler":
+                    other(x[0])
             handled.append(1)
 
         signal.signal(signal.SIGVTALRM, handler)
         signal.setitimer(signal.ITIMER_VIRTUAL, 1e-3, 1.1e-3)
-        for _ in for_seconds(2):
+        for _ in for_seconds(1):
             with vmap_safe(model):
-                pass
-            with vmap_safe(model):
-                assert torch.equal(vmap(model)(x), want)
+                if computes == "inside":
+                    assert torch.equal(vmap(model)(x), want)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         assert len(handled) > 20
         assert (flags(model), flags(other)) == before
