@@ -127,8 +127,8 @@ def stop_listening() -> None:
 
 
 def _made(node: Any) -> None:
-    blocks = tuple([block for block in _here.blocks() if block.alive])
-    if blocks and not node._forward_cls.__module__.startswith("vmapsafe."):
+    if _here.blocks() and not node._forward_cls.__module__.startswith("vmapsafe."):
+        blocks = tuple([block for block in _here.in_force() if block.alive])
         node.apply = _Apply(node, blocks)
 
 
@@ -184,7 +184,7 @@ def hooked(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
     blocks of now; those of other calls as they are."""
     if func not in _REGISTER or len(args) != 2:
         return args
-    hook, blocks = args[1], _here.blocks()
+    hook, blocks = args[1], _here.in_force()
 
     def run(tensor: Tensor) -> Any:
         with in_blocks(blocks):

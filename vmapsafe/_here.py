@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
+
 
 class Open(Protocol):
     """A block in force, as much as is asked of it here."""
 
     fast: bool
+    since: int  # the number of the first node of autograd made in it
 
     @property
     def alive(self) -> bool:
@@ -27,6 +30,7 @@ class Open(Protocol):
 
 class _Here(threading.local):
     blocks: tuple[Any, ...] = ()
+    settled = False  # whether backward runs what was made in them
 
 
 _here = _Here()
@@ -40,6 +44,26 @@ lock = threading.RLock()
 def blocks() -> tuple[Any, ...]:
     """The blocks of this thread, the innermost last; some may be dead."""
     return _here.blocks
+
+
+def in_force() -> tuple[Any, ...]:
+    """Those that hold for what is running: what backward runs of a graph that was made
+    before a block runs outside it."""
+    found = _here.blocks
+    if not found or _here.settled:
+        return found
+    node = torch._C._current_autograd_node()  # None but in backward (torch 2.13)
+    if node is None:
+        return found
+    number = node._sequence_nr()
+    return tuple([block for block in found if block.since <= number])
+
+
+def next_node() -> int:
+    """The number of the first node made from now on, or of the one that runs."""
+    following: int = torch._C._autograd._get_sequence_nr()
+    node = torch._C._current_autograd_node()
+    return following if node is None else min(following, node._sequence_nr())
 
 
 def set_blocks(found: tuple[Any, ...]) -> None:
@@ -60,12 +84,13 @@ def set_everywhere(found: tuple[Any, ...]) -> None:
 
 @contextmanager
 def instead(found: tuple[Any, ...]) -> Iterator[None]:
-    """The blocks of this thread are others."""
-    before, _here.blocks = _here.blocks, found
+    """The blocks of this thread are others, in backward too."""
+    before = _here.blocks, _here.settled
     try:
+        _here.blocks, _here.settled = found, True
         yield
     finally:
-        _here.blocks = before
+        _here.blocks, _here.settled = before
 
 
 def _forked() -> None:

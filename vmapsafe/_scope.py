@@ -206,6 +206,7 @@ class Scope(TorchFunctionMode):
         self._below: dict[nn.Module, list[nn.Module]] = {}
         if not _compiling():
             self.thread = threading.current_thread()
+            self.since = _here.next_node()
             self._looked_at = WeakTensorKeyDictionary()
             self.belongs_to(block)
 
@@ -238,10 +239,13 @@ class Scope(TorchFunctionMode):
         if not _compiling():
             if not self.alive:
                 return func(*args, **kwargs)
+            blocks = _here.in_force()
             hooks = foreign_hooks()
             if hooks is not None:
-                with unpacking_in(_here.blocks(), hooks):
+                with unpacking_in(blocks, hooks):
                     return self._call(func, types, args, kwargs)
+            if self not in blocks:
+                return func(*args, **kwargs)
         return self._call(func, types, args, kwargs)
 
     def _call(
@@ -543,7 +547,7 @@ def opened(roots: Sequence[nn.Module], options: Options, block: object) -> Scope
 
 def innermost() -> Scope | None:
     """The block opened last in this thread and still open."""
-    for block in reversed(_here.blocks()):
+    for block in reversed(_here.in_force()):
         if block.alive:
             found: Scope = block
             return found

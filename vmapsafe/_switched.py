@@ -157,7 +157,7 @@ class Switched(nn.Module):
 def _shown(name: str) -> property:
     @run_while_compiling
     def get(self: nn.Module) -> Any:
-        for block in reversed(_here.blocks()):
+        for block in reversed(_here.in_force()):
             layer = block.layers.get(self)
             if layer is not None and block.alive:
                 shown = getattr(layer.shown, name)
@@ -242,7 +242,7 @@ def _refuse_update_bn(layer: nn.Module) -> None:
 
 def covering(module: nn.Module) -> Any:
     """The innermost open block of this thread that covers the module, or None."""
-    for block in reversed(_here.blocks()):
+    for block in reversed(_here.in_force()):
         if module in block.covers and block.alive:
             return block
     return None
@@ -251,7 +251,7 @@ def covering(module: nn.Module) -> Any:
 @constant_while_compiling
 def _in_a_block() -> bool:
     """torch.compile guards the modes that are in force, and so this."""
-    return any([block.alive for block in _here.blocks()])
+    return any([block.alive for block in _here.in_force()])
 
 
 # -- Buffers that a forward assigns ----------------------------------------------------
@@ -273,7 +273,7 @@ _stored: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictio
 
 
 def _stored_by(kind: type) -> frozenset[str]:
-    """The attributes that the methods of a class store, but for ``__init__``."""
+    """The names of attributes that methods of a class store, but for ``__init__``."""
     found = _stored.get(kind)
     if found is None:
         names: set[str] = set()
