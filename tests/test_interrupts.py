@@ -8,6 +8,8 @@ tests/interrupts.py`` tries each line, and more random times.
 import pytest
 from interrupts import SCENARIOS, Interrupted, at_random_times
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_interrupted_at_a_line(name):

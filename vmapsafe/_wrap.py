@@ -276,7 +276,7 @@ def _leave(scope: Scope, error: BaseException | None) -> None:
         finally:
             if not found:  # interrupted
                 scope.close()
-    if found != "top":
+    if found != "top" and error is None:  # else an interrupt, and that is the news
         raise BlockError(
             worded(
                 str(scope),
