@@ -91,11 +91,13 @@ def vmap_safe(
     ==================  ==========================================  ===================
 
     Where a model is in training mode, a layer its owner has put in eval mode before
-    stays in eval. A ``model.train()`` inside the block does not change what its layers
-    compute. Dropout and everything else keep the mode they have.
+    stays in eval. A ``model.train()`` or ``model.eval()`` inside the block does not
+    change what its layers compute; it is how the model leaves the block. Dropout and
+    everything else keep the mode they have.
 
-    The rules hold in the thread that opened the block and do not cross ``await``; the
-    flags of the layers belong to all threads. Backward may run after the block.
+    The block holds in the thread that opened it, where its layers show the flags the
+    mode wants, and does not cross ``await``. Other threads see the model as its owner
+    left it. Backward may run after the block, unless it runs a forward again.
 
     Args:
         *models: modules, or nothing for a decorator that looks at the arguments.
@@ -115,8 +117,10 @@ def vmap_safe(
             ``running_var``, and others normalise as they do in training mode.
         fast: whether faster batching rules of some operators stand in the place of
             torch's own, in all threads while the block is open. They give the same
-            numbers up to rounding. False leaves all to torch, in blocks around this
-            one and in other threads too.
+            numbers up to rounding. False leaves speed to torch, in blocks around this
+            one and in other threads too; rules that put torch's own wrong numbers
+            right stay (batches of one, second derivatives of normalisation layers,
+            layouts that vmap cannot query).
 
     Returns:
         A block for ``with`` (``as`` gives the model, or a tuple of them) that is also
@@ -127,10 +131,17 @@ def vmap_safe(
             seen a batch.
         TypeError: something that is not a module, or that cannot be switched; on use,
             no model in a ``with`` or among the arguments.
-        BlockError: another thread holds the model with other options.
+        BlockError: another thread holds the model with other options; after the block,
+            backward is to run a forward of it again.
 
-    It does not copy the model: a copy made inside carries the flags it finds. It does
-    not make clipped per-sample gradients differentially private by itself.
+    Warns:
+        NeverUpdatedWarning: "eval" reads running statistics that no batch has updated.
+        LeftOutWarning: the forward of a hand-made layer writes a buffer, which does not
+            happen inside.
+
+    It does not copy the model, and does not cover a copy that is made inside, which has
+    its owner's flags. It does not make clipped per-sample gradients differentially
+    private by itself.
     """
     options = checked(
         Options(
