@@ -369,6 +369,20 @@ def test_models_side_by_side():
         torch.testing.assert_close(vmap(teacher)(X), b)
 
 
+@pytest.mark.parametrize("mode", ["sync", "group_norm"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_layer_without_statistics_inside_another_models_block(affine, mode):
+    """The block that covers it decides, not the innermost one."""
+    layer = nn.BatchNorm2d(4, affine=affine, track_running_stats=False)
+    model, other, x = nn.Sequential(layer), small(), torch.randn(3, 2, 4, 5, 5)
+    with vmap_safe(model, mode=mode, num_groups=2):
+        expected = vmap(model)(x)
+        with vmap_safe(other):
+            actual = vmap(model)(x)
+    assert torch.equal(actual, expected)
+    assert not torch.equal(actual, torch.stack([model(one) for one in x]))
+
+
 def test_blocks_closed_in_the_wrong_order():
     """An error, and both models are as they were when both are closed."""
     a, b = small(), small()

@@ -116,14 +116,11 @@ class Refusing(TorchFunctionMode):
 
 
 def listen() -> None:
-    """A block opens: nodes note from now on in which blocks they are made."""
-    BackwardCFunction.__init__ = _made  # type: ignore[method-assign, assignment]
-
-
-def stop_listening() -> None:
-    """No block is open."""
-    if "__init__" in vars(BackwardCFunction):
-        del BackwardCFunction.__init__
+    """A block opens: nodes note from now on in which blocks of their thread they are
+    made. It stays so: taking it back would cost each block 0.2 ms, a node costs 0.3 us.
+    """
+    if vars(BackwardCFunction).get("__init__") is not _made:
+        BackwardCFunction.__init__ = _made  # type: ignore[method-assign, assignment]
 
 
 def _made(node: Any) -> None:
@@ -149,9 +146,12 @@ class _Apply:
 # -- Saved tensors --------------------------------------------------------------------
 
 
+top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 def foreign_hooks() -> Hooks | None:
     """The hooks for saved tensors in force, if there are any that are not ours."""
-    hooks: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks: Hooks | None = top_hooks(True)
     if hooks is None or isinstance(hooks[1], _Unpack):
         return None
     autograd: Any = torch._C._autograd
@@ -176,13 +176,13 @@ class _Unpack:
 
 # -- Hooks, and operators that call functions ------------------------------------------
 
-_REGISTER = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+HOOKING = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
 
 
-def hooked(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+def hooked(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of a call that hooks something to a tensor, so that it runs in the
-    blocks of now; those of other calls as they are."""
-    if func not in _REGISTER or len(args) != 2:
+    blocks of now."""
+    if len(args) != 2:
         return args
     hook, blocks = args[1], _here.in_force()
 

@@ -34,6 +34,7 @@ class _Here(threading.local):
 
 
 _here = _Here()
+_running_node = torch._C._current_autograd_node  # read in torch 2.13
 _everywhere: tuple[Any, ...] = ()
 
 # For what must not happen in two threads at once; the same thread may meet it again, in
@@ -52,7 +53,7 @@ def in_force() -> tuple[Any, ...]:
     found = _here.blocks
     if not found or _here.settled:
         return found
-    node = torch._C._current_autograd_node()  # None but in backward (torch 2.13)
+    node = _running_node()  # None but in backward
     if node is None:
         return found
     number = node._sequence_nr()
@@ -62,7 +63,7 @@ def in_force() -> tuple[Any, ...]:
 def next_node() -> int:
     """The number of the first node made from now on, or of the one that runs."""
     following: int = torch._C._autograd._get_sequence_nr()
-    node = torch._C._current_autograd_node()
+    node = _running_node()
     return following if node is None else min(following, node._sequence_nr())
 
 

@@ -26,11 +26,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vmapsafe import _here
 from vmapsafe._again import (
+    HOOKING,
     Passed,
     foreign_hooks,
     hooked,
     listen,
-    stop_listening,
+    top_hooks,
     unpacking_in,
 )
 from vmapsafe._call import (
@@ -236,16 +237,16 @@ class Scope(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if not _compiling():
-            if not self.alive:
-                return func(*args, **kwargs)
-            blocks = _here.in_force()
-            hooks = foreign_hooks()
-            if hooks is not None:
-                with unpacking_in(blocks, hooks):
-                    return self._call(func, types, args, kwargs)
-            if self not in blocks:
-                return func(*args, **kwargs)
+        if _compiling():
+            return self._call(func, types, args, kwargs)
+        if not self.alive:
+            return func(*args, **kwargs)
+        blocks = _here.in_force()
+        if top_hooks(True) is not None and (hooks := foreign_hooks()):
+            with unpacking_in(blocks, hooks):
+                return self._call(func, types, args, kwargs)
+        if self not in blocks:  # backward of a graph from before the block
+            return func(*args, **kwargs)
         return self._call(func, types, args, kwargs)
 
     def _call(
@@ -263,7 +264,8 @@ class Scope(TorchFunctionMode):
                     func = Passed(func)
                 if isinstance(func, Passed):
                     func.inside.insert(0, self)
-                args = hooked(func, args)
+                elif func in HOOKING:
+                    args = hooked(args)
             return func(*args, **kwargs)
         if rules is not None:
             bound = bind(func, args, kwargs)
@@ -271,6 +273,8 @@ class Scope(TorchFunctionMode):
             if func in _OF_LAYERS:
                 module = self._caller(func, bound)
                 if module is None:
+                    if self._is_anothers(func, bound):
+                        return func(*args, **kwargs)
                     self._look_for_copies(bound)
             if module is None or self._owns(module):
                 call = Call(func, bound, Place(self, module))
@@ -329,6 +333,13 @@ class Scope(TorchFunctionMode):
                 if not any([getattr(layer, n, None) is not None for n in names]):
                     return layer
         return None
+
+    def _is_anothers(self, func: Callable[..., Any], bound: Mapping[str, Any]) -> bool:
+        """Whether a block around this one covers the layer that calls."""
+        if _compiling():
+            return True  # nobody knows
+        others = [b for b in _here.in_force() if b is not self and b.alive]
+        return any([other._caller(func, bound) is not None for other in others])
 
     def _look_for_copies(self, bound: Mapping[str, Any]) -> None:
         """Say once that a copy of a covered layer, made inside the block, is not
@@ -483,8 +494,6 @@ class Scope(TorchFunctionMode):
                 _here.set_everywhere(left)
                 mine = [b for b in reversed(_here.blocks()) if b.alive]
                 put_back(self.models, [*mine, *[b for b in reversed(left) if b.alive]])
-                if not left:
-                    stop_listening()
             self.closed = True
         finally:
             self.closing = False

@@ -154,13 +154,13 @@ class Switched(nn.Module):
 # -- Flags -----------------------------------------------------------------------------
 
 
-def _shown(name: str) -> property:
+def _shown(index: int, name: str) -> property:
     @run_while_compiling
     def get(self: nn.Module) -> Any:
         for block in reversed(_here.in_force()):
             layer = block.layers.get(self)
             if layer is not None and block.alive:
-                shown = getattr(layer.shown, name)
+                shown = layer.shown[index]
                 if shown is not None:
                     return shown
                 break
@@ -179,8 +179,8 @@ def _shown(name: str) -> property:
 class Layer(Switched):
     """A normalisation layer."""
 
-    training = _shown("training")
-    track_running_stats = _shown("track_running_stats")
+    training = _shown(0, "training")
+    track_running_stats = _shown(1, "track_running_stats")
 
     # These look at the flags, and are the owner's to call.
 
