@@ -256,6 +256,8 @@ class Scope(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        if func in _UNDER:
+            func, args, kwargs = self._as_of_a_layer(func, args, kwargs)
         rules = self.table.get(func)
         out = kwargs.get("out")
         if rules is None and out is None:
@@ -289,6 +291,18 @@ class Scope(TorchFunctionMode):
         return func(*args, **kwargs)
 
     # -- Who calls ---------------------------------------------------------------------
+
+    def _as_of_a_layer(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """What torch's layers call by another name, as they call it, where a layer of
+        the block makes the call."""
+        function, names = _UNDER[func]
+        bound = {**dict(zip(names, args)), **kwargs}
+        if self._caller(function, bound) is None:
+            return func, args, kwargs
+        bound.pop(names[-1])
+        return function, (), bound
 
     def _caller(
         self, func: Callable[..., Any], bound: Mapping[str, Any]
@@ -440,6 +454,8 @@ class Scope(TorchFunctionMode):
     ) -> str | None:
         """After the block: the layer or buffer to which this call would do something
         else than in it."""
+        if func in _UNDER:
+            func, args, kwargs = self._as_of_a_layer(func, args, kwargs)
         if func in _OF_LAYERS:
             bound = bind(func, args, kwargs)
             module = self._caller(func, bound)
@@ -521,6 +537,13 @@ class Scope(TorchFunctionMode):
 
 # The calls of normalisation layers.
 _OF_LAYERS = (F.batch_norm, F.instance_norm)
+# What is under them, with the names of its arguments.
+_FIRST = ("input", "weight", "bias", "running_mean", "running_var")
+_LAST = ("momentum", "eps", "cudnn_enabled")
+_UNDER: dict[Callable[..., Any], tuple[Callable[..., Any], tuple[str, ...]]] = {
+    torch.batch_norm: (F.batch_norm, (*_FIRST, "training", *_LAST)),
+    torch.instance_norm: (F.instance_norm, (*_FIRST, "use_input_stats", *_LAST)),
+}
 _warned: weakref.WeakSet[type] = weakref.WeakSet()
 
 

@@ -191,8 +191,9 @@ def _look_at(root: nn.Module, mode: str, also: tuple[type, ...]) -> Model:
         if named or (module._buffers and is_normalisation(module)):
             flags = owners_flags(module)
             frozen = can_freeze and not flags.training
-            if mode == "sync" and not has_running_stats(module):
-                frozen = False  # it uses the batch's in eval mode too
+            if mode == "sync" and isinstance(module, _BatchNorm):
+                if not has_running_stats(module):
+                    frozen = False  # it uses the batch's in eval mode too
             if named and mode != "eval" and not frozen:
                 raise ValueError(
                     worded(
