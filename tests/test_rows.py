@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmapsafe import (
+    _formulas,
     clipped_grad_sum,
     per_sample_grad_norms,
     per_sample_grads,
@@ -419,6 +420,109 @@ def test_empty_dimensions(name):
     check_all(model, lambda o: o.sum(), x, want=want)
 
 
+# -- Options and inputs that layers seldom get -----------------------------------------
+
+
+class Words(nn.Module):
+    """Some vectors of it never change."""
+
+    def __init__(self, padding_idx):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(9, 2).double())
+        self.padding_idx = padding_idx
+
+    def forward(self, x):
+        return F.embedding(x, self.weight, self.padding_idx).sin()
+
+
+@pytest.mark.parametrize("padding_idx", [0, 1, 7, 8, -1, -4])
+@pytest.mark.parametrize("words", [3, 40])
+def test_a_word_without_a_gradient(padding_idx, words):
+    """Its number may be larger than the width of the vectors, or count from the end."""
+    model = Words(padding_idx)
+    x = torch.randint(9, (3, words))
+    x[:, 0] = padding_idx % 9
+    check_all(model, lambda output: output.sum(), x)
+
+
+@pytest.mark.parametrize("kernel", [2, 3, 4])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_the_same_number_of_positions(kernel, dilation):
+    model = nn.Conv1d(2, 3, kernel, padding="same", dilation=dilation).double()
+    check_all(model, lambda output: output.sin().sum(), torch.randn(3, 2, 9).double())
+
+
+class OfAGrid(nn.Module):
+    """A layer that sees the same for all samples."""
+
+    def __init__(self, layer, grid):
+        super().__init__()
+        self.layer, self.grid = layer.eval(), grid
+
+    def forward(self, x):
+        return (x.sum(1, keepdim=True) * self.layer(self.grid).reshape(1, -1)).sin()
+
+
+OF_A_GRID = {
+    "linear": (lambda: nn.Linear(4, 3), (2, 4)),
+    "convolution": (lambda: nn.Conv2d(4, 3, 2), (2, 4, 3, 3)),
+    "embedding": (lambda: nn.Embedding(5, 3), None),
+    "batch norm": (lambda: nn.BatchNorm2d(4), (2, 4, 3, 3)),
+    "batch norm of one": (lambda: nn.BatchNorm2d(4), (1, 4, 3, 3)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), (2, 4, 3)),
+    "layer norm": (lambda: nn.LayerNorm(4), (2, 4)),
+    "instance norm": (lambda: nn.InstanceNorm2d(4, affine=True), (2, 4, 3, 3)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::vmapsafe.NeverUpdatedWarning")
+@pytest.mark.parametrize("name", OF_A_GRID)
+def test_a_layer_of_what_no_sample_has(name):
+    make, shape = OF_A_GRID[name]
+    torch.manual_seed(2)
+    grid = torch.randn(shape).double() if shape else torch.randint(5, (2, 4))
+    model = OfAGrid(make().double(), grid)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(3, 4).double()
+    check_all(model, lambda output: output.sum(), x)
+
+
+class ByItsOwn(nn.Module):
+    """A layer of somebody's own that hands a sample's statistics to batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3).double() + 1)
+        self.bias = nn.Parameter(torch.randn(3).double())
+
+    def forward(self, x):
+        mean, var = x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3))
+        return self.normed(x, mean, var).permute(0, 2, 3, 1).flatten(1).sin()
+
+    def normed(self, x, mean, var):
+        return F.batch_norm(x, mean, var, self.weight, self.bias)
+
+
+class WrittenOut(ByItsOwn):
+    def normed(self, x, mean, var):
+        weight, bias, mean, var = (
+            p.view(3, 1, 1) for p in (self.weight, self.bias, mean, var)
+        )
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+
+def test_batch_norm_by_statistics_that_are_handed_over():
+    model, written = ByItsOwn(), WrittenOut()
+    written.load_state_dict(model.state_dict())
+    w = torch.randn(3, 48).double()
+    images = torch.randn(3, 3, 4, 4).double()
+    for x in (images, images.contiguous(memory_format=torch.channels_last)):
+        want = by_loop(written, lambda o, w: (o * w).sum(), x, w)
+        check_all(model, lambda o, w: (o * w).sum(), x, w, want=want)
+
+
 # -- Very small and very large --------------------------------------------------------
 
 
@@ -480,6 +584,14 @@ def test_norms_over_the_range_of_numbers(exponent, dtype):
         torch.testing.assert_close(
             total[n].double() / largest, wanted, rtol=rtol, atol=rtol
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [-22, 0, 19])
+def test_norms_where_numbers_are_not_read(exponent, dtype, monkeypatch):
+    """As on a device that would have to be waited for."""
+    monkeypatch.setattr(_formulas, "_can_look", lambda x: False)
+    test_norms_over_the_range_of_numbers(exponent, dtype)
 
 
 def test_norms_of_rows_that_are_small_differences():
