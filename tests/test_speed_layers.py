@@ -375,6 +375,52 @@ def test_layer_norm_without_weights_or_in_two_dtypes(taken, every_size):
     assert not taken
 
 
+@pytest.mark.parametrize("own", [(), ("weight",), ("bias",), ("weight", "bias")])
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("again", [False, True])
+def test_layer_norm_of_members_that_share_a_part(own, axes, again, every_size):
+    """Members of an ensemble may have a bias each and one weight, or the other way."""
+    x = torch.randn(3, 2, 5, 4).double()
+    shape = x.shape[-axes:]
+    params = {
+        name: torch.randn(*([3] if name in own else []), *shape).double() + 2
+        for name in ("weight", "bias")
+    }
+
+    def loss(params, x):
+        y = F.layer_norm(x, shape, params["weight"], params["bias"])
+        return y.sin().square().sum()
+
+    def written(params, x):
+        dims = list(range(-axes, 0))
+        centred = x - x.mean(dims, keepdim=True)
+        y = centred / (centred.square().mean(dims, keepdim=True) + 1e-5).sqrt()
+        return (y * params["weight"] + params["bias"]).sin().square().sum()
+
+    def by_loop(x):
+        rows = [
+            grad(written, (0, 1))(
+                {n: p[i] if n in own else p for n, p in params.items()}, x[i]
+            )
+            for i in range(3)
+        ]
+        weights, biases = ([row[0][n] for row in rows] for n in ("weight", "bias"))
+        parts = weights, biases, [row[1] for row in rows]
+        return tuple([torch.stack(part) for part in parts])
+
+    def by_vmap(x):
+        in_dims = ({name: 0 if name in own else None for name in params}, 0)
+        rows, of_input = vmap(grad(loss, (0, 1)), in_dims)(params, x)
+        return rows["weight"], rows["bias"], of_input
+
+    def energy(function):
+        return grad(lambda x: sum([p.square().sum() for p in function(x)]))
+
+    with vmap_safe(nn.ReLU()):
+        actual = energy(by_vmap)(x) if again else by_vmap(x)
+    assert_same(actual, energy(by_loop)(x) if again else by_loop(x))
+
+
 def test_a_bias_for_each_row_is_left_to_torch(taken, every_size):
     """addmm adds matrices too, which do not fit the merged batch."""
     x, w, b = torch.randn(3, 2, 4), torch.randn(4, 5), torch.randn(2, 5)

@@ -323,6 +323,60 @@ def test_derivatives_of_rows():
     assert_same(actual, grad(plain_energy)(X))
 
 
+@pytest.mark.parametrize("around", [False, True])
+def test_rows_of_slices_that_are_vmapped_again(around):
+    """Between two levels that are merged a derivative is taken: row i is by the copy
+    of the parameters that group i of the slices has, whichever group the loss is of."""
+    net = small()
+    x = torch.randn(3, 4, 5, 2).double()
+    weights = torch.randn(3, 4, 5, 2).double()
+
+    def group_loss(params, x, w):
+        return (vmap(lambda x: functional_call(net, params, x))(x) * w).sin().sum()
+
+    def rows(x):
+        params = dict(net.named_parameters())
+        return vmap(grad(group_loss), (None, 0, 0))(params, x, weights)
+
+    copies = {
+        name: p.detach().expand(3, *p.shape).clone().requires_grad_()
+        for name, p in net.named_parameters()
+    }
+
+    def layer(h, name):
+        weight = copies[f"{name}.weight"].unsqueeze(1)
+        return torch.einsum(
+            "bnsi,bnoi->bnso", h, weight.expand(3, 4, *weight.shape[2:])
+        )
+
+    def bias(name):
+        return copies[f"{name}.bias"][:, None, None]
+
+    def written(x):
+        h = layer(x, "0") + bias("0")
+        centred = h - h.mean((0, 1, 2))
+        h = centred / (centred.square().mean((0, 1, 2)) + net[1].eps).sqrt()
+        h = (h * copies["1.weight"][:, None, None] + bias("1")).tanh()
+        out = layer(h, "3") + bias("3")
+        total = (out * weights).sin().sum()
+        found = torch.autograd.grad(total, list(copies.values()), create_graph=around)
+        return dict(zip(copies, found))
+
+    def energy(rows, x):
+        return sum([row.square().sum() for row in rows(x).values()])
+
+    with vmap_safe(net, mode="sync"):
+        if around:
+            actual = grad(lambda x: energy(rows, x))(x)
+        else:
+            actual = rows(x)
+    if around:
+        x = x.clone().requires_grad_()
+        assert_same(actual, torch.autograd.grad(energy(written, x), x)[0])
+    else:
+        assert_same(actual, written(x))
+
+
 def test_a_jacrev_around_a_call_that_is_not_vmapped():
     """A level that only a cotangent carries is never merged."""
     net = small()
