@@ -16,7 +16,7 @@ import random
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +38,9 @@ from vmapsafe._scope import Options
 from vmapsafe._state import (
     _refuse,
     has_running_stats,
+    is_hand_made_write,
     label_of,
+    refuse_named,
     unwrapped,
 )
 from vmapsafe._switched import Flags, owners_flags
@@ -51,7 +53,7 @@ from vmapsafe._trial import (
     left_alone,
     plain,
 )
-from vmapsafe._wrap import _never_updated
+from vmapsafe._wrap import _never_updated, check_also
 
 
 def check(
@@ -60,6 +62,7 @@ def check(
     mode: str | None = None,
     randomness: str = "error",
     num_groups: NumGroups = 32,
+    also: tuple[type[nn.Module], ...] = (),
 ) -> Report:
     """Report what is unsafe in a model under vmap, and what each mode makes of it.
 
@@ -102,6 +105,7 @@ def check(
         randomness: that you will pass to vmap; with "different" or "same" random
             layers are safe.
         num_groups: of :func:`vmap_safe`.
+        also: of :func:`vmap_safe`; where it would help, a finding names the class.
 
     Returns:
         A report: a sequence of findings with ``path``, ``module``, ``kind``,
@@ -111,7 +115,8 @@ def check(
     Raises:
         ValueError: an unknown mode or randomness, an example without tensors or of
             batches that disagree.
-        TypeError: ``model`` is not a module, ``num_groups`` not an int or a function.
+        TypeError: ``model`` is not a module, ``num_groups`` not an int or a function,
+            ``also`` not a tuple of classes.
 
     The model is run on a copy, under vmap and vmap(grad), two slices of one at most;
     it, its ``.grad`` and torch's and Python's random generators stay as they are. An
@@ -135,6 +140,7 @@ def check(
             'Choose one of "error", "different", "same".'
         )
     check_num_groups(num_groups)
+    check_also("check(...)", also)
     net = unwrapped(model)
     asked = _Asked(
         net=net,
@@ -142,6 +148,7 @@ def check(
         modes=MODES if mode is None else (mode,),
         randomness=randomness,
         num_groups=num_groups,
+        also=also,
     )
     inputs = _example(example)
     findings = list(_of_layers(asked))
@@ -167,6 +174,7 @@ class _Asked:
     modes: tuple[str, ...]
     randomness: str
     num_groups: NumGroups
+    also: tuple[type[nn.Module], ...]
 
     def finding(
         self,
@@ -231,12 +239,15 @@ def _of_layers(asked: _Asked) -> Iterator[Finding]:
     for path, module in asked.modules.items():
         if any(path.startswith(f"{outer}.") or not outer for outer in refused):
             continue  # the inside of what is refused says nothing new
-        finding = _refusal(asked, path, module)
+        frozen = _is_frozen(asked, module)
+        if isinstance(module, asked.also) and not frozen:
+            finding = _refusal(asked, path, lambda m: _refuse_named(asked, path, m))
+            yield from [finding] if finding is not None else []
+        finding = _refusal(asked, path, lambda m: _refuse(module, m, asked.net))
         if finding is not None:
             refused += [path] if not isinstance(module, LazyModuleMixin) else []
             yield finding
         elif isinstance(module, _BatchNorm):
-            frozen = flags[asked.net].training and not flags[module].training
             yield from _of_batch_norm(asked, path, module, flags[module], frozen)
         elif isinstance(module, _InstanceNorm):
             yield from _of_instance_norm(asked, path, module, flags[module])
@@ -244,20 +255,28 @@ def _of_layers(asked: _Asked) -> Iterator[Finding]:
             yield _random(asked, path, f"drops with probability {_chance(module):g}")
 
 
-def _refusal(asked: _Asked, path: str, module: nn.Module) -> Finding | None:
-    """What vmap_safe itself says of a module at entry."""
+def _refusal(asked: _Asked, path: str, refuse: Callable[[str], None]) -> Finding | None:
+    """What vmap_safe itself says of a module at entry, in a mode."""
     said = {}
     for mode in asked.modes:
         try:
-            _refuse(module, mode, asked.net)
+            refuse(mode)
         except (TypeError, ValueError) as error:
             said[mode] = str(error)
     if not said:
         return None
-    label = label_of(asked.net, module)
+    label = label_of(asked.net, asked.modules[path])
     found, _, do = next(iter(said.values())).partition(f"{label} ")[2].rpartition(". ")
     becomes = {m: "refused at entry" if m in said else "runs" for m in asked.modes}
     return asked.finding(path, "unsupported", found, becomes, do, said)
+
+
+def _is_frozen(asked: _Asked, module: nn.Module) -> bool:
+    return owners_flags(asked.net).training and not owners_flags(module).training
+
+
+def _refuse_named(asked: _Asked, path: str, mode: str) -> None:
+    refuse_named(label_of(asked.net, asked.modules[path]), mode, asked.net)
 
 
 def _of_batch_norm(
@@ -385,7 +404,7 @@ def _tried(asked: _Asked, inputs: Example, known: list[Finding]) -> _Trial:
         draws = bool(trial.plain.random) or any(f.kind == "random" for f in known)
         for mode in asked.modes:
             if all(f.safe[mode] for f in known if f.kind == "unsupported"):
-                options = Options(mode=mode, num_groups=asked.num_groups)
+                options = Options(mode, asked.num_groups, also=asked.also)
                 trial.in_mode[mode] = _in_mode(asked, model, inputs, options, draws)
     if trial.plain.failures and not all(o.failures for o in trial.in_mode.values()):
         (failure,) = trial.plain.failures
@@ -435,18 +454,19 @@ def _of_trial(asked: _Asked, trial: _Trial, known: list[Finding]) -> Iterator[Fi
     for path in _paths(outcome.written for outcome in everywhere):
         past = {mode: path for mode, o in outcomes.items() if path in o.written}
         if past or path not in layers:
-            names = _united(outcome.written.get(path, []) for outcome in everywhere)
+            written = [outcome.written.get(path, []) for outcome in everywhere]
+            names = list(dict.fromkeys([name for some in written for name in some]))
             yield _of_writes(asked, path, names, past)
 
     yield from _of_failures(asked, trial)
 
     for path in _paths(outcome.fallbacks for outcome in outcomes.values()):
         met = {mode for mode, o in outcomes.items() if path in o.fallbacks}
-        names = _united(o.fallbacks.get(path, []) for o in outcomes.values())
+        operators = _united(o.fallbacks.get(path, []) for o in outcomes.values())
         yield asked.finding(
             path,
             "slow fallback",
-            f"no batching rule for {names}",
+            f"no batching rule for {operators}",
             {
                 m: "right, but runs slice by slice" if m in met else "runs"
                 for m in asked.modes
@@ -456,24 +476,40 @@ def _of_trial(asked: _Asked, trial: _Trial, known: list[Finding]) -> Iterator[Fi
 
 
 def _of_writes(
-    asked: _Asked, path: str, names: str, past: Mapping[str, object]
+    asked: _Asked, path: str, names: list[str], past: Mapping[str, object]
 ) -> Finding:
+    module, listed = asked.modules[path], ", ".join(names)
+    named = isinstance(module, asked.also) and not _is_frozen(asked, module)
+    proposed = (
+        not (named or has_running_stats(module))
+        and "eval" in asked.modes
+        and any([is_hand_made_write(module, name) for name in names])
+    )
     becomes = dict.fromkeys(
         asked.modes, "not written; what reads it sees the old value"
     )
-    becomes |= dict.fromkeys(past, "written all the same")
-    if "eval" not in past and has_running_stats(asked.modules[path]):
+    if proposed:
+        becomes["eval"] = "stays in training mode; its write is left out"
+    if named:
+        becomes = dict.fromkeys(asked.modes, "refused at entry")
+    if named or has_running_stats(module):
         becomes["eval"] = "in eval mode; nothing is written"
+    becomes |= dict.fromkeys(past, "written all the same")
     if past:
-        detail = f"writes {names} in its forward, in a way no block catches (.data = ?)"
+        detail = f"writes {listed} in its forward, in a way no block catches: {_PAST}"
         advice = "Write to a buffer, by an in-place method of it or as self.name = ...,"
         advice += " and to no parameter."
     else:
         detail = (
-            f"writes {names} in its forward, which torch refuses under vmap and grad"
+            f"writes {listed} in its forward, which torch refuses under vmap and grad"
         )
         advice = _USE
+    if proposed:
+        advice += f" To have it in eval mode: also=({type(module).__name__},)."
     return asked.finding(path, "writes buffers", detail, becomes, advice, past)
+
+
+_PAST = "by .data =, a numpy view or an operator of C++"
 
 
 # How the rules word an error of their own: who, what was found, what to do.

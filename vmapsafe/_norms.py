@@ -36,6 +36,7 @@ def per_sample_grad_norms(
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
+    also: tuple[type[nn.Module], ...] = (),
     fast: bool = True,
 ) -> Any:
     """The Euclidean norm of every row of :func:`per_sample_grads`.
@@ -74,6 +75,7 @@ def per_sample_grad_norms(
         num_groups: as there.
         update_running_stats: as there.
         sync_levels: as there.
+        also: as there.
         fast: as there; the norms themselves have one form.
 
     Returns:
@@ -96,7 +98,13 @@ def per_sample_grad_norms(
 
     def compute() -> Any:
         options = Options(
-            mode, num_groups, update_running_stats, sync_levels, rows, fast
+            mode,
+            num_groups,
+            update_running_stats,
+            sync_levels,
+            rows,
+            fast,
+            also=also,
         )
         check_chunk_size(_NORMS, chunk_size, mode)
         samples = Samples.of(
@@ -138,6 +146,7 @@ def clipped_grad_sum(
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
+    also: tuple[type[nn.Module], ...] = (),
     fast: bool = True,
 ) -> Any:
     r"""The sum of the rows of :func:`per_sample_grads`, each clipped to a norm.
@@ -179,6 +188,7 @@ def clipped_grad_sum(
         num_groups: as there.
         update_running_stats: as there.
         sync_levels: as there.
+        also: as there.
         fast: as there.
 
     Returns:
@@ -204,7 +214,13 @@ def clipped_grad_sum(
     def compute() -> Any:
         _check_clipping(max_grad_norm)
         options = Options(
-            mode, num_groups, update_running_stats, sync_levels, rows, fast
+            mode,
+            num_groups,
+            update_running_stats,
+            sync_levels,
+            rows,
+            fast,
+            also=also,
         )
         check_chunk_size(_CLIPPED, chunk_size, mode)
         samples = Samples.of(

@@ -33,6 +33,7 @@ def per_sample_grads(
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
+    also: tuple[type[nn.Module], ...] = (),
     fast: bool = True,
 ) -> Any:
     r"""Every sample's gradient of the loss with respect to the model's parameters.
@@ -79,6 +80,7 @@ def per_sample_grads(
         num_groups: of :func:`vmap_safe`.
         update_running_stats: of :func:`vmap_safe`.
         sync_levels: of :func:`vmap_safe`.
+        also: of :func:`vmap_safe`.
         fast: of :func:`vmap_safe`; False for ``vmap(grad)`` and nothing else.
 
     Returns:
@@ -126,7 +128,9 @@ def per_sample_grads(
     their norms), and clipping them is not differentially private by itself. It writes
     nothing on the model, ``.grad`` included.
     """
-    options = Options(mode, num_groups, update_running_stats, sync_levels, rows, fast)
+    options = Options(
+        mode, num_groups, update_running_stats, sync_levels, rows, fast, also=also
+    )
     check_chunk_size(_CALLED, chunk_size, mode)
     samples = Samples.of(
         _CALLED, model, loss_fn, batch, params, options, randomness, has_aux

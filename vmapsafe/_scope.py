@@ -47,8 +47,15 @@ from vmapsafe._errors import BlockError, LeftOutWarning, warn_user, worded
 from vmapsafe._groups import NumGroups
 from vmapsafe._operators import install
 from vmapsafe._rule import Table, bind, table
-from vmapsafe._state import Layer, Model, find, put_back, switch
-from vmapsafe._switched import covering, of_torch, own_class
+from vmapsafe._state import (
+    Layer,
+    Model,
+    find,
+    is_hand_made_write,
+    put_back,
+    switch,
+)
+from vmapsafe._switched import covering, own_class
 
 _compiling = torch.compiler.is_compiling
 
@@ -204,6 +211,7 @@ class Scope(TorchFunctionMode):
         self.in_order = list(self.layers)
         self.next = 0
         self.copied = False  # whether a layer was, inside
+        self.warns = True  # of writes that are left out
         self._below: dict[nn.Module, list[nn.Module]] = {}
         if not _compiling():
             self.thread = threading.current_thread()
@@ -426,14 +434,8 @@ class Scope(TorchFunctionMode):
         """Say once a class that a write of a hand-made layer did not happen."""
         if _compiling():
             return
-        kind, buffer = own_class(module), module._buffers.get(name)
-        if (
-            of_torch(kind)
-            or buffer is None
-            or not buffer.is_floating_point()
-            or not module.training
-            or kind in _warned
-        ):
+        kind = own_class(module)
+        if not self.warns or kind in _warned or not is_hand_made_write(module, name):
             return
         _warned.add(kind)
         model = self.covers[module]

@@ -51,6 +51,7 @@ def per_sample_sketch(
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
+    also: tuple[type[nn.Module], ...] = (),
     fast: bool = True,
 ) -> Any:
     r"""A random projection of every row of :func:`per_sample_grads` to k numbers.
@@ -90,6 +91,7 @@ def per_sample_sketch(
         num_groups: as there.
         update_running_stats: as there.
         sync_levels: as there.
+        also: as there.
         fast: as there; a sketch has one form.
 
     Returns:
@@ -127,7 +129,13 @@ def per_sample_sketch(
     def compute() -> Any:
         _check_matrix(k, kind, seed)
         options = Options(
-            mode, num_groups, update_running_stats, sync_levels, rows, fast
+            mode,
+            num_groups,
+            update_running_stats,
+            sync_levels,
+            rows,
+            fast,
+            also=also,
         )
         check_chunk_size(_CALLED, chunk_size, mode)
         samples = Samples.of(

@@ -34,6 +34,8 @@ from vmapsafe._switched import (
     PutsBack,
     kept_buffers,
     may_assign,
+    of_torch,
+    own_class,
     owners_flags,
     put_buffers_back,
 )
@@ -128,6 +130,21 @@ def is_normalisation(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or has_running_stats(module)
 
 
+def is_hand_made_write(module: nn.Module, name: str) -> bool:
+    """Whether a write to this buffer in a forward is one that "eval" would be expected
+    to leave out: an update of statistics by a layer in training that is not torch's
+    own, and not a counter, an observer, or the vectors of a spectral norm."""
+    kind, buffer = own_class(module), module._buffers.get(name)
+    if buffer is None or not buffer.is_floating_point() or not module.training:
+        return False
+    if of_torch(kind) or any([b.__module__.startswith("torch.ao") for b in kind.mro()]):
+        return False
+    hooks = module._forward_pre_hooks.values()
+    return not any(
+        [of_torch(type(h)) and name.startswith(getattr(h, "name", "?")) for h in hooks]
+    )
+
+
 def process_group(module: nn.Module) -> Any:
     """The group of several processes over which a SyncBatchNorm layer takes its
     statistics in training; None for every other layer, and in one process."""
@@ -191,24 +208,17 @@ def _look_at(root: nn.Module, mode: str, also: tuple[type, ...]) -> Model:
         if named or (module._buffers and is_normalisation(module)):
             flags = owners_flags(module)
             frozen = can_freeze and not flags.training
+            if named and not frozen:
+                refuse_named(model.label(module), mode, root)
             if mode == "sync" and isinstance(module, _BatchNorm):
-                if not has_running_stats(module):
-                    frozen = False  # it uses the batch's in eval mode too
-            if named and mode != "eval" and not frozen:
-                raise ValueError(
-                    worded(
-                        f'vmap_safe({type(root).__name__}, mode="{mode}")',
-                        f"{model.label(module)} is named by also=, and what it does in "
-                        'another mode than "eval" is not known',
-                        'Use mode="eval", or leave the class out of also',
-                    )
-                )
+                # Without running statistics it uses the batch's in eval mode too.
+                frozen = frozen and has_running_stats(module)
             shown = flags if frozen else _shown(module, flags, mode)
             model.layers[module] = Layer(shown, frozen, flags)
     parts = model.parts
     if not _compiling():
         for module in paths:
-            needed = _parts(module, model, bool(buffered))
+            needed = _parts(module, model, bool(buffered), also)
             if needed:
                 parts[module] = needed
     return Model(
@@ -223,7 +233,9 @@ def _look_at(root: nn.Module, mode: str, also: tuple[type, ...]) -> Model:
     )
 
 
-def _parts(module: nn.Module, model: Model, has_buffers: bool) -> tuple[type, ...]:
+def _parts(
+    module: nn.Module, model: Model, has_buffers: bool, also: tuple[type, ...]
+) -> tuple[type, ...]:
     """What of ours the module's class is to have in front."""
     if isinstance(module, torch.jit.ScriptModule):
         return ()
@@ -232,7 +244,8 @@ def _parts(module: nn.Module, model: Model, has_buffers: bool) -> tuple[type, ..
         parts.append(PutsBack)
     layer = model.layers.get(module)
     if layer is not None:
-        if isinstance(module, _NormBase) and not isinstance(module, SyncBatchNorm):
+        by_rule = isinstance(module, _NormBase) and not isinstance(module, also)
+        if by_rule and not isinstance(module, SyncBatchNorm):
             parts.append(SwitchedLayer)
         else:
             parts.append(InTraining if layer.shown.training else InEval)
@@ -365,6 +378,19 @@ def _refuse(module: nn.Module, mode: str, root: nn.Module) -> None:
         )
     if not isinstance(module, (LazyModuleMixin, torch.jit.ScriptModule)):
         _harmless.add(type(module))
+
+
+def refuse_named(label: str, mode: str, root: nn.Module) -> None:
+    """Raise for a layer of ``also`` in a mode that means nothing to it."""
+    if mode != "eval":
+        raise ValueError(
+            worded(
+                f'vmap_safe({type(root).__name__}, mode="{mode}")',
+                f"{label} is named by also=, and what it does in another mode than "
+                '"eval" is not known',
+                'Use mode="eval", or leave the class out of also',
+            )
+        )
 
 
 def _has_batch_norm(module: nn.Module) -> bool:

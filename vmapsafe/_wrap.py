@@ -14,7 +14,13 @@ from torch import nn
 
 from vmapsafe._advice import advise
 from vmapsafe._call import dispatch_modes_are_on
-from vmapsafe._errors import BlockError, NeverUpdatedWarning, warn_user, worded
+from vmapsafe._errors import (
+    BlockError,
+    NeverUpdatedWarning,
+    shown,
+    warn_user,
+    worded,
+)
 from vmapsafe._groups import NumGroups, check_num_groups
 from vmapsafe._rule import check_mode
 from vmapsafe._scope import Options, Scope, entered_by, opened
@@ -215,23 +221,25 @@ class Block:
         return decorated
 
 
+def check_also(called: str, also: Any) -> None:
+    """Raise a TypeError unless these are classes of modules, in a tuple."""
+    kinds = also if isinstance(also, (tuple, list)) else (also,)
+    if not all([isinstance(k, type) and issubclass(k, nn.Module) for k in kinds]):
+        do = "Write also=(MyNorm,), with classes of modules"
+    elif not isinstance(also, tuple):
+        names = ", ".join([kind.__name__ for kind in kinds])
+        do = f"Write also=({names},)" if len(kinds) == 1 else f"Write also=({names})"
+    else:
+        return
+    found = f"also is {shown(also)}, not a tuple of classes of modules"
+    raise TypeError(worded(called, found, do))
+
+
 def checked(options: Options) -> Options:
     """The options, or the error that says what is wrong with them."""
     check_mode("vmap_safe(...)", options.mode)
     check_num_groups(options.num_groups)
-    if not isinstance(options.also, tuple) or not all(
-        [
-            isinstance(kind, type) and issubclass(kind, nn.Module)
-            for kind in options.also
-        ]
-    ):
-        raise TypeError(
-            worded(
-                "vmap_safe(...)",
-                f"also is {options.also!r:.60}, not a tuple of classes of modules",
-                "Write also=(MyNorm,)",
-            )
-        )
+    check_also("vmap_safe(...)", options.also)
     levels = options.sync_levels
     if levels is not None and (type(levels) is not int or levels < 1):
         raise ValueError(
