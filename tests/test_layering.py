@@ -14,7 +14,7 @@ LAYERS = {
     "_call": {"_groups"},
     "_memory": set(),
     "_rule": {"_call"},
-    "_here": set(),
+    "_here": {"_call"},
     "_switched": {"_call", "_errors", "_here"},
     "_state": {"_call", "_errors", "_switched"},
     "rules.batch_norm": {"_call", "_errors", "_groups", "_rule"},

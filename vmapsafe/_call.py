@@ -204,6 +204,12 @@ def dispatch_modes_are_on() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+# Of autograd, read in torch 2.13: the node whose backward this thread is running, or
+# None; the number that the next node made in this thread will have.
+running_node = torch._C._current_autograd_node
+next_sequence_number = torch._C._autograd._get_sequence_nr  # type: ignore[attr-defined]
+
+
 # The transforms around a call. Read in torch 2.13: a stack of them, of which torch
 # numbers the levels from 1, and None instead of an empty one.
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch
+from vmapsafe._call import next_sequence_number, running_node
 
 
 class Open(Protocol):
@@ -34,7 +34,6 @@ class _Here(threading.local):
 
 
 _here = _Here()
-_running_node = torch._C._current_autograd_node  # read in torch 2.13
 _everywhere: tuple[Any, ...] = ()
 
 # For what must not happen in two threads at once; the same thread may meet it again, in
@@ -53,7 +52,7 @@ def in_force() -> tuple[Any, ...]:
     found = _here.blocks
     if not found or _here.settled:
         return found
-    node = _running_node()  # None but in backward
+    node = running_node()  # None but in backward
     if node is None:
         return found
     number = node._sequence_nr()
@@ -62,8 +61,8 @@ def in_force() -> tuple[Any, ...]:
 
 def next_node() -> int:
     """The number of the first node made from now on, or of the one that runs."""
-    following: int = torch._C._autograd._get_sequence_nr()
-    node = _running_node()
+    following: int = next_sequence_number()
+    node = running_node()
     return following if node is None else min(following, node._sequence_nr())
 
 
