@@ -207,7 +207,7 @@ def dispatch_modes_are_on() -> bool:
 # Of autograd, read in torch 2.13: the node whose backward this thread is running, or
 # None; the number that the next node made in this thread will have.
 running_node = torch._C._current_autograd_node
-next_sequence_number = torch._C._autograd._get_sequence_nr  # type: ignore[attr-defined]
+next_sequence_number = torch._C._autograd._get_sequence_nr
 
 
 # The transforms around a call. Read in torch 2.13: a stack of them, of which torch
