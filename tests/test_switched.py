@@ -4,9 +4,11 @@ hand-made layers; threads."""
 import abc
 import contextlib
 import copy
+import functools
 import io
 import pickle
 import threading
+import types
 import warnings
 
 import pytest
@@ -779,6 +781,48 @@ def test_also(update):
     for mode in MODES:
         with block(model, mode, also=(kind,)):
             torch.testing.assert_close(vmap(model)(x), (x - 1).tanh())
+
+
+class Holding(nn.Module):
+    """Its function is an attribute of the module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.register_buffer("mu", torch.zeros(4).double())
+        self.function = function
+
+    def forward(self, x):
+        self.function(self, x)
+        return x
+
+
+functions = types.ModuleType("functions")
+functions.assigned = assigned
+
+
+class OfAnotherFile(Holding):
+    def forward(self, x):
+        functions.assigned(self, x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(lambda: Holding(assigned), lambda: Holding(functools.partial(assigned))),
+        lambda: OfAnotherFile(None),
+    ],
+)
+def test_functions_that_assign(make):
+    """Are found among a module's attributes and in other files."""
+    model = nn.Sequential(make())
+    before = everything(model)
+    x = torch.randn(2, 5, 4).double()
+    with vmap_safe(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeftOutWarning)
+        vmap(model)(x)
+        model(x[0])
+    assert_same_state(model, before)
 
 
 class Cached(nn.Module):

@@ -53,6 +53,7 @@ from vmapsafe._state import (
     find,
     is_hand_made_write,
     put_back,
+    put_back_flags,
     switch,
 )
 from vmapsafe._switched import covering, own_class
@@ -213,6 +214,7 @@ class Scope(TorchFunctionMode):
         self.copied = False  # whether a layer was, inside
         self.warns = True  # of writes that are left out
         self._below: dict[nn.Module, list[nn.Module]] = {}
+        self._traced = _compiling()
         if not _compiling():
             self.thread = threading.current_thread()
             self.since = _here.next_node()
@@ -247,6 +249,8 @@ class Scope(TorchFunctionMode):
         kwargs = kwargs or {}
         if _compiling():
             return self._call(func, types, args, kwargs)
+        if not self.closed and self._traced:
+            self._refuse_a_break()
         if not self.alive:
             return func(*args, **kwargs)
         blocks = _here.in_force()
@@ -517,6 +521,20 @@ class Scope(TorchFunctionMode):
             self.closing = False
         return found
 
+    def _refuse_a_break(self) -> None:
+        """Raise where torch.compile goes on without tracing in a block that it traced,
+        which the block does not survive; once, and the model is put back."""
+        self.closed = True
+        put_back_flags(self.models)
+        raise BlockError(
+            worded(
+                str(self),
+                "torch.compile breaks the graph inside it",
+                "Put the block around the compiled function, or compile with "
+                "fullgraph=True to see what breaks it",
+            )
+        )
+
     def _refuse_other_options(self) -> None:
         for other in _here.everywhere():
             if other.thread is self.thread or not other.alive:
@@ -549,9 +567,20 @@ _UNDER: dict[Callable[..., Any], tuple[Callable[..., Any], tuple[str, ...]]] = {
 _warned: weakref.WeakSet[type] = weakref.WeakSet()
 
 
+def sweep_traced() -> None:
+    """Take back what torch.compile has left of blocks in which it broke the graph."""
+    for i in reversed(range(torch._C._len_torch_function_stack())):
+        mode = torch._C._get_function_stack_at(i)
+        if isinstance(mode, Scope) and mode._traced:
+            take_off(mode)
+            if not mode.closed:
+                put_back_flags(mode.models)
+
+
 def sweep() -> None:
     """Close what nobody will close any more: blocks that an interrupt, or the end of
-    their thread, left open."""
+    their thread, left open, and what torch.compile left."""
+    sweep_traced()
     for block in (*_here.blocks(), *_here.everywhere()):
         if block.closing:  # by what a signal handler or a finalizer has interrupted
             continue

@@ -296,11 +296,7 @@ def put_back(models: Sequence[Model], others: Iterable[Any]) -> None:
     """Undo :func:`switch`, but for what the blocks ``others`` want, the last of them
     first; with the lock held."""
     if _compiling():
-        for model in reversed(models):
-            for module, layer in model.layers.items():
-                _set_flags(module, layer.owners)
-            for module, before in model.kept:
-                put_buffers_back(module, before)
+        put_back_flags(models)
         return
     for model in reversed(models):
         for module in model.parts:
@@ -400,6 +396,15 @@ def _has_batch_norm(module: nn.Module) -> bool:
 
 
 # -- While torch.compile traces a block ------------------------------------------------
+
+
+def put_back_flags(models: Sequence[Model]) -> None:
+    """Undo what :func:`switch` does there, and what forwards assigned."""
+    for model in reversed(models):
+        for module, layer in model.layers.items():
+            _set_flags(module, layer.owners)
+        for module, before in model.kept:
+            put_buffers_back(module, before)
 
 
 def _set_flags(module: Any, flags: Flags) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import functools
 import inspect
 import sys
 import weakref
@@ -120,7 +121,11 @@ def _with(own: type[nn.Module], parts: tuple[type, ...]) -> type:
 
 def of_torch(kind: type) -> bool:
     """Whether a class of modules is one of torch's own."""
-    return kind.__module__.partition(".")[0] == "torch"
+    return _is_torch(kind.__module__)
+
+
+def _is_torch(name: str) -> bool:
+    return name.partition(".")[0] == "torch"
 
 
 class Switched(nn.Module):
@@ -260,7 +265,7 @@ def _in_a_block() -> bool:
 def may_assign(module: nn.Module) -> bool:
     """Whether the code of its class, or functions this calls by name, may assign a
     buffer of it or below it: ``self.mean = …``, ``setattr``, ``register_buffer``."""
-    stored = _stored_by(own_class(module))
+    stored = _stored_by(own_class(module)) | _stored_by_its_functions(module)
     if not stored:
         return False
     if not stored.isdisjoint(_DYNAMIC):
@@ -287,15 +292,26 @@ def _stored_by(kind: type) -> frozenset[str]:
     return found
 
 
+def _stored_by_its_functions(module: nn.Module) -> set[str]:
+    """The same for functions among a module's attributes."""
+    names: set[str] = set()
+    for value in vars(module).values():
+        if callable(value):
+            _look_for_stores(value, names, set())
+    return names
+
+
 def _look_for_stores(value: Any, names: set[str], seen: set[Any]) -> None:
     if isinstance(value, property):
         for part in (value.fget, value.fset):
             _look_for_stores(part, names, seen)
+    if isinstance(value, functools.partial):
+        value = value.func
     function = inspect.unwrap(value) if callable(value) else value
     function = getattr(function, "__func__", function)
     if isinstance(value, type) or not inspect.isfunction(function):
         return
-    if function in seen or function.__module__.partition(".")[0] == "torch":
+    if function in seen or _is_torch(function.__module__):
         return
     seen.add(function)
     codes = [function.__code__]
@@ -304,8 +320,11 @@ def _look_for_stores(value: Any, names: set[str], seen: set[Any]) -> None:
         stores = [i for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"]
         names.update([str(instruction.argval) for instruction in stores])
         names.update(_DYNAMIC.intersection(code.co_names))
-        for name in code.co_names:
-            _look_for_stores(function.__globals__.get(name), names, seen)
+        known = [function.__globals__.get(name) for name in code.co_names]
+        homes = [m for m in known if inspect.ismodule(m) and not _is_torch(m.__name__)]
+        known += [vars(m).get(name) for m in homes for name in code.co_names]
+        for one in known:
+            _look_for_stores(one, names, seen)
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty one
             _look_for_stores(cell.cell_contents, names, seen)

@@ -23,7 +23,7 @@ from vmapsafe._errors import (
 )
 from vmapsafe._groups import NumGroups, check_num_groups
 from vmapsafe._rule import check_mode
-from vmapsafe._scope import Options, Scope, entered_by, opened
+from vmapsafe._scope import Options, Scope, entered_by, opened, sweep_traced
 from vmapsafe._switched import own_class
 
 P = ParamSpec("P")
@@ -201,6 +201,9 @@ class Block:
     ) -> None:
         scope = entered_by(self)
         if scope is None:
+            sweep_traced()
+            if isinstance(error, BlockError):
+                return  # which says why
             raise BlockError(
                 worded(
                     f"leaving {self}",
