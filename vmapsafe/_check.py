@@ -456,7 +456,9 @@ def _of_trial(asked: _Asked, trial: _Trial, known: list[Finding]) -> Iterator[Fi
         if past or path not in layers:
             written = [outcome.written.get(path, []) for outcome in everywhere]
             names = list(dict.fromkeys([name for some in written for name in some]))
-            yield _of_writes(asked, path, names, past)
+            built = set().union(*[outcome.built for outcome in everywhere])
+            updates = [name for name in names if (path, name) not in built]
+            yield _of_writes(asked, path, names, updates, past)
 
     yield from _of_failures(asked, trial)
 
@@ -476,14 +478,18 @@ def _of_trial(asked: _Asked, trial: _Trial, known: list[Finding]) -> Iterator[Fi
 
 
 def _of_writes(
-    asked: _Asked, path: str, names: list[str], past: Mapping[str, object]
+    asked: _Asked,
+    path: str,
+    names: list[str],
+    updates: list[str],
+    past: Mapping[str, object],
 ) -> Finding:
     module, listed = asked.modules[path], ", ".join(names)
     named = isinstance(module, asked.also) and not _is_frozen(asked, module)
     proposed = (
         not (named or has_running_stats(module))
         and "eval" in asked.modes
-        and any([is_hand_made_write(module, name) for name in names])
+        and any([is_hand_made_write(module, name) for name in updates])
     )
     becomes = dict.fromkeys(
         asked.modes, "not written; what reads it sees the old value"

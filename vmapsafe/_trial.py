@@ -41,12 +41,14 @@ class Outcome:
         random: where random numbers were drawn.
         fallbacks: the operators that torch runs slice by slice for want of a rule.
         written: the buffers and parameters that the run left changed.
+        built: those of them that have another shape: tables that were built or grown.
         failures: what was raised.
     """
 
     random: set[str] = field(default_factory=set)
     fallbacks: dict[str, list[str]] = field(default_factory=dict)
     written: dict[str, list[str]] = field(default_factory=dict)
+    built: set[tuple[str, str]] = field(default_factory=set)
     failures: list[Failure] = field(default_factory=list)
 
 
@@ -228,6 +230,8 @@ class _Watch:
                 continue
             if tensor is not before.get(key) or not _same(tensor, values[key]):
                 _note(self.outcome.written, *key)
+                if key not in before or tensor.shape != values[key].shape:
+                    self.outcome.built.add(key)
 
     @property
     def path(self) -> str:
