@@ -797,12 +797,12 @@ class Holding(nn.Module):
 
 
 functions = types.ModuleType("functions")
-functions.assigned = assigned
+functions.overwrite = assigned
 
 
 class OfAnotherFile(Holding):
     def forward(self, x):
-        functions.assigned(self, x)
+        functions.overwrite(self, x)
         return x
 
 
