@@ -624,10 +624,12 @@ def switches():
     backends = torch.backends
     places = backends, backends.cuda.matmul, backends.mkldnn, backends.mkldnn.matmul
     before = [place.fp32_precision for place in places]
-    yield backends
-    torch.set_float32_matmul_precision("highest")
-    for place, value in zip(places, before):
-        place.fp32_precision = value
+    # torch.testing._internal, which other tests import, forbids it.
+    with getattr(backends, "__allow_nonbracketed_mutation")():
+        yield backends
+        torch.set_float32_matmul_precision("highest")
+        for place, value in zip(places, before):
+            place.fp32_precision = value
 
 
 @pytest.mark.parametrize(

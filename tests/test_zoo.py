@@ -735,6 +735,7 @@ CONTEXTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::vmapsafe.LeftOutWarning")
 # torch's own, at the first jvp.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -846,6 +847,7 @@ READ_AFTER = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::vmapsafe.LeftOutWarning")
 @pytest.mark.parametrize("update", READ_AFTER)
 def test_reading_what_was_updated(update):
     """What is read after an update, the same for every slice and call."""
