@@ -669,3 +669,18 @@ def test_modes_that_watch_operators(mode):
     want = by_loop(model, F.cross_entropy, *batch)
     with mode():
         check_all(model, F.cross_entropy, *batch, want=want)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_instance_norm_by_running_statistics_under_autocast(affine):
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm1d(4, affine=affine, track_running_stats=True)
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), norm, nn.Flatten(), nn.Linear(24, 3))
+    x, y = torch.randn(5, 2, 8), torch.randint(3, (5,))
+    model(x)
+    rows = per_sample_grads(model, F.cross_entropy, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = per_sample_grads(model, F.cross_entropy, x, y)
+    for name, row in rows.items():
+        assert rough[name].dtype == torch.float32
+        torch.testing.assert_close(rough[name], row, rtol=0.1, atol=0.05)

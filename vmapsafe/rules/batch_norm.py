@@ -287,9 +287,9 @@ def _reads_statistics(call: Call) -> bool:
     use_input = call.arguments.get("training", call.arguments.get("use_input_stats"))
     if use_input or mean is None or call["running_var"] is None:
         return False
-    if has_own_weights(call):
-        return False  # left to _record
     as_one = call.function is F.instance_norm  # it makes one sample of all
+    if has_own_weights(call) and not as_one:
+        return False  # left to _record
     ambiguous = x.dim() > 3 and as_one or has_several_layouts(x)
     return ambiguous or _torchs_own_crawls(call)
 
