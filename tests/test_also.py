@@ -340,6 +340,134 @@ def test_check_names_what_cannot_be_caught(kind):
     assert check(built(kind), X, mode="eval", also=(kind,)).safe("eval")
 
 
+# -- Writes of other spellings ---------------------------------------------------------
+
+
+def by_init(layer, x):
+    nn.init.ones_(layer.mu)
+    nn.init.uniform_(layer.power)
+    nn.init.constant_(layer.mu, 3.0)
+
+
+def by_lists(layer, x):
+    torch._foreach_mul_([layer.mu, layer.power], 0.5)
+    torch._foreach_add_([layer.mu, layer.power], [x[0], x[0]], alpha=2)
+
+
+def by_inplace(layer, x):
+    F.relu(layer.mu.sub_(9), inplace=True)
+    F.elu(layer.mu, 1.0, True)
+    F.dropout(layer.power, 0.5, training=True, inplace=True)
+    nn.Hardtanh(0, 0.1, inplace=True)(layer.power)
+    F.threshold(layer.power, 9.0, 0.0, inplace=True)
+
+
+def by_operators(layer, x):
+    torch.ops.aten.add_.Tensor(layer.mu, x[0])
+    torch.ops.aten.add_(layer.mu, 1.0)
+    torch.ops.aten.copy_.default(layer.power, x[0])
+    torch.ops.aten._foreach_add_.Scalar([layer.mu, layer.power], 1.0)
+
+
+def by_out(layer, x):
+    torch.add(layer.mu, 1.0, out=layer.mu)
+    torch.ops.aten.mul.out(layer.mu, 2.0, out=layer.mu)
+
+
+WRITES = [by_init, by_lists, by_inplace, by_operators, by_out]
+
+
+class Writes(Norm):
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.write(self, x)
+        return (x - self.mu) * self.weight
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("transform", ["none", "vmap", "grad"])
+@pytest.mark.filterwarnings("ignore::vmapsafe.LeftOutWarning")
+def test_writes_of_other_spellings_are_left_out(write, transform):
+    layer = Writes(write)
+    before = everything(layer)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with vmap_safe(layer):
+        if transform == "none":
+            found = layer(x)
+        elif transform == "vmap":
+            found = vmap(layer, randomness="different")(x.unsqueeze(1)).squeeze(1)
+        else:
+            grad(lambda x: layer(x).sum())(x)
+            found = layer(x)
+    torch.testing.assert_close(found, (x - layer.mu) * layer.weight)
+    assert_same_state(layer, before)
+    assert check(nn.Sequential(layer), x, randomness="same", mode="eval").safe("eval")
+
+
+def test_lists_of_which_some_are_buffers():
+    """The others are written."""
+
+    class Lists(Norm):
+        def forward(self, x):
+            own, mine = torch.zeros(4), [torch.ones(4), torch.ones(4)]
+            torch._foreach_add_([own, self.mu, mine[0]], [1.0, 2.0, 3.0])
+            torch.ops.aten._foreach_add_.Scalar([mine[1], self.mu], 5.0)
+            return own, *mine
+
+    layer = Lists()
+    before = everything(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeftOutWarning)
+        with vmap_safe(layer):
+            found = layer(X)
+    assert [float(t[0]) for t in found] == [1.0, 4.0, 6.0]
+    assert_same_state(layer, before)
+
+
+def test_observers_write_nothing():
+    from torch.ao.quantization import (
+        FakeQuantize,
+        FusedMovingAvgObsFakeQuantize,
+        MovingAverageMinMaxObserver,
+    )
+
+    for kind in (FakeQuantize, FusedMovingAvgObsFakeQuantize):
+        layer = kind(observer=MovingAverageMinMaxObserver)
+        layer(torch.randn(5, 4))
+        before = {n: b.clone() for n, b in layer.named_buffers()}
+        net = nn.Sequential(layer, nn.BatchNorm1d(4)).train()
+        net[1].num_batches_tracked.add_(1)
+        with vmap_safe(net):
+            net(9 * torch.randn(5, 4))
+        for name, buffer in layer.named_buffers():
+            assert torch.equal(buffer, before[name]), name
+
+
+def test_in_place_on_what_is_no_buffer():
+    """It is written: fresh tensors, views of them, what is saved for backward."""
+
+    class Works(Norm):
+        def forward(self, x):
+            y = F.relu(x + 0, inplace=True)
+            y += 1
+            z = y.exp()
+            z[:, :2].mul_(2)
+            torch.ops.aten.add_(z, self.mu)
+            return z
+
+    layer = Works()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    expected = layer(x)
+    with vmap_safe(layer):
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(vmap(layer)(x.unsqueeze(1)).squeeze(1), expected)
+
+
 # -- The warning -----------------------------------------------------------------------
 
 

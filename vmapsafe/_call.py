@@ -508,6 +508,21 @@ def storage_of(tensor: Tensor) -> int | None:
         return None
 
 
+def lies_alone(tensor: Tensor) -> bool:
+    """Whether no other tensor is known to lie in the same memory; it is cheap."""
+    while is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        # The wrapper's and ``tensor``; ``.data`` is a second wrapper of one tensor.
+        if tensor._use_count() > 2:  # type: ignore[attr-defined]
+            return False
+    try:
+        storage = tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    # The tensor's own and ``storage``. Read in torch 2.13.
+    return bool(torch._C._storage_Use_Count(storage._cdata) <= 2)
+
+
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether it belongs to a transform of torch.func and is dead after it."""
     # Read in torch 2.13.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -39,9 +39,12 @@ from vmapsafe._call import (
     batched_levels,
     below_all,
     is_wrapped,
+    lies_alone,
     run_while_compiling,
     shares_memory,
     take_off,
+    tree_flatten,
+    tree_map,
 )
 from vmapsafe._errors import BlockError, LeftOutWarning, warn_user, worded
 from vmapsafe._groups import NumGroups
@@ -272,8 +275,10 @@ class Scope(TorchFunctionMode):
             func, args, kwargs = self._as_of_a_layer(func, args, kwargs)
         rules = self.table.get(func)
         out = kwargs.get("out")
-        if rules is None and out is None:
+        if rules is None and out is None and not kwargs.get("inplace"):
             if not _compiling():
+                if func in _BY_SCHEMA or isinstance(func, _OPERATORS):
+                    return self._call_operator(func, args, kwargs)
                 if isinstance(func, HigherOrderOperator):
                     func = Passed(func)
                 if isinstance(func, Passed):
@@ -295,11 +300,32 @@ class Scope(TorchFunctionMode):
                 for rule in rules:
                     if rule.accepts(call):
                         return rule.batched(call)
-        if out is not None:
-            targets = (out,) if isinstance(out, Tensor) else out
+        written = args[0] if out is None and kwargs.get("inplace") else out
+        if written is not None:
+            targets = (written,) if isinstance(written, Tensor) else written
             place = Place(self, None)
             if any([place.leaves_out(target) for target in targets]):
-                return out
+                return written
+        return func(*args, **kwargs)
+
+    def _call_operator(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One that writes as its schema says, without its writes to buffers: of one in
+        place on nothing else there is nothing left, others write to copies."""
+        place = Place(self, None)
+        targets = _written_by(func, args, kwargs)
+        written = [target for target in targets if place.leaves_out(target)]
+        if not written:
+            return func(*args, **kwargs)
+        first = tree_flatten(args[0])[0] if args else []
+        if len(written) == len(targets) == len(first):
+            if all([a is b for a, b in zip(written, first)]):
+                return args[0]
+        args, kwargs = tree_map(
+            lambda t: t.clone() if any([t is one for one in written]) else t,
+            (args, kwargs),
+        )
         return func(*args, **kwargs)
 
     # -- Who calls ---------------------------------------------------------------------
@@ -401,16 +427,20 @@ class Scope(TorchFunctionMode):
 
     def owner_of_buffer(self, tensor: Tensor) -> tuple[nn.Module, str] | None:
         """Which buffer of which module ``tensor`` is, or shares memory with."""
+        modules = [module for model in self.models for module in model.buffered]
+        for module in modules:
+            for buffer in module._buffers.values():
+                if buffer is tensor:
+                    names = [n for n, b in module._buffers.items() if b is tensor]
+                    return module, names[0]
+        if not modules or (not _compiling() and lies_alone(tensor)):
+            return None
         buffers = [
             (module, name, buffer)
-            for model in self.models
-            for module in model.buffered
+            for module in modules
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        for module, name, buffer in buffers:
-            if buffer is tensor:
-                return module, name
         shared = shares_memory(tensor, [buffer for _, _, buffer in buffers])
         return None if shared is None else buffers[shared][:2]
 
@@ -473,8 +503,10 @@ class Scope(TorchFunctionMode):
             return self.covers[module].label(module)
         out = kwargs.get("out")
         targets = list(out) if isinstance(out, (tuple, list)) else [out]
-        if func in self.table:
+        if func in self.table or kwargs.get("inplace"):
             targets.append(next(iter(args), None))
+        if func in _BY_SCHEMA or isinstance(func, _OPERATORS):
+            targets += _written_by(func, args, kwargs)
         for target in targets:
             if isinstance(target, Tensor):
                 found = self.owner_of_buffer(target)
@@ -564,6 +596,18 @@ _UNDER: dict[Callable[..., Any], tuple[Callable[..., Any], tuple[str, ...]]] = {
     torch.batch_norm: (F.batch_norm, (*_FIRST, "training", *_LAST)),
     torch.instance_norm: (F.instance_norm, (*_FIRST, "use_input_stats", *_LAST)),
 }
+_OPERATORS = (OpOverload, OpOverloadPacket)
+# Functions that write to several tensors.
+_BY_SCHEMA = frozenset(
+    [
+        torch.fused_moving_avg_obs_fake_quant,
+        *[
+            getattr(torch, name)
+            for name in dir(torch)
+            if name.startswith("_foreach_") and name.endswith("_")
+        ],
+    ]
+)
 _warned: weakref.WeakSet[type] = weakref.WeakSet()
 
 
@@ -575,6 +619,26 @@ def sweep_traced() -> None:
             take_off(mode)
             if not mode.closed:
                 put_back_flags(mode.models)
+
+
+def _written_by(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """The tensors that it writes, as the schema of the operator says."""
+    if func in _BY_SCHEMA:
+        func = getattr(torch.ops.aten, func.__name__)
+    overloads = [func]
+    if isinstance(func, OpOverloadPacket):
+        names: list[str] = func.overloads()  # type: ignore[no-untyped-call]
+        overloads = [getattr(func, name) for name in names]
+    written: dict[int, Tensor] = {}  # each once
+    for overload in overloads:
+        for i, argument in enumerate(overload._schema.arguments):
+            if argument.is_write:
+                given = args[i] if i < len(args) else kwargs.get(argument.name)
+                tensors = [t for t in tree_flatten(given)[0] if isinstance(t, Tensor)]
+                written.update({id(tensor): tensor for tensor in tensors})
+    return list(written.values())
 
 
 def sweep() -> None:

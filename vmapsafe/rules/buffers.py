@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vmapsafe._call import Call
 from vmapsafe._rule import MODES, Rule, register
@@ -35,6 +35,7 @@ IN_PLACE = (
     Tensor.data.__set__,  # type: ignore[attr-defined]
     *(getattr(torch, name) for name in _in_place(dir(torch))),
     *(getattr(F, name) for name in _in_place(dir(F))),
+    *(getattr(nn.init, name) for name in _in_place(dir(nn.init))),
 )
 
 
