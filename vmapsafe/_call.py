@@ -508,8 +508,9 @@ def storage_of(tensor: Tensor) -> int | None:
         return None
 
 
-def lies_alone(tensor: Tensor) -> bool:
-    """Whether no other tensor is known to lie in the same memory; it is cheap."""
+def lies_alone(tensor: Tensor, base: Tensor | None) -> bool:
+    """Whether no other tensor is known to lie in the same memory, but for the one that
+    it is a view of; it is cheap."""
     while is_wrapped(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
         # The wrapper's and ``tensor``; ``.data`` is a second wrapper of one tensor.
@@ -520,7 +521,8 @@ def lies_alone(tensor: Tensor) -> bool:
     except (NotImplementedError, RuntimeError):
         return False
     # The tensor's own and ``storage``. Read in torch 2.13.
-    return bool(torch._C._storage_Use_Count(storage._cdata) <= 2)
+    known = 2 if base is None else 3
+    return bool(torch._C._storage_Use_Count(storage._cdata) <= known)
 
 
 def is_wrapped(tensor: Tensor) -> bool:

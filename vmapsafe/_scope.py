@@ -428,12 +428,13 @@ class Scope(TorchFunctionMode):
     def owner_of_buffer(self, tensor: Tensor) -> tuple[nn.Module, str] | None:
         """Which buffer of which module ``tensor`` is, or shares memory with."""
         modules = [module for model in self.models for module in model.buffered]
+        base = None if _compiling() or is_wrapped(tensor) else tensor._base
         for module in modules:
             for buffer in module._buffers.values():
-                if buffer is tensor:
-                    names = [n for n, b in module._buffers.items() if b is tensor]
+                if buffer is not None and (buffer is tensor or buffer is base):
+                    names = [n for n, b in module._buffers.items() if b is buffer]
                     return module, names[0]
-        if not modules or (not _compiling() and lies_alone(tensor)):
+        if not modules or (not _compiling() and lies_alone(tensor, base)):
             return None
         buffers = [
             (module, name, buffer)
