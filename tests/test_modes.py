@@ -66,6 +66,35 @@ def test_forward_equals_the_loop_and_leaves_the_model(case, mode, device):
     close(one, plain(x[0]))
 
 
+@pytest.mark.parametrize("transform", ["vmap", "vjp"])
+def test_a_function_of_autograd_that_calls_the_model(case, mode, transform):
+    """torch calls its forward from inside an operator, where the rules hold too."""
+    model, x = case.model(), case.slices()
+    plain = switched(model, mode)
+
+    class Calls(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return model(x)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            return torch.zeros(x.shape[1:], dtype=x.dtype)
+
+    with block(model, mode):
+        if transform == "vmap":
+            out = vmap(Calls.apply)(x)
+        else:
+            out = torch.stack([vjp(Calls.apply, slice_)[0] for slice_ in x])
+    close(out, torch.stack([plain(slice_) for slice_ in x]))
+
+
 def test_the_modes_differ(case):
     """Otherwise the other tests could not tell one from another."""
     model, x = case.model(), case.slices()

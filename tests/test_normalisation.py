@@ -420,3 +420,15 @@ def test_a_vmap_that_batches_nothing(fast):
     expected = pairs(loop)(x)
     with vmap_safe(net, fast=fast):
         assert_same(pairs(vmap)(x), expected)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1)])
+def test_one_value_in_a_group_raises_as_torch_does(shape, fast):
+    """It would leave nothing but the bias."""
+    norm = nn.GroupNorm(4, 4)
+    with vmap_safe(norm, fast=fast):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            norm(torch.randn(shape))
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            vmap(norm)(torch.randn(3, *shape))

@@ -139,11 +139,13 @@ class Listed(nn.Module):
         self.log_scale = lambda: self.a.bias.exp()
         a_bias = self.a.bias
         self.outer = lambda x: x * a_bias
+        self.biases = [self.a.bias, self.b.bias]
 
     def forward(self, x):
         h = F.linear(x, self.weights[0]).tanh() * self.log_scale()
         h = h + F.conv1d(h.unsqueeze(1), self.holder[0][0]).mean((1, 2)).unsqueeze(1)
         h = torch.cat([self.outer(h), torch.stack([*self.a.weight])[:1]])[:-1]
+        h = h * torch.cat(self.biases).sum() + self.biases[1].square().sum()
         return self.apply_bias(h @ self.weights[1].T)
 
 
@@ -329,6 +331,7 @@ class Renormalises(nn.Module):
         self.words, self.tied = nn.Embedding(5, 4, max_norm=0.3), tied
 
     def forward(self, x):
+        x = x.clamp(max=self.words.weight.shape[0])  # which reads no numbers
         h = self.words(x).tanh() + self.words(x.flip(1)).sin()
         return F.linear(h.sum(1), self.words.weight) if self.tied else h.sum((1,))
 
@@ -482,6 +485,70 @@ def test_a_layer_of_what_no_sample_has(name):
     check_all(model, lambda output: output.sum(), x)
 
 
+class ByDefaults(nn.Module):
+    """Functions of torch, with nothing said that need not be said."""
+
+    def __init__(self, function, *shapes):
+        super().__init__()
+        self.function = function
+        self.weights = nn.ParameterList([torch.randn(shape) for shape in shapes])
+
+    def forward(self, x):
+        return self.function(x, *self.weights).sin()
+
+
+BY_DEFAULTS = {
+    "linear": (F.linear, (4, 2, 6), (3, 6)),
+    "conv1d": (F.conv1d, (4, 2, 6), (3, 2, 3)),
+    "conv2d": (F.conv2d, (4, 2, 6, 5), (3, 2, 3, 2)),
+    "conv3d": (F.conv3d, (4, 2, 3, 4, 3), (3, 2, 2, 2, 2)),
+    "embedding": (F.embedding, None, (5, 3)),
+}
+
+
+@pytest.mark.parametrize("name", BY_DEFAULTS)
+def test_defaults_are_torchs(name):
+    function, shape, *shapes = BY_DEFAULTS[name]
+    model = ByDefaults(function, *shapes).double()
+    x = torch.randn(shape).double() if shape else torch.randint(5, (4, 2))
+    w = torch.randn(model(x).shape).double()
+    check_all(model, lambda o, w: (o * w).sum(), x, w)
+
+
+class PastItsCall(nn.Module):
+    """Hands a layer's tensors to torch, and asks for the statistics of the input."""
+
+    def __init__(self, layer, function):
+        super().__init__()
+        self.layer, self.function = layer, function
+
+    def forward(self, x):
+        layer = self.layer
+        given = layer.running_mean, layer.running_var, layer.weight, layer.bias
+        y = self.function(x, *given, True)
+        return y.permute(0, 2, 3, 1).flatten(1).sin()
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_a_layer_that_is_reached_past_its_call(layer):
+    """Its mode holds, in any order of the numbers in memory."""
+    layer = layer(3, affine=True, track_running_stats=True).double()
+    function = F.batch_norm if isinstance(layer, nn.BatchNorm2d) else F.instance_norm
+    for tensor in (layer.running_mean, layer.running_var, layer.weight, layer.bias):
+        tensor.data.add_(torch.rand(3) * 2)
+    model, written = PastItsCall(layer, function), WrittenOut()
+    written.load_state_dict(layer.state_dict(), strict=False)
+    mean, var = layer.running_mean.clone(), layer.running_var.clone()
+    written.statistics = mean, var
+    w = torch.randn(3, 48).double()
+    images = torch.randn(3, 3, 4, 4).double()
+    for x in (images, images.contiguous(memory_format=torch.channels_last)):
+        rows = by_loop(written, lambda o, w: (o * w).sum(), x, w)
+        want = {f"layer.{name}": row for name, row in rows.items()}
+        check_all(model, lambda o, w: (o * w).sum(), x, w, want=want)
+    assert torch.equal(layer.running_mean, mean)
+
+
 class ByItsOwn(nn.Module):
     """A layer of somebody's own that hands a sample's statistics to batch norm."""
 
@@ -489,9 +556,11 @@ class ByItsOwn(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.rand(3).double() + 1)
         self.bias = nn.Parameter(torch.randn(3).double())
+        self.statistics = None
 
     def forward(self, x):
-        mean, var = x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3))
+        own = x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3))
+        mean, var = self.statistics or own
         return self.normed(x, mean, var).permute(0, 2, 3, 1).flatten(1).sin()
 
     def normed(self, x, mean, var):
@@ -599,6 +668,42 @@ def test_norms_of_rows_that_are_small_differences():
     rows = per_sample_grads(layer, loss_fn, x)["weight"].double()
     norms = per_sample_grad_norms(layer, loss_fn, x)
     torch.testing.assert_close(norms.double(), norms_of({"": rows}), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [(), (2,)])
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("of_input", [1e38, 1e-38])
+def test_norms_of_large_times_small(of_input, reads, tokens, monkeypatch):
+    """Of numbers at one end of the range times those at the other."""
+    if not reads:
+        monkeypatch.setattr(_formulas, "_can_look", lambda x: False)
+    layer = nn.Linear(64, 64, bias=False)
+    nn.init.zeros_(layer.weight)
+    x = torch.randn(2, *tokens, 64)
+    w = torch.randn(2, *tokens, 64) * 1e-3 / of_input
+    x = x / x.abs().amax() * of_input
+    rows = per_sample_grads(layer, lambda o, w: (o * w).sum(), x, w)["weight"]
+    norms = per_sample_grad_norms(layer, lambda o, w: (o * w).sum(), x, w)
+    want = norms_of({"": rows.double()})
+    torch.testing.assert_close(norms.double(), want, rtol=1e-4, atol=0)
+
+
+STRIDED = {
+    "a line": (lambda: nn.Conv1d(16, 24, 3, stride=2, bias=False), (16, 9)),
+    "wide": (lambda: nn.Conv1d(16, 24, 4, stride=3, dilation=1, bias=False), (16, 12)),
+    "a plane": (
+        lambda: nn.Conv2d(8, 40, 3, stride=(2, 1), padding=(1, 0), bias=False),
+        (8, 5, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_norms_of_strided_convolutions(name):
+    """With few positions, where no row is made."""
+    make, shape = STRIDED[name]
+    model = make().double()
+    check_all(model, lambda o: o.sin().sum(), torch.randn(3, *shape).double())
 
 
 def test_factors_below_the_range_of_half_precision():

@@ -843,6 +843,12 @@ def test_one_value_in_total():
         "one value for each channel, which would leave only the bias. Use more slices, "
         'or mode="eval".'
     )
+    layer = nn.BatchNorm1d(1)
+    with vmap_safe(layer, mode="sync"):
+        with pytest.raises(ValueError, match="one value for each channel"):
+            vmap(layer)(torch.ones(1, 1, 1))
+        with pytest.raises(ValueError, match="one value for each channel"):
+            layer(torch.ones(1, 1))
 
 
 ERRORS = [

@@ -391,6 +391,54 @@ def test_the_functions_take_turns(same):
         assert id(p) == identity and torch.equal(p, value) and p.grad is None
 
 
+def test_calls_inside_calls_that_wait_for_each_other():
+    """Two threads that take two models in opposite orders: an error, no deadlock."""
+    one, other = small(), small()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    y = torch.randint(2, (5,))
+    both_hold, errors = threading.Barrier(2), []
+
+    def work(first, second):
+        def loss_fn(output, y):
+            if threading.current_thread() not in waited:
+                waited.add(threading.current_thread())
+                both_hold.wait(30)
+                per_sample_grad_norms(second, F.cross_entropy, x, y_of_all)
+            return F.cross_entropy(output, y)
+
+        try:
+            per_sample_grad_norms(first, loss_fn, x, y)
+        except BlockError as error:
+            errors.append(str(error))
+
+    waited, y_of_all = set(), y
+    together(lambda: work(one, other), lambda: work(other, one))
+    assert len(errors) == 1 and "in the same order in both threads" in errors[0]
+
+
+def test_an_error_that_is_kept_holds_nobody_up():
+    """The frames of its traceback live on, and the call has ended."""
+    model, kept = small(), []
+    x = torch.randn(5, 3, dtype=torch.float64)
+    y = torch.randint(2, (5,))
+
+    def fails(output, y):
+        raise KeyError("a loss that fails")
+
+    def work():
+        found.append(per_sample_grad_norms(model, F.cross_entropy, x, y))
+
+    found = []
+    try:
+        per_sample_grad_norms(model, fails, x, y)
+    except KeyError as error:
+        kept.append(error)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert found and kept
+
+
 def test_the_functions_while_another_thread_holds_the_model():
     """Inside the block of its own thread it is right; elsewhere it is right, or waits
     no longer than the block, or is refused in words."""

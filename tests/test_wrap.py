@@ -1,5 +1,6 @@
 """vmap_safe in all its spellings: what is covered, how often, and what is refused."""
 
+import copy
 import functools
 import inspect
 
@@ -305,3 +306,29 @@ def test_a_partial_is_a_function(model):
     function = functools.partial(lambda m, calls: calls.append(switched(m)), model)
     vmap_safe(model)(function)(calls)
     assert calls == [True]
+
+
+# -- Copies ----------------------------------------------------------------------------
+
+
+def test_a_copy_made_inside_says_that_it_is_not_covered(model):
+    """Once, where it computes something else than the block says."""
+    x = X[0]
+    with vmap_safe(model, mode="no_running_stats"):
+        twin = copy.deepcopy(model)
+        with pytest.warns(UserWarning, match=r"a copy of '1' \(BatchNorm1d\) runs in"):
+            twin(x)
+        twin(x)
+        other = nn.BatchNorm1d(4)
+        other(torch.randn(3, 4))  # no copy
+    with vmap_safe(model):
+        copy.deepcopy(model)(x)
+    with vmap_safe(model, mode="no_running_stats"):
+        twin = copy.deepcopy(model)
+        with vmap_safe(twin, mode="no_running_stats"):
+            twin(x)
+    outer = copy.deepcopy(model)
+    with vmap_safe(outer, mode="group_norm", num_groups=2):
+        with vmap_safe(model, mode="no_running_stats"):
+            copy.deepcopy(model)
+            outer(x)
