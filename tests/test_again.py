@@ -623,3 +623,16 @@ def test_torchdiffeq(mode):
     torch.testing.assert_close(found, expected)
     with pytest.raises(BlockError, match="Call backward inside the block"):
         gradients(later, model, x)
+
+
+def test_a_block_object_that_is_kept():
+    """It is closed when it is left, whoever still holds it."""
+    model = body()
+    block = vmap_safe(model, mode="no_running_stats")
+    x = X.clone().requires_grad_()
+    with block:
+        output = checkpoint(model, x, use_reentrant=False)
+    with pytest.raises(BlockError, match="Call backward inside the block"):
+        output.sum().backward()
+    with block:
+        checkpoint(model, x, use_reentrant=False).sum().backward()

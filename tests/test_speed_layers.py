@@ -421,6 +421,42 @@ def test_layer_norm_of_members_that_share_a_part(own, axes, again, every_size):
     assert_same(actual, energy(by_loop)(x) if again else by_loop(x))
 
 
+@pytest.mark.parametrize("own", [(), ("weight",), ("bias",), ("weight", "bias")])
+@pytest.mark.parametrize("kind", ["layer norm", "batch norm"])
+def test_members_that_plain_autograd_derives(own, kind):
+    """Autograd around the vmap, with a part of the parameters for each member."""
+    x = torch.randn(3, 2, 5, 4).double().requires_grad_()
+    size = 4 if kind == "layer norm" else 5
+    dims = [2] if kind == "layer norm" else [0, 2]  # of a slice
+    params = {
+        name: torch.randn(*([3] if name in own else []), size).double() + 2
+        for name in ("weight", "bias")
+    }
+    leaves = [x, *[p.requires_grad_() for p in params.values()]]
+    shape = (4,) if kind == "layer norm" else (5, 1)
+
+    def function(p, x):
+        if kind == "layer norm":
+            return F.layer_norm(x, (4,), p["weight"], p["bias"])
+        return F.batch_norm(x, None, None, p["weight"], p["bias"], True)
+
+    def written(i):
+        weight, bias = (p[i] if n in own else p for n, p in params.items())
+        centred = x[i] - x[i].mean(dims, keepdim=True)
+        y = centred / (centred.square().mean(dims, keepdim=True) + 1e-5).sqrt()
+        return y * weight.reshape(shape) + bias.reshape(shape)
+
+    def gradients(y):
+        found = torch.autograd.grad(y.sin().square().sum(), leaves, create_graph=True)
+        energy = sum([part.square().sum() for part in found])
+        return found, torch.autograd.grad(energy, leaves)
+
+    in_dims = ({name: 0 if name in own else None for name in params}, 0)
+    with vmap_safe(nn.ReLU()):
+        actual = gradients(vmap(function, in_dims)(params, x))
+    assert_same(actual, gradients(torch.stack([written(i) for i in range(3)])))
+
+
 def test_a_bias_for_each_row_is_left_to_torch(taken, every_size):
     """addmm adds matrices too, which do not fit the merged batch."""
     x, w, b = torch.randn(3, 2, 4), torch.randn(4, 5), torch.randn(2, 5)
