@@ -414,6 +414,36 @@ def test_memory_of_rows(name):
     assert_same(again, per_sample_grads(model, mse, x, y))
 
 
+@pytest.mark.parametrize(
+    "place, said",
+    [
+        (lambda m, x, rows: rows["1.bias"], r"out\['1.bias'\]"),
+        (lambda m, x, rows: rows["0.weight"].view(-1)[2:5].view(1, 3), "0.weight"),
+        (lambda m, x, rows: m[1].weight.data[None], "a parameter or buffer"),
+        (lambda m, x, rows: m[1].running_mean[None], "'1.running_mean' of the model"),
+        (lambda m, x, rows: x.view(-1)[1:4].view(1, 3), "a tensor of the batch"),
+    ],
+)
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_rows_are_not_written_over_what_is_read(place, said, chunk_size):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+    x, y = torch.randn(1, 4).double(), torch.randn(1, 3).double()
+    flat = torch.randn(2 * 21).double()  # disjoint parts of one piece of memory will do
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    parts = iter(flat[:21].split([*sizes.values()]))
+    rows = {n: next(parts).view(1, *p.shape) for n, p in model.named_parameters()}
+    model(flat[21:].view(7, 3)[:, :1].expand(7, 4))
+    before = copy.deepcopy((model.state_dict(), x, y))
+    per_sample_grads(model, mse, x, y, out=rows, chunk_size=chunk_size)
+    shared = {**rows, "1.weight": place(model, x, rows)}
+    with pytest.raises(
+        ValueError, match=f"shares memory.*{said}|{said}.*shares memory"
+    ):
+        per_sample_grads(model, mse, x, y, out=shared, chunk_size=chunk_size)
+    assert_same((model.state_dict(), x, y), before)
+
+
 @pytest.mark.parametrize("name", ["conv2d", "mlp", "tied", "direct", "attention"])
 @pytest.mark.parametrize(
     "compute",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from vmapsafe._call import current_level, tree_map
+from vmapsafe._call import current_level, dispatch_modes_are_on, tree_map
 from vmapsafe._chunks import ChunkSize, Draws, check_chunk_size, joined
 from vmapsafe._errors import worded
 from vmapsafe._formulas import Formula, Memory
@@ -92,7 +93,7 @@ def per_sample_grads(
         TypeError: ``model`` is not a module, or ``loss_fn`` cannot be called.
         ValueError: batch sizes that disagree, a loss that has dimensions, parameters
             that do not exist, two names of one, none that requires a gradient, ``out``
-            of other names, shapes, dtypes or devices.
+            of other names, shapes, dtypes or devices, or of tensors that share memory.
 
     A loss that does not depend on a parameter has rows of zeros, as in torch.func.grad.
     The rows are computed layer by layer from one backward pass
@@ -281,3 +282,64 @@ def _check_out(out: Mapping[str, Tensor], samples: Samples) -> None:
                 f"It is to be a plain contiguous tensor {wanted}",
             )
         )
+    if not dispatch_modes_are_on():  # fake tensors lie nowhere
+        _check_memory(out, samples)
+
+
+def _check_memory(out: Mapping[str, Tensor], samples: Samples) -> None:
+    """Raise a ValueError where rows would be written over rows or over what is read."""
+    read = {
+        id(tensor): tensor
+        for tensors in (
+            samples.leaves,
+            samples.values.values(),
+            samples.known.values(),
+            samples.net.buffers(),
+        )
+        for tensor in tensors
+    }
+    tensors = [*out.values(), *read.values()]
+    spans = sorted([(*_span(tensor), i) for i, tensor in enumerate(tensors)])
+    end_of_rows = end_of_all = (0, 0)
+    for start, end, i in spans:
+        end_before, before = end_of_all if i < len(out) else end_of_rows
+        if start < min(end_before, end):
+            row, other = sorted((i, before))
+            _refuse_memory([*out], row, other, tensors, samples)
+        if i < len(out):
+            end_of_rows = max(end_of_rows, (end, i))
+        end_of_all = max(end_of_all, (end, i))
+
+
+def _refuse_memory(
+    names: list[str], row: int, other: int, tensors: list[Tensor], samples: Samples
+) -> None:
+    """Raise the ValueError for two of ``tensors``, which begin with the rows."""
+    if other < len(names):
+        said = f"out[{names[other]!r}]"
+    elif any(tensors[other] is leaf for leaf in samples.leaves):
+        said = "a tensor of the batch"
+    else:
+        said = "a parameter or buffer"
+        for name, tensor in (*samples.known.items(), *samples.net.named_buffers()):
+            if tensor is tensors[other]:
+                said = f"{name!r} of the model"
+    raise ValueError(
+        worded(
+            f"{_CALLED} with out=",
+            f"out[{names[row]!r}] shares memory with {said}, which it would overwrite",
+            "Give each name memory of its own, such as an earlier call returned",
+        )
+    )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """From where to where in memory a tensor reaches; nowhere if it has no address."""
+    if tensor.layout != torch.strided or not tensor.numel():
+        return 0, 0
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes if start else 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum([(size - 1) * step for size, step in steps])
+    return start, start + (last + 1) * tensor.itemsize if start else 0
