@@ -32,6 +32,7 @@ from vmapsafe._switched import (
 from vmapsafe._switched import Layer as SwitchedLayer
 from vmapsafe._switched import (
     PutsBack,
+    PutsBackAroundCalls,
     kept_buffers,
     may_assign,
     of_torch,
@@ -128,6 +129,14 @@ def is_normalisation(module: nn.Module) -> bool:
     of both, and every module that owns buffers ``running_mean`` and ``running_var``.
     """
     return isinstance(module, _BatchNorm) or has_running_stats(module)
+
+
+def has_torchs_forward(module: nn.Module) -> bool:
+    """Whether its forward is one of torch's own, other than SyncBatchNorm's."""
+    if "forward" in vars(module) or isinstance(module, SyncBatchNorm):
+        return False
+    homes = [kind for kind in own_class(module).__mro__ if "forward" in vars(kind)]
+    return of_torch(homes[0])
 
 
 def is_hand_made_write(module: nn.Module, name: str) -> bool:
@@ -241,11 +250,12 @@ def _parts(
         return ()
     parts: list[type] = []
     if has_buffers and (module._modules or module._buffers) and may_assign(module):
-        parts.append(PutsBack)
+        seen = "forward" in vars(module) or module._forward_hooks
+        parts.append(PutsBackAroundCalls if seen else PutsBack)
     layer = model.layers.get(module)
     if layer is not None:
         by_rule = isinstance(module, _NormBase) and not isinstance(module, also)
-        if by_rule and not isinstance(module, SyncBatchNorm):
+        if by_rule and has_torchs_forward(module):
             parts.append(SwitchedLayer)
         else:
             parts.append(InTraining if layer.shown.training else InEval)
@@ -258,15 +268,18 @@ def _shown(module: nn.Module, owners: Flags, mode: str) -> Flags:
 
     A batch norm layer in training that does not track uses the slice's statistics and
     neither counts nor writes. In eval it hands its buffers over, by which a rule knows
-    it, and does not count. SyncBatchNorm in training would leave for its process group
-    before any rule sees it (read in 2.13).
+    it, and does not count; but one with a forward of its own may use them itself.
+    SyncBatchNorm in training would leave for its process group before any rule sees it
+    (read in 2.13).
     """
     if mode == "eval":
         return Flags(False, None)
     if isinstance(module, SyncBatchNorm):
         return Flags(False, None)
     if isinstance(module, _BatchNorm):
-        return Flags(True, False) if mode == "no_running_stats" else Flags(False, None)
+        if mode == "no_running_stats":
+            return Flags(True, False)
+        return Flags(not has_torchs_forward(module), None)
     if mode == "group_norm":
         return owners
     return Flags(True, None)

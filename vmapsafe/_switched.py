@@ -162,13 +162,12 @@ class Switched(nn.Module):
 def _shown(index: int, name: str) -> property:
     @run_while_compiling
     def get(self: nn.Module) -> Any:
-        for block in reversed(_here.in_force()):
-            layer = block.layers.get(self)
-            if layer is not None and block.alive:
-                shown = layer.shown[index]
-                if shown is not None:
-                    return shown
-                break
+        block = covering(self)
+        layer = None if block is None else block.layers.get(self)
+        if layer is not None:
+            shown = layer.shown[index]
+            if shown is not None:
+                return shown
         found = _owners(self, name)
         if found is None:
             raise AttributeError(name)
@@ -209,7 +208,7 @@ class InEval(Layer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not (_compiling() and _in_a_block()):
             return super().forward(*args, **kwargs)
-        before = self.training
+        before = self.__dict__["training"]
         self.training = self._traced_in_training
         output = super().forward(*args, **kwargs)
         self.training = before
@@ -333,11 +332,15 @@ def _look_for_stores(value: Any, names: set[str], seen: set[Any]) -> None:
 class PutsBack(Switched):
     """A module that may assign buffers."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _putting_back(self, super().__call__, args, kwargs)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return _putting_back(self, super().forward, args, kwargs)
+
+
+class PutsBackAroundCalls(PutsBack):
+    """One whose own ``forward``, or a hook after it, may assign buffers."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _putting_back(self, super().__call__, args, kwargs)
 
 
 def _putting_back(
