@@ -176,6 +176,18 @@ def test_in_the_block_but_not_in_a_vmap():
     assert_same_buffers(model, plain)
 
 
+def test_layers_that_share_a_weight():
+    """The one without running statistics is not taken for the one that has them."""
+    first, second = nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False)
+    second.weight, second.bias = first.weight, first.bias
+    model = nn.Sequential(first, nn.Tanh(), second).double()
+    plain, x = copy.deepcopy(model), torch.randn(4, 2, 3).double()
+    with vmap_safe(model, mode="sync", update_running_stats=True):
+        out = vmap(model)(x)
+    assert_same(out.flatten(0, 1), plain(x.flatten(0, 1)))
+    assert_same_buffers(model, plain)
+
+
 def test_input_that_is_not_batched():
     """Only the labels are: nothing to merge."""
     model = nn.BatchNorm1d(3).double()

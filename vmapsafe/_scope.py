@@ -347,28 +347,45 @@ class Scope(TorchFunctionMode):
     ) -> nn.Module | None:
         """The layer that makes a call: whose buffers or weights it passes, or, where it
         passes none of them, whose forward is calling."""
-        for name in ("running_mean", "weight", "bias"):
-            given = bound[name]
-            if given is not None:
-                found = self._with(name, given)
-                if found is not None:
-                    return found
+        mean = bound["running_mean"]
+        found = None if mean is None else self._with("running_mean", mean)
+        if found is not None:
+            return found
         if _compiling():
-            return self._bare(bound)
-        if self.options.mode == "eval" and bound.get("training") is False:
-            return None
-        nearest = _nearest_module()
-        return nearest if nearest in self.layers else None
+            return self._by_weights(bound) or self._bare(bound)
+        if mean is None or self.options.mode != "eval" or bound.get("training", True):
+            nearest = _nearest_module()
+            if nearest in self.layers:
+                return nearest
+        return self._by_weights(bound)
+
+    def _by_weights(self, bound: Mapping[str, Any]) -> nn.Module | None:
+        """A layer that has the weight or the bias; of those that share it, one that
+        would not have passed running statistics where none are passed."""
+        for name in ("weight", "bias"):
+            given = bound[name]
+            if given is None:
+                continue
+            found = [
+                layer
+                for layer in self.in_order
+                if layer._parameters.get(name) is given
+                or layer.__dict__.get(name) is given
+            ]
+            if bound["running_mean"] is None:
+                found.sort(key=lambda x: bool(self.layers[x].owners[1]))
+            if found:
+                return found[0]
+        return None
 
     def _with(self, name: str, given: Tensor) -> nn.Module | None:
-        """The layer that has this tensor under that name now; the one after the last
-        found first, so that one look will do."""
+        """The layer that has this buffer now; the one after the last found first, so
+        that one look will do."""
         layers = self.in_order
         first = 0 if _compiling() else self.next
         for i in range(first, first + len(layers)):
             layer = layers[i % len(layers)]
-            tensors = layer._buffers if name == "running_mean" else layer._parameters
-            if tensors.get(name) is given or layer.__dict__.get(name) is given:
+            if layer._buffers.get(name) is given or layer.__dict__.get(name) is given:
                 if not _compiling():
                     self.next = (i + 1) % len(layers)
                 return layer
@@ -402,8 +419,6 @@ class Scope(TorchFunctionMode):
         if mean is None or is_wrapped(mean) or mean in self._looked_at:
             return
         self._looked_at[mean] = True
-        if any([b._with("running_mean", mean) is not None for b in _here.blocks()]):
-            return  # covered by a block around this one
         for layer in self.in_order:
             own = layer._buffers.get("running_mean")
             if own is not None and not is_wrapped(own) and _same(own, mean):
