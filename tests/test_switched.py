@@ -18,6 +18,7 @@ from plain import assert_same_state, everything, switched
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize
+from torch.overrides import _pop_mode, _push_mode
 
 from vmapsafe import BlockError, LeftOutWarning, vmap_safe
 
@@ -961,3 +962,59 @@ def test_a_thread_that_ends_inside(held):
     reference = switched(model, "no_running_stats")
     torch.testing.assert_close(found, torch.stack([reference(one) for one in x]))
     assert_same_state(model, before)
+
+
+class ByHand(nn.BatchNorm1d):
+    """Batch norm whose forward is its own arithmetic."""
+
+    def forward(self, x):
+        if not self.training:
+            mean, var = self.running_mean, self.running_var
+        else:
+            mean, var = x.mean(0), x.var(0, unbiased=False)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, 0.1)
+                self.running_var.lerp_(var, 0.1)
+                self.num_batches_tracked += 1
+        return (x - mean) / torch.sqrt(var + self.eps) * self.weight + self.bias
+
+
+@pytest.mark.parametrize("mode", ["no_running_stats", "group_norm", "sync"])
+def test_a_batch_norm_layer_that_normalises_by_hand(mode):
+    """No rule can tell what it does: it does what it does in training, and that is
+    said. "eval" is eval."""
+    torch.manual_seed(0)
+    kind = type("ByHand", (ByHand,), {})  # anew: one warning a class
+    model = nn.Sequential(nn.Linear(3, 4), kind(4)).double()
+    model(torch.randn(8, 3).double() * 2 + 1)
+    x, before = torch.randn(2, 5, 3).double(), copy.deepcopy(model.state_dict())
+    with pytest.warns(LeftOutWarning, match="ByHand"), vmap_safe(model, mode=mode):
+        out = vmap(model)(x)
+    with vmap_safe(model):
+        by_running = vmap(model)(x)
+    after = model.state_dict()
+    assert all([torch.equal(after[name], value) for name, value in before.items()])
+    plain = copy.deepcopy(model)
+    torch.testing.assert_close(out, torch.stack([plain(one) for one in x]))
+    plain.load_state_dict(before)
+    torch.testing.assert_close(by_running, plain.eval()(x.flatten(0, 1)).view_as(out))
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_running_stats", "group_norm", "sync"])
+def test_a_mode_that_an_interrupt_in_torch_took_away(mode):
+    """torch takes a mode off its stack while it handles a call; the next forward of a
+    layer puts it on again, and nothing is left after the block."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4)).double()
+    model(torch.randn(8, 2, 6).double() * 2 + 1)
+    x = torch.randn(3, 2, 2, 6).double()
+    with vmap_safe(model, mode=mode, num_groups=2):
+        expected = vmap(model)(x)
+        lost = _pop_mode()
+        assert torch.equal(vmap(model)(x), expected)
+        _push_mode(lost)  # as when the interrupted call is freed
+    assert torch._C._len_torch_function_stack() == 0
+    _push_mode(lost)
+    with vmap_safe(model):
+        pass
+    assert torch._C._len_torch_function_stack() == 0

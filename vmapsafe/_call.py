@@ -180,23 +180,35 @@ def prepare_compiling() -> None:
         torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
 
 
-def take_off(mode: TorchFunctionMode) -> str:
-    """Take a mode off this thread's stack, wherever it is; says where it was."""
+def modes_in_force() -> list[TorchFunctionMode]:
+    """This thread's stack, the innermost last."""
     # Read in torch 2.13: the stack's public form is a list made anew at each call.
     size = torch._C._len_torch_function_stack()
-    stack = [torch._C._get_function_stack_at(i) for i in range(size)]
+    return [torch._C._get_function_stack_at(i) for i in range(size)]
+
+
+def put_on(mode: TorchFunctionMode) -> None:
+    """Put it in force."""
+    _push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+def take_off(mode: TorchFunctionMode) -> str:
+    """Take a mode off this thread's stack, wherever it is; says where it was."""
+    stack = modes_in_force()
     if mode not in stack:
-        return "open in another thread"
+        return "nowhere"
+    where = "top" if stack[-1] is mode else "not the innermost block"
     above: list[TorchFunctionMode] = []
     try:
-        while stack[-1] is not mode:
-            above.append(stack.pop())
+        while mode in stack:  # twice, after an interrupt in torch's own code
+            one = stack.pop()
             _pop_mode()  # type: ignore[no-untyped-call]
-        _pop_mode()  # type: ignore[no-untyped-call]
+            if one is not mode:
+                above.append(one)
     finally:
         for one in reversed(above):
-            _push_mode(one)  # type: ignore[no-untyped-call]
-    return "not the innermost block" if above else "top"
+            put_on(one)
+    return where
 
 
 def dispatch_modes_are_on() -> bool:

@@ -40,6 +40,8 @@ from vmapsafe._call import (
     below_all,
     is_wrapped,
     lies_alone,
+    modes_in_force,
+    put_on,
     run_while_compiling,
     shares_memory,
     take_off,
@@ -215,6 +217,7 @@ class Scope(TorchFunctionMode):
         self.in_order = list(self.layers)
         self.next = 0
         self.copied = False  # whether a layer was, inside
+        self._handling = 0  # calls
         self.warns = True  # of writes that are left out
         self._below: dict[nn.Module, list[nn.Module]] = {}
         self._traced = _compiling()
@@ -257,12 +260,22 @@ class Scope(TorchFunctionMode):
         if not self.alive:
             return func(*args, **kwargs)
         blocks = _here.in_force()
-        if top_hooks(True) is not None and (hooks := foreign_hooks()):
-            with unpacking_in(blocks, hooks):
-                return self._call(func, types, args, kwargs)
         if self not in blocks:  # backward of a graph from before the block
             return func(*args, **kwargs)
-        return self._call(func, types, args, kwargs)
+        self._handling += 1
+        try:
+            if top_hooks(True) is not None and (hooks := foreign_hooks()):
+                with unpacking_in(blocks, hooks):
+                    return self._call(func, types, args, kwargs)
+            return self._call(func, types, args, kwargs)
+        finally:
+            self._handling -= 1
+
+    def see_to_the_rules(self) -> None:
+        """A layer's forward begins. torch takes a mode off the stack while it handles a
+        call; an interrupt at one place of that leaves it off."""
+        if not self._handling and self not in modes_in_force():
+            put_on(self)
 
     def _call(
         self,
@@ -661,6 +674,10 @@ def sweep() -> None:
     """Close what nobody will close any more: blocks that an interrupt, or the end of
     their thread, left open, and what torch.compile left."""
     sweep_traced()
+    left = [mode for mode in modes_in_force() if isinstance(mode, Scope)]
+    for scope in left:  # what torch puts on again when an interrupted call is freed
+        if scope.closed:
+            take_off(scope)
     for block in (*_here.blocks(), *_here.everywhere()):
         if block.closing:  # by what a signal handler or a finalizer has interrupted
             continue

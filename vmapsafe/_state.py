@@ -35,6 +35,7 @@ from vmapsafe._switched import (
     PutsBackAroundCalls,
     kept_buffers,
     may_assign,
+    normalises_itself,
     of_torch,
     own_class,
     owners_flags,
@@ -279,7 +280,7 @@ def _shown(module: nn.Module, owners: Flags, mode: str) -> Flags:
     if isinstance(module, _BatchNorm):
         if mode == "no_running_stats":
             return Flags(True, False)
-        return Flags(not has_torchs_forward(module), None)
+        return Flags(normalises_itself(module), None)
     if mode == "group_norm":
         return owners
     return Flags(True, None)

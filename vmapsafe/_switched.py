@@ -165,6 +165,7 @@ def _shown(index: int, name: str) -> property:
         block = covering(self)
         layer = None if block is None else block.layers.get(self)
         if layer is not None:
+            block.see_to_the_rules()
             shown = layer.shown[index]
             if shown is not None:
                 return shown
@@ -298,6 +299,22 @@ def _stored_by_its_functions(module: nn.Module) -> set[str]:
         if callable(value):
             _look_for_stores(value, names, set())
     return names
+
+
+def normalises_itself(module: nn.Module) -> bool:
+    """Whether the forward of a batch norm layer is its class's own and does not hand on
+    to torch's: its code names neither ``batch_norm`` nor ``super().forward``."""
+    own = [k for k in own_class(module).__mro__ if not of_torch(k) and k is not object]
+    if not any(["forward" in vars(kind) for kind in own]):
+        return False
+    for kind in own:
+        for value in vars(kind).values():
+            function = inspect.unwrap(value) if callable(value) else None
+            if inspect.isfunction(function):
+                names = {*function.__code__.co_names}
+                if "batch_norm" in names or {"super", "forward"} <= names:
+                    return False
+    return True
 
 
 def _look_for_stores(value: Any, names: set[str], seen: set[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Generator
 from types import TracebackType
@@ -298,7 +299,10 @@ def _leave(scope: Scope, error: BaseException | None) -> None:
         finally:
             if not found:  # interrupted
                 scope.close()
-    if found != "top" and error is None:  # else an interrupt, and that is the news
+    if found == "nowhere" and scope.thread is not threading.current_thread():
+        found = "open in another thread"
+    # Else an interrupt has been there, and that is the news.
+    if found not in ("top", "nowhere") and error is None:
         raise BlockError(
             worded(
                 str(scope),
