@@ -511,8 +511,10 @@ def like(rows):
 
 
 def clip_in_sync(model, x, y, most, **options):
-    with pytest.warns(UserWarning, match="bounds no sample's influence"):
-        return clipped_grad_sum(model, mse, x, y, max_grad_norm=most, **options)
+    with pytest.warns(UserWarning, match="bounds no sample's influence") as warned:
+        total = clipped_grad_sum(model, mse, x, y, max_grad_norm=most, **options)
+    assert {w.filename for w in warned} == {__file__}
+    return total
 
 
 @pytest.mark.parametrize("rows", ["jacobian", "detached"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from vmapsafe._call import tree_map, without_autocast
 from vmapsafe._chunks import check_chunk_size
-from vmapsafe._errors import worded
+from vmapsafe._errors import warn_user, worded
 from vmapsafe._formulas import Formula, norms_of, weighted_sum
 from vmapsafe._groups import NumGroups
 from vmapsafe._processes import agreed, check_all_or_none, gathered, summed
@@ -323,7 +322,7 @@ def _check_clipping(most: float) -> None:
 
 def _warn_of_sync(mode: str) -> None:
     if mode == "sync":
-        warnings.warn(
+        warn_user(
             worded(
                 f'{_CLIPPED} in mode "sync"',
                 "samples share their statistics there, so that a row depends on all "
@@ -331,5 +330,4 @@ def _warn_of_sync(mode: str) -> None:
                 "Use another mode if that is what clipping is for",
             ),
             UserWarning,
-            stacklevel=3,
         )
