@@ -1018,3 +1018,26 @@ def test_a_mode_that_an_interrupt_in_torch_took_away(mode):
     with vmap_safe(model):
         pass
     assert torch._C._len_torch_function_stack() == 0
+
+
+def test_a_layer_of_another_model_that_shares_statistics():
+    """It is not taken for the one that the block covers."""
+    torch.manual_seed(0)
+    one, other = (nn.Sequential(nn.BatchNorm1d(3)).double() for _ in range(2))
+    one(torch.randn(8, 3).double() * 2 + 1)
+    with torch.no_grad():
+        other[0].weight.mul_(2)
+    other[0].running_mean = one[0].running_mean
+    other[0].running_var = one[0].running_var
+    x = torch.randn(5, 3).double()
+    centred = x - x.mean(0)
+    by_batch = 2 * centred / (centred.square().mean(0) + other[0].eps).sqrt()
+    with vmap_safe(one):
+        torch.testing.assert_close(other(x), by_batch)
+    by_running = 2 * (x - one[0].running_mean) / (one[0].running_var + 1e-5).sqrt()
+    for blocks in (
+        (vmap_safe(one, mode="sync"), vmap_safe(other)),
+        (vmap_safe(other), vmap_safe(one, mode="sync")),
+    ):
+        with blocks[0], blocks[1]:
+            torch.testing.assert_close(other(x), by_running)

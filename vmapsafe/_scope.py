@@ -363,7 +363,13 @@ class Scope(TorchFunctionMode):
         mean = bound["running_mean"]
         found = None if mean is None else self._with("running_mean", mean)
         if found is not None:
-            return found
+            if _compiling() or found._parameters.get("weight") is bound["weight"]:
+                return found
+            # Another layer may share the statistics.
+            nearest = _nearest_module()
+            if nearest is None or nearest._buffers.get("running_mean") is not mean:
+                return found
+            return nearest if nearest in self.layers else None
         if _compiling():
             return self._by_weights(bound) or self._bare(bound)
         if mean is None or self.options.mode != "eval" or bound.get("training", True):
