@@ -1041,3 +1041,24 @@ def test_a_layer_of_another_model_that_shares_statistics():
     ):
         with blocks[0], blocks[1]:
             torch.testing.assert_close(other(x), by_running)
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_running_stats", "group_norm", "sync"])
+@pytest.mark.parametrize("training", [True, False])
+def test_operators_below_batch_norm(training, mode):
+    """They are refused where the mode would not reach them, and nothing is written."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(3)
+    norm(torch.randn(8, 3) * 2 + 1)
+    x, before = torch.randn(5, 3), copy.deepcopy(norm.state_dict())
+    given = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    for function in (torch.native_batch_norm, torch.ops.aten.native_batch_norm):
+        with vmap_safe(norm, mode=mode, num_groups=1):
+            if training or mode != "eval":
+                with pytest.raises(BlockError, match="Call the layer, or F.batch_norm"):
+                    function(x, *given, training, 0.1, 1e-5)
+            else:
+                y = function(x, *given, training, 0.1, 1e-5)[0]
+                torch.testing.assert_close(y, copy.deepcopy(norm).eval()(x))
+    after = norm.state_dict()
+    assert all([torch.equal(after[name], value) for name, value in before.items()])

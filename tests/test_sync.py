@@ -176,6 +176,77 @@ def test_in_the_block_but_not_in_a_vmap():
     assert_same_buffers(model, plain)
 
 
+class Keeps(nn.Module):
+    """Keeps what it computes: in an attribute, or in a buffer."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.mix, self.norm = where, nn.Linear(3, 4), nn.BatchNorm1d(4)
+        self.register_buffer("mu", torch.zeros(4))
+
+    def forward(self, x):
+        y = self.mix(x)
+        if self.where == "attribute":
+            self.features = y
+        elif self.where == "buffer":
+            self.mu = self.mu * 0.9 + 0.1 * y.mean(0).detach()
+        out = self.norm(y)
+        if self.where == "attribute, afterwards":
+            self.features = out
+        return out
+
+
+@pytest.mark.filterwarnings("ignore::vmapsafe.LeftOutWarning")
+@pytest.mark.parametrize("where", ["attribute", "attribute, afterwards", "buffer"])
+def test_what_a_forward_keeps_is_no_parameter(where):
+    """It is batched as the input is, and does not keep slices apart."""
+    model = Keeps(where).double()
+    x = torch.randn(4, 2, 3).double()
+    plain = copy.deepcopy(model)
+    expected = plain.norm(plain.mix(x.flatten(0, 1))).view(4, 2, 4)
+    for _ in range(2):
+        with vmap_safe(model, mode="sync"):
+            assert_same(vmap(model)(x), expected)
+            assert_same(vmap(model)(x), expected)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.norm = nn.Parameter(torch.ones(3)), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(x * self.scale)
+
+
+def test_members_by_plain_attributes_of_any_name():
+    """A parameter that a function replaces by a tensor inside is still one."""
+    model, x = Scaled().double(), torch.randn(3, 8, 3).double()
+    scales = torch.tensor([1.0, 3.0, 9.0]).double()[:, None] + torch.rand(3, 3)
+    plain = copy.deepcopy(model.norm)
+    expected = torch.stack([plain(one * s) for one, s in zip(x, scales)])
+
+    def member(scale, x):
+        if "scale" in model._parameters:
+            del model.scale
+        model.scale = scale
+        return model(x)
+
+    with vmap_safe(model, mode="sync"):
+        assert_same(vmap(member)(scales, x), expected)
+
+
+def test_a_hook_that_keeps_activations():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    x = torch.randn(4, 2, 3).double()
+    expected = copy.deepcopy(model)(x.flatten(0, 1)).view(4, 2, 4)
+    for layer in model:
+        layer.register_forward_hook(lambda m, _, out: setattr(m, "activation", out))
+    with vmap_safe(model, mode="sync"):
+        for _ in range(2):
+            assert_same(vmap(model)(x), expected)
+
+
 def test_layers_that_share_a_weight():
     """The one without running statistics is not taken for the one that has them."""
     first, second = nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False)

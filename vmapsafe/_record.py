@@ -39,6 +39,7 @@ from vmapsafe._call import (
     below_innermost,
     current_level,
     is_wrapped,
+    put_on,
     slices_of,
     take_off,
     tree_map,
@@ -109,10 +110,10 @@ class Recorded:
         def one(*sample: Any) -> Any:
             copies = recorder.begin()
             try:
-                with recorder:
-                    found = block.run(loss, copies, *sample)
+                put_on(recorder)
+                found = block.run(loss, copies, *sample)
             finally:
-                take_off(recorder)  # should leaving it have been interrupted
+                take_off(recorder)
             recorder.check()
             return found
 

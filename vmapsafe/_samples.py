@@ -14,6 +14,7 @@ from vmapsafe._call import (
     beyond_reverse_mode,
     current_level,
     innermost,
+    put_on,
     take_off,
     tree_flatten,
     tree_map,
@@ -275,10 +276,10 @@ class Samples:
         copies = Copies(self.called, {name: self.known[name] for name in values})
         copies.stand_in(values)
         try:
-            with copies:
-                result = self._loss(values, *sample)
+            put_on(copies)
+            result = self._loss(values, *sample)
         finally:
-            take_off(copies)  # should leaving it have been interrupted
+            take_off(copies)
         copies.check()
         value = result[0] if self.has_aux else result
         given = {id(leaf) for leaf in self._given()}  # the copies come from these

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ from vmapsafe._state import (
     put_back_flags,
     switch,
 )
-from vmapsafe._switched import covering, own_class
+from vmapsafe._switched import covering, kept_by_forwards, own_class
 
 _compiling = torch.compiler.is_compiling
 
@@ -153,7 +153,7 @@ class Place:
             return ()
         assert self.module is not None
         model = self.scope.covers[self.module]
-        own = batched_levels(_tensors(model.modules)) - {self.copies_at}
+        own = batched_levels(_tensors(model)) - {self.copies_at}
         levels = sorted(found - own)
         wanted = self.scope.options.sync_levels
         return tuple(levels if wanted is None else levels[-wanted:])
@@ -183,17 +183,26 @@ def _same(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
 
 
-def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """What a model computes with: parameters, buffers, and tensors that stand as plain
-    attributes in the place of parameters, as make_functional of old puts them."""
-    found = []
-    for module in modules:
-        given = module.__dict__
-        for tensors in (given["_parameters"], given["_buffers"], given):
-            for tensor in tensors.values():
-                if isinstance(tensor, Tensor):
-                    found.append(tensor)
-    return found
+def _tensors(model: Model) -> list[Tensor]:
+    """What a model computes with: parameters, buffers as they were when its forward
+    began, and tensors that stand as plain attributes in the place of parameters, as
+    make_functional of old puts them. What a forward keeps (``self.features = x``) is
+    none of these."""
+    found: list[Any] = []
+    before = {} if _compiling() else kept_by_forwards()
+    for module in model.modules:
+        given, names = module.__dict__, model.names.get(module, ())
+        found += given["_parameters"].values()
+        found += before.get(module, given["_buffers"]).values()
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                if name in names or name.startswith(_PARAMETERS):
+                    found.append(value)
+    return [tensor for tensor in found if tensor is not None]
+
+
+# The names of parameters and buffers in torch's own classes begin so.
+_PARAMETERS = ("weight", "bias", "running_", "in_proj_", *map("{}_proj_".format, "qkv"))
 
 
 class Scope(TorchFunctionMode):
@@ -290,6 +299,8 @@ class Scope(TorchFunctionMode):
         out = kwargs.get("out")
         if rules is None and out is None and not kwargs.get("inplace"):
             if not _compiling():
+                if func in _NATIVE or isinstance(func, OpOverloadPacket):
+                    self._refuse_native(func, args, kwargs)
                 if func in _BY_SCHEMA or isinstance(func, _OPERATORS):
                     return self._call_operator(func, args, kwargs)
                 if isinstance(func, HigherOrderOperator):
@@ -320,6 +331,31 @@ class Scope(TorchFunctionMode):
             if any([place.leaves_out(target) for target in targets]):
                 return written
         return func(*args, **kwargs)
+
+    def _refuse_native(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Raise for what lies below ``F.batch_norm`` and is called on the buffers of a
+        layer, unless it normalises by them, as in eval mode. What torch.compile made
+        calls overloads, and is left alone."""
+        name = func.__name__
+        if "batch_norm" not in name or "backward" in name:
+            return
+        given = {**dict(zip(_NATIVE_NAMES, args)), **kwargs}
+        mean, training = given.get("running_mean"), given.get("training")
+        layer = self._with("running_mean", mean) if isinstance(mean, Tensor) else None
+        if layer is None or not self._owns(layer):
+            return
+        stays = self.options.mode == "eval" or self.layers[layer].frozen
+        if training or not stays:
+            raise BlockError(
+                worded(
+                    f"{name} on the buffers of {self.covers[layer].label(layer)} in "
+                    f"{self}",
+                    "an operator below F.batch_norm, which the mode does not reach",
+                    "Call the layer, or F.batch_norm",
+                )
+            )
 
     def _call_operator(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -633,6 +669,16 @@ _UNDER: dict[Callable[..., Any], tuple[Callable[..., Any], tuple[str, ...]]] = {
 }
 _OPERATORS = (OpOverload, OpOverloadPacket)
 # Functions that write to several tensors.
+_NATIVE_NAMES = (
+    *("input", "weight", "bias", "running_mean", "running_var"),
+    "training",
+)
+_NATIVE = {
+    torch.native_batch_norm,
+    torch.cudnn_batch_norm,
+    torch.miopen_batch_norm,
+    torch._native_batch_norm_legit,
+}
 _BY_SCHEMA = frozenset(
     [
         torch.fused_moving_avg_obs_fake_quant,

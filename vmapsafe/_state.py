@@ -71,6 +71,7 @@ class Model:
         scripted: the flags of layers that are TorchScript, which has no classes.
         computed: of modules with hooks before their forward, the tensors among the
             attributes.
+        names: of modules with parameters, what these are called.
         kept: while torch.compile traces, the buffers.
     """
 
@@ -81,6 +82,7 @@ class Model:
     parts: dict[nn.Module, tuple[type, ...]] = field(default_factory=dict)
     scripted: dict[nn.Module, bool] = field(default_factory=dict)
     computed: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict)
+    names: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
     kept: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -212,6 +214,8 @@ def _look_at(root: nn.Module, mode: str, also: tuple[type, ...]) -> Model:
                 if not can_freeze or module.training:
                     model.scripted[module] = module.training
             continue
+        if module._parameters:
+            model.names[module] = tuple(module._parameters)
         if module._buffers:
             buffered.append(module)
         named = isinstance(module, also) if also else False
@@ -239,6 +243,7 @@ def _look_at(root: nn.Module, mode: str, also: tuple[type, ...]) -> Model:
         parts,
         model.scripted,
         model.computed,
+        model.names,
         kept_buffers(root) if _compiling() else [],
     )
 

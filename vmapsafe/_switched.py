@@ -395,6 +395,18 @@ def _putting_back(
 Kept = list[tuple[nn.Module, dict[str, Tensor | None]]]
 
 
+def kept_by_forwards() -> dict[nn.Module, dict[str, Tensor | None]]:
+    """The buffers that modules had when the outermost running forward began, of those
+    that may assign them; read off the frames of this thread."""
+    found: dict[nn.Module, dict[str, Tensor | None]] = {}
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _putting_back.__code__:
+            found.update(frame.f_locals.get("kept", ()))  # the outermost comes last
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
 def _put_back(kept: Kept) -> list[tuple[nn.Module, str]]:
     return [
         (owner, name)
