@@ -216,6 +216,21 @@ def dispatch_modes_are_on() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def under(mode: TorchFunctionMode, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function with a mode in force; no interrupt leaves it there."""
+    done = False
+    try:
+        try:
+            put_on(mode)
+            return function(*args)
+        finally:
+            take_off(mode)
+            done = True
+    finally:
+        if not done:
+            take_off(mode)
+
+
 # Of autograd, read in torch 2.13: the node whose backward this thread is running, or
 # None; the number that the next node made in this thread will have.
 running_node = torch._C._current_autograd_node

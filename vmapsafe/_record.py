@@ -39,10 +39,9 @@ from vmapsafe._call import (
     below_innermost,
     current_level,
     is_wrapped,
-    put_on,
     slices_of,
-    take_off,
     tree_map,
+    under,
     without_autocast,
 )
 from vmapsafe._copies import Copies, leaves_of
@@ -109,11 +108,7 @@ class Recorded:
 
         def one(*sample: Any) -> Any:
             copies = recorder.begin()
-            try:
-                put_on(recorder)
-                found = block.run(loss, copies, *sample)
-            finally:
-                take_off(recorder)
+            found = under(recorder, block.run, loss, copies, *sample)
             recorder.check()
             return found
 

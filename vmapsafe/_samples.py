@@ -14,10 +14,9 @@ from vmapsafe._call import (
     beyond_reverse_mode,
     current_level,
     innermost,
-    put_on,
-    take_off,
     tree_flatten,
     tree_map,
+    under,
 )
 from vmapsafe._chunks import ChunkSize, Draws, in_chunks
 from vmapsafe._copies import Copies, leaves_of
@@ -275,11 +274,7 @@ class Samples:
             return self._loss(values, *sample)
         copies = Copies(self.called, {name: self.known[name] for name in values})
         copies.stand_in(values)
-        try:
-            put_on(copies)
-            result = self._loss(values, *sample)
-        finally:
-            take_off(copies)
+        result = under(copies, self._loss, values, *sample)
         copies.check()
         value = result[0] if self.has_aux else result
         given = {id(leaf) for leaf in self._given()}  # the copies come from these
