@@ -209,3 +209,24 @@ def test_a_block(name, mode, channels_last, fast):
         value = F.cross_entropy(model(x[:1]), y[:1])
         found = torch.autograd.grad(value, list(model.parameters()))
         assert_same([g[None] for g in found], list(one.values()))
+
+
+def test_group_norm_of_batch_norm_with_channels_last():
+    """torch's own kernel ends the process for some of these."""
+    torch.manual_seed(0)
+    for shape in ((3, 4, 3, 2), (1, 4, 2, 5), (2, 3, 5, 2)):
+        norm = nn.BatchNorm2d(shape[1]).double()
+        x = torch.randn(shape).double().to(memory_format=torch.channels_last)
+        x.requires_grad_()
+        with vmap_safe(norm, mode="group_norm", num_groups=shape[1]):
+            y = norm(x)
+        weight, bias, grad = torch.autograd.grad(
+            y.sin().sum(), [norm.weight, norm.bias, x]
+        )
+        mean = x.mean((2, 3), keepdim=True)
+        var = (x - mean).square().mean((2, 3), keepdim=True)
+        plain = (x - mean) / (var + norm.eps).sqrt()
+        plain = plain * norm.weight[:, None, None] + norm.bias[:, None, None]
+        wanted = torch.autograd.grad(plain.sin().sum(), [norm.weight, norm.bias, x])
+        for found, right in zip((weight, bias, grad), wanted):
+            torch.testing.assert_close(found, right)

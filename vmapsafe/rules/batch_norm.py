@@ -432,7 +432,8 @@ def by_groups(
     """Group norm."""
     fails = torchs_own_fails(x, weight, bias)
     if not fails and not batched_levels((x,)):
-        return F.group_norm(x, groups, weight, bias, eps)
+        # torch's backward can end the process where channels lie last (2.13).
+        return F.group_norm(x.contiguous(), groups, weight, bias, eps)
     grouped = x.reshape(x.size(0), groups, x.shape[1:].numel() // groups)
     if fails:
         y = normalised(grouped, [2], eps).reshape(x.shape)
