@@ -2,11 +2,11 @@
 
 At the first instruction of ``__exit__`` Python itself skips the rest; such a block is
 closed by the next entry, which each check here begins with. ``python
-tests/interrupts.py`` tries each line, and more random times.
+tests/interrupts.py`` tries each line, and random times.
 """
 
 import pytest
-from interrupts import SCENARIOS, Interrupted, at_random_times
+from interrupts import SCENARIOS, Interrupted
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -18,8 +18,3 @@ def test_interrupted_at_a_line(name):
     found = Interrupted(name, every, first=7 * list(SCENARIOS).index(name)).start()
     assert found.tried >= 10
     assert not found.bad
-
-
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_interrupted_at_a_random_time(name):
-    assert not at_random_times(name, 20)
