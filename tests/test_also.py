@@ -363,15 +363,15 @@ def by_inplace(layer, x):
 
 
 def by_operators(layer, x):
-    torch.ops.aten.add_.Tensor(layer.mu, x[0])
+    torch.ops.aten.add_(layer.mu, x[0])
     torch.ops.aten.add_(layer.mu, 1.0)
-    torch.ops.aten.copy_.default(layer.power, x[0])
-    torch.ops.aten._foreach_add_.Scalar([layer.mu, layer.power], 1.0)
+    torch.ops.aten.copy_(layer.power, x[0])
+    torch.ops.aten._foreach_add_([layer.mu, layer.power], 1.0)
 
 
 def by_out(layer, x):
     torch.add(layer.mu, 1.0, out=layer.mu)
-    torch.ops.aten.mul.out(layer.mu, 2.0, out=layer.mu)
+    torch.ops.aten.mul(layer.mu, 2.0, out=layer.mu)
 
 
 WRITES = [by_init, by_lists, by_inplace, by_operators, by_out]
@@ -416,7 +416,7 @@ def test_lists_of_which_some_are_buffers():
         def forward(self, x):
             own, mine = torch.zeros(4), [torch.ones(4), torch.ones(4)]
             torch._foreach_add_([own, self.mu, mine[0]], [1.0, 2.0, 3.0])
-            torch.ops.aten._foreach_add_.Scalar([mine[1], self.mu], 5.0)
+            torch.ops.aten._foreach_add_([mine[1], self.mu], 5.0)
             return own, *mine
 
     layer = Lists()

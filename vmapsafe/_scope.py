@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverloadPacket
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -667,7 +667,7 @@ _UNDER: dict[Callable[..., Any], tuple[Callable[..., Any], tuple[str, ...]]] = {
     torch.batch_norm: (F.batch_norm, (*_FIRST, "training", *_LAST)),
     torch.instance_norm: (F.instance_norm, (*_FIRST, "use_input_stats", *_LAST)),
 }
-_OPERATORS = (OpOverload, OpOverloadPacket)
+_OPERATORS = OpOverloadPacket  # overloads are what torch.compile made, which may write
 # Functions that write to several tensors.
 _NATIVE_NAMES = (
     *("input", "weight", "bias", "running_mean", "running_var"),
