@@ -32,7 +32,7 @@ LAYERS = {
     "rules.native_batch_norm": {"_call", "_rule", "rules.batch_norm", "rules.regimes"},
     "rules.__init__": {"rules"},
     "_operators": {"_call", "_here", "_rule"},
-    "_again": {"_errors", "_here"},
+    "_again": {"_call", "_errors", "_here"},
     "_scope": {
         *("_again", "_call", "_errors", "_groups", "_here", "_operators", "_rule"),
         *("_state", "_switched"),

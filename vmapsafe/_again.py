@@ -27,14 +27,10 @@ from torch import Tensor
 from torch._ops import _compute_keyset
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import (
-    TorchFunctionMode,
-    _pop_mode,
-    _push_mode,
-    handle_torch_function,
-)
+from torch.overrides import TorchFunctionMode, _pop_mode, handle_torch_function
 
 from vmapsafe import _here
+from vmapsafe._call import modes_in_force, put_on
 from vmapsafe._errors import BlockError, worded
 
 Hooks = tuple[Callable[[Any], Any], Callable[[Any], Any]]
@@ -43,7 +39,7 @@ Hooks = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 @contextmanager
 def in_blocks(blocks: Sequence[Any]) -> Iterator[None]:
     """What is computed here, in backward, is computed in these blocks."""
-    standing = {id(mode) for mode in _stack()}
+    standing = {id(mode) for mode in modes_in_force()}
     found = [_open_or_refusing(block) for block in blocks]
     modes = [mode for mode in found if id(mode) not in standing]
     open_ones = tuple([b for b in found if not isinstance(b, Refusing)])
@@ -51,19 +47,12 @@ def in_blocks(blocks: Sequence[Any]) -> Iterator[None]:
         yield
 
 
-def _stack() -> list[Any]:
-    return [
-        torch._C._get_function_stack_at(i)
-        for i in range(torch._C._len_torch_function_stack())
-    ]
-
-
 @contextmanager
 def _pushed(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
     pushed = 0
     try:
         for mode in modes:
-            _push_mode(mode)  # type: ignore[no-untyped-call]
+            put_on(mode)
             pushed += 1
         yield
     finally:

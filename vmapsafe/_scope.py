@@ -2,8 +2,8 @@
 
 A :class:`Scope` is a ``TorchFunctionMode``, so torch keeps one stack of them a thread.
 Nothing is kept about what is running. Which layer calls ``F.batch_norm`` is told, at
-each call, by the buffers it passes, else by its weight, else by the Python frames that
-called; whether a write comes from a forward, by those frames. So there is nothing that
+each call, by the buffers it passes, else by the Python frames that called, else by its
+weight; whether a write comes from a forward, by those frames. So there is nothing that
 an interrupt could leave behind. The scope looks up the rules; it does not know what
 they do.
 """
