@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 from torch.func import vmap
 
-from vmapsafe import _operators
+from vmapsafe._block import operators
 from vmapsafe._rule import speed_rules
 from vmapsafe.rules import convolution
 from vmapsafe.rules.regimes import ANY, REGIMES, Convolution, regimes
@@ -149,7 +149,7 @@ def ratios(shape, batch, rounds, device, dtype):
     call = call_of(shape, batch, device, dtype)
     names = ["torch", *convolution.ALGORITHMS]
     best, repeats, expected = {}, {}, None
-    with _operators.only(RULE):
+    with operators.only(RULE):
         for name in names:
             use(name, device)
             (result,) = call(1)

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch.func import vmap
 
-from vmapsafe import _operators
+from vmapsafe._block import operators
 from vmapsafe._rule import speed_rules
 from vmapsafe.rules import attention, embedding, layer_norm, linear
 
@@ -112,7 +112,7 @@ def ratio(operator, call, args, rounds, device):
     results, repeat = {}, 1
     for i in range(-2, rounds):
         for name in list(rules)[:: 1 if i % 2 else -1]:
-            with _operators.only(rules[name]):
+            with operators.only(rules[name]):
                 started = now(device)
                 for _ in range(repeat):
                     results[name] = call(*args)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.modules import module as torch_module
 
-from vmapsafe import _here
+from vmapsafe._block import open_blocks
 
 torch.set_num_threads(1)
 
@@ -20,4 +20,4 @@ def nothing_left():
     yield
     assert torch._C._len_torch_function_stack() == 0
     assert dict(torch_module._global_forward_pre_hooks) == hooks
-    assert not _here.blocks() and not _here.everywhere()
+    assert not open_blocks.blocks() and not open_blocks.everywhere()

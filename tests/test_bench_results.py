@@ -11,7 +11,7 @@ import report
 import results
 import torch
 
-from vmapsafe import _operators
+from vmapsafe._block import operators
 
 PEERS = ("BackPACK", "ExpandedWeights", "JAX", "JAX plain", "Opacus")
 
@@ -106,13 +106,13 @@ def test_a_contender_that_raises_is_a_row_in_its_own_words(monkeypatch):
 
 def test_a_race_in_a_process_of_its_own():
     """Every contender has its rounds, none is wrong, and this process is as it was."""
-    before = dict(_operators._installed)
+    before = dict(operators._installed)
     names = ["floor", "vmapsafe", "vmap(grad)"]
     found = measuring.race("rows", "tiny net", names, rounds=3)
     assert list(found) == ["plain", *names]
     for measured in found.values():
         assert len(measured.seconds) == 3 and not measured.wrong + measured.refused
-    assert dict(_operators._installed) == before
+    assert dict(operators._installed) == before
 
 
 def test_first_line_names_no_path():

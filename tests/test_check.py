@@ -25,9 +25,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from vmapsafe import NeverUpdatedWarning, check, vmap_safe
 from vmapsafe.__main__ import COMMANDS, Command, main
-from vmapsafe._check import add_arguments, run
-from vmapsafe._report import Report
-from vmapsafe._rule import MODES
+from vmapsafe._check.command import add_arguments, run
+from vmapsafe._check.report import Report
+from vmapsafe._modes import MODES
 
 ALL = set(MODES)
 

@@ -5,13 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vmapsafe import (
-    _chunks,
-    _per_sample,
-    clipped_grad_sum,
-    per_sample_grad_norms,
-    per_sample_grads,
-)
+from vmapsafe import clipped_grad_sum, per_sample_grad_norms, per_sample_grads
+from vmapsafe._rows import chunks, grads
 from vmapsafe.testing import assert_same
 
 
@@ -21,8 +16,8 @@ class Memory:
     def __init__(self, monkeypatch, samples, free=2**40, cost=1, told=True):
         self.samples, self.free, self.cost, self.told = samples, free, cost, told
         self.peak, self.ran, self.failed = 0, [], 0
-        monkeypatch.setattr(_chunks, "_free", lambda device: self.free)
-        monkeypatch.setattr(_chunks, "_used", lambda device: (0, self.peak))
+        monkeypatch.setattr(chunks, "_free", lambda device: self.free)
+        monkeypatch.setattr(chunks, "_used", lambda device: (0, self.peak))
 
     def take(self, count):
         self.ran.append(count)
@@ -147,13 +142,13 @@ def test_when_rows_get_their_memory(monkeypatch, chunk_size, first):
     events = []
     memory = Memory(monkeypatch, 100)
     monkeypatch.setattr(memory, "take", lambda count: events.append("forward"))
-    make = _per_sample._Fresh.__missing__
+    make = grads._Fresh.__missing__
 
     def noted(rows, name):
         events.append("rows")
         return make(rows, name)
 
-    monkeypatch.setattr(_per_sample._Fresh, "__missing__", noted)
+    monkeypatch.setattr(grads._Fresh, "__missing__", noted)
     CALLS["rows"](Hungry(memory).double(), chunk_size)
     assert events.count("rows") == 4
     assert events[0] == first and events[1] == "rows"
@@ -162,10 +157,10 @@ def test_when_rows_get_their_memory(monkeypatch, chunk_size, first):
 def test_the_system_tells():
     """Sensible numbers on a machine with /proc, and an answer on any."""
     device = torch.device("cpu")
-    used, peak = _chunks._used(device)
+    used, peak = chunks._used(device)
     assert 0 <= used <= peak
-    assert 2**20 < _chunks._free(device) < 2**50
-    assert _chunks._lines("/nowhere") == {}
+    assert 2**20 < chunks._free(device) < 2**50
+    assert chunks._lines("/nowhere") == {}
 
 
 def test_the_cpu_allocator_says_so_in_words(monkeypatch):

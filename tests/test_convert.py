@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 from vmapsafe._convert import convert, norm_layer
-from vmapsafe._groups import check_num_groups, groups_for
+from vmapsafe._modes import groups_for
 
 CHANNELS, EPS, GROUPS = 6, 1e-2, 3
 MODES = ("eval", "no_running_stats", "group_norm")
@@ -567,70 +567,73 @@ def scripted():
         return nn.Sequential(torch.jit.script(nn.BatchNorm2d(4)))
 
 
-MODE_LIST = "choose from 'eval', 'no_running_stats', 'group_norm'"
-COUNT = "write an int >= 1 or a callable C -> int"
+MODE_LIST = 'Choose one of "eval", "no_running_stats", "group_norm", "sync".'
+COUNT = "Pass an int of at least 1, or a callable from C to one."
 LOSES = (
-    ", which does more than nn.BatchNorm (a forward of its own, or a parametrization) "
-    "and would lose it as an nn.GroupNorm; use vmap_safe(model, mode='group_norm') or "
-    "replace this layer by hand"
+    " that does more than nn.BatchNorm (a forward of its own, or a parametrization), "
+    "and an nn.GroupNorm would lose that. Use vmap_safe(model, "
+    'mode="group_norm"), or replace this layer by hand.'
 )
 UNSEEN = (
-    " that has seen no input yet; a lazy layer needs one batch first: call "
-    "model(batch) once, then convert"
+    " that has not seen a batch. Run the model on one batch first, then convert it."
 )
 SYNC = (
-    "(mode='sync') is no conversion: statistics across the vmapped axis exist only "
-    "while a block is open; use vmap_safe(model, mode='sync')"
+    '(...), mode="sync": statistics across the vmapped axis, which exist only while a '
+    'block is open. Use vmap_safe(model, mode="sync").'
 )
-IN_NET = "convert(model, mode='group_norm') found layer '1.0', a "
+IN_NET = "convert(model, mode=\"group_norm\"): layer '1.0' is a "
 REFUSED = [
     (
         lambda: convert(3, "eval"),
         TypeError,
-        "convert(model, ...) was called with 3 of type int, which is no "
-        "torch.nn.Module; pass the model itself",
+        "convert(model, ...): model is 3, an int, not an nn.Module. Pass the model "
+        "itself.",
     ),
     (
         lambda: convert(nn.ReLU(), "evall"),
         ValueError,
-        f"convert(mode='evall') is no mode; {MODE_LIST}",
+        f"convert(model, ...): unknown mode 'evall'. {MODE_LIST}",
     ),
     (
         lambda: norm_layer(["eval"]),
         ValueError,
-        f"norm_layer(mode=['eval']) is no mode; {MODE_LIST}",
+        f"norm_layer(...): unknown mode ['eval']. {MODE_LIST}",
     ),
-    (lambda: convert(nn.ReLU(), "sync"), ValueError, f"convert{SYNC}"),
+    (
+        lambda: convert(nn.ReLU(), "sync"),
+        ValueError,
+        "convert" + SYNC.replace("...", "model, ..."),
+    ),
     (lambda: norm_layer("sync"), ValueError, f"norm_layer{SYNC}"),
     (
         lambda: convert(nn.ReLU(), "eval", num_groups=0),
         ValueError,
-        f"num_groups=0, which is below 1; {COUNT}",
+        f"convert(model, ...): num_groups=0, which is below 1. {COUNT}",
     ),
     (
         lambda: norm_layer("eval", num_groups=-2),
         ValueError,
-        f"num_groups=-2, which is below 1; {COUNT}",
+        f"norm_layer(...): num_groups=-2, which is below 1. {COUNT}",
     ),
     (
-        lambda: check_num_groups(True),
+        lambda: norm_layer("eval", num_groups=True),
         TypeError,
-        f"num_groups=True, which is no int; {COUNT}",
+        f"norm_layer(...): num_groups=True, which is not an int. {COUNT}",
     ),
     (
-        lambda: groups_for(4, 2.0),
+        lambda: norm_layer("eval", num_groups=2.0),
         TypeError,
-        f"num_groups=2.0, which is no int; {COUNT}",
+        f"norm_layer(...): num_groups=2.0, which is not an int. {COUNT}",
     ),
     (
         lambda: convert(nn.BatchNorm1d(8), "group_norm", num_groups=lambda c: c // 16),
         ValueError,
-        f"num_groups(8) returned 0, which is below 1; {COUNT}",
+        f"num_groups(8): it returned 0, which is below 1. {COUNT}",
     ),
     (
         lambda: groups_for(8, lambda c: c / 2),
         TypeError,
-        f"num_groups(8) returned 4.0, which is no int; {COUNT}",
+        f"num_groups(8): it returned 4.0, which is not an int. {COUNT}",
     ),
     (
         lambda: convert(in_a_net(TanhNorm(4)), "group_norm"),
@@ -640,7 +643,7 @@ REFUSED = [
     (
         lambda: convert(TanhNorm(4), "group_norm"),
         TypeError,
-        "convert(model, mode='group_norm') found the model itself, a TanhNorm" + LOSES,
+        IN_NET.replace("layer '1.0'", "the model itself") + "TanhNorm" + LOSES,
     ),
     (
         lambda: convert(in_a_net(Steered(4)), "group_norm"),
@@ -660,23 +663,23 @@ REFUSED = [
     (
         lambda: convert(in_a_net(nn.LazyBatchNorm1d()), "eval"),
         ValueError,
-        f"convert(model, ...) found layer '1.0', a LazyBatchNorm1d{UNSEEN}",
+        f"convert(model, ...): layer '1.0' is a LazyBatchNorm1d{UNSEEN}",
     ),
     (
         lambda: convert(nn.LazyInstanceNorm2d(), "group_norm"),
         ValueError,
-        f"convert(model, ...) found the model itself, a LazyInstanceNorm2d{UNSEEN}",
+        f"convert(model, ...): the model itself is a LazyInstanceNorm2d{UNSEEN}",
     ),
     (
         lambda: convert(lazy_with_loaded_weights(), "no_running_stats"),
         ValueError,
-        f"convert(model, ...) found layer '0', a LazyBatchNorm2d{UNSEEN}",
+        f"convert(model, ...): layer '0' is a LazyBatchNorm2d{UNSEEN}",
     ),
     (
         lambda: convert(scripted(), "eval"),
         TypeError,
-        "convert(model, ...) found layer '0' compiled by TorchScript, which cannot be "
-        "changed; convert the model first, then script it",
+        "convert(model, ...): layer '0' is TorchScript, which cannot be changed. "
+        "Convert the model first, then script it.",
     ),
 ]
 

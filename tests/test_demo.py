@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from vmapsafe import __main__, __version__, _demo
+from vmapsafe import __main__, __version__
 from vmapsafe.__main__ import main
+from vmapsafe.examples import wrong_labels
 
 LABELS = torch.arange(200) % 10
 
@@ -19,27 +20,27 @@ LABELS = torch.arange(200) % 10
     "share, expected", [(0.0, 0), (0.03, 6), (0.5, 100), (1.0, 200)]
 )
 def test_spoil_changes_that_many_labels_each_to_another_class(share, expected):
-    spoilt, is_wrong = _demo.spoil(LABELS, share, seed=0)
+    spoilt, is_wrong = wrong_labels.spoil(LABELS, share, seed=0)
     assert int((spoilt != LABELS).sum()) == expected
     assert torch.equal(is_wrong, spoilt != LABELS)
     assert 0 <= int(spoilt.min()) and int(spoilt.max()) <= 9
 
 
 def test_spoil_reaches_every_other_class():
-    spoilt, _ = _demo.spoil(LABELS, 1.0, seed=0)
+    spoilt, _ = wrong_labels.spoil(LABELS, 1.0, seed=0)
     assert set(((spoilt - LABELS) % 10).tolist()) == set(range(1, 10))
 
 
 def test_spoil_depends_on_its_seed_alone():
-    first = _demo.spoil(LABELS, 0.1, seed=1)[0]
+    first = wrong_labels.spoil(LABELS, 0.1, seed=1)[0]
     torch.rand(3)
-    assert torch.equal(first, _demo.spoil(LABELS, 0.1, seed=1)[0])
-    assert not torch.equal(first, _demo.spoil(LABELS, 0.1, seed=2)[0])
+    assert torch.equal(first, wrong_labels.spoil(LABELS, 0.1, seed=1)[0])
+    assert not torch.equal(first, wrong_labels.spoil(LABELS, 0.1, seed=2)[0])
 
 
 def test_spoil_leaves_its_argument_alone():
     labels = LABELS.clone()
-    _demo.spoil(labels, 0.5, seed=0)
+    wrong_labels.spoil(labels, 0.5, seed=0)
     assert torch.equal(labels, LABELS)
 
 
@@ -55,23 +56,26 @@ IS_WRONG[[3, 0, 5]] = True
     "share, found", [(0.1, 1), (0.2, 1), (0.3, 2), (0.7, 3), (1, 3)]
 )
 def test_found_among_first_counts_from_the_largest(share, found):
-    assert _demo.found_among_first(SIZES, IS_WRONG, share) == (found, round(10 * share))
+    assert wrong_labels.found_among_first(SIZES, IS_WRONG, share) == (
+        found,
+        round(10 * share),
+    )
 
 
 def test_area_under_roc_is_the_share_of_pairs_in_the_right_order():
     # 3 beats all seven right labels, 0 all but 7, 5 only 1, 2 and 4: 7 + 6 + 3 of 21.
-    assert _demo.area_under_roc(SIZES, IS_WRONG) == pytest.approx(16 / 21)
+    assert wrong_labels.area_under_roc(SIZES, IS_WRONG) == pytest.approx(16 / 21)
 
 
 def test_the_three_ways_to_the_norms_agree():
     """Ours, torch's and the loop's."""
     torch.manual_seed(0)
-    model = _demo.build().double()
+    model = wrong_labels.build().double()
     x, y = torch.rand(5, 1, 8, 8).double(), torch.arange(5)
     model(x)
-    loop = _demo.norms_by_loop(model, x, y)
+    loop = wrong_labels.norms_by_loop(model, x, y)
     assert loop.shape == (5,)
-    for norms in (_demo.norms, _demo.norms_by_torch):
+    for norms in (wrong_labels.norms, wrong_labels.norms_by_torch):
         torch.testing.assert_close(norms(model, x, y), loop)
 
 
@@ -99,15 +103,15 @@ def test_quick_run_finds_draws_checks_and_times(tmp_path, capsys):
 def test_norms_that_differ_from_the_loop_s_end_in_status_1(
     tmp_path, capsys, monkeypatch
 ):
-    right = _demo.norms
-    monkeypatch.setattr(_demo, "norms", lambda *args: right(*args) * (1 + 1e-6))
+    right = wrong_labels.norms
+    monkeypatch.setattr(wrong_labels, "norms", lambda *args: right(*args) * (1 + 1e-6))
     assert main(["--quick", "--epochs=1", f"--picture={tmp_path / 's.png'}"]) == 1
     assert "NOT EQUAL" in capsys.readouterr().out
 
 
 def test_switched_by_hand_puts_the_layers_back_after_an_exception():
-    model = _demo.build()
-    with pytest.raises(KeyboardInterrupt), _demo.switched_by_hand(model):
+    model = wrong_labels.build()
+    with pytest.raises(KeyboardInterrupt), wrong_labels.switched_by_hand(model):
         assert sum(not module.training for module in model.modules()) == 3
         raise KeyboardInterrupt
     assert all(module.training for module in model.modules())

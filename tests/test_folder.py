@@ -17,7 +17,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from vmapsafe import _disk, over, per_sample_grads
+from vmapsafe import over, per_sample_grads
+from vmapsafe._data import folder as files
 
 # Python 3.12 on, where anything has left a thread; tqdm does.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -135,7 +136,7 @@ def refused(folder, *words, **options):
 def test_killed_several_times(tmp_path, monkeypatch, seconds, batches):
     """What a dead run has written after the rows that are counted is not kept: with a
     checkpoint a batch, and with none but the first."""
-    monkeypatch.setattr(_disk, "_SECONDS", seconds)
+    monkeypatch.setattr(files, "_SECONDS", seconds)
     for stop in (5, 2, 1, 3, 0, 1):
         child = os.fork()
         if child == 0:
@@ -184,15 +185,15 @@ def interrupted(function, at, file):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interrupted_at_any_line(tmp_path, monkeypatch):
     """Batches and samples are counted together."""
-    monkeypatch.setattr(_disk, "_SECONDS", 0)
-    monkeypatch.setattr(_disk, "_TIMES", 0)
+    monkeypatch.setattr(files, "_SECONDS", 0)
+    monkeypatch.setattr(files, "_TIMES", 0)
     monkeypatch.setattr(os, "fsync", lambda number: None)  # takes its time
     results = over(LOADERS["data set"](X, Y), quick, make(), F.cross_entropy)
     at = 0
     while True:
         at += 11
         folder = tmp_path / str(at)
-        if not interrupted(lambda: results.save(folder), at, _disk.__file__):
+        if not interrupted(lambda: results.save(folder), at, files.__file__):
             break
         found = results.save(folder)
         assert numpy.array_equal(found["x"], X.numpy()), at

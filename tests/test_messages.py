@@ -60,7 +60,8 @@ ENTRY = {
     "num_groups below 1": (
         lambda: vmap_safe(net(), num_groups=0),
         ValueError,
-        "num_groups=0, which is below 1; write an int >= 1 or a callable C -> int",
+        "num_groups=0, which is below 1. Pass an int of at least 1, or a callable from "
+        "C",
     ),
     "no model in a with": (
         lambda: vmap_safe(mode="eval").__enter__(),
@@ -180,7 +181,7 @@ FORWARD = {
         lambda: nn.BatchNorm1d(3),
         torch.randn(3, 2, 3, 2),
         {"mode": "group_norm", "num_groups": lambda channels: 0},
-        "num_groups(3) returned 0, which is below 1",
+        "num_groups(3): it returned 0, which is below 1",
     ),
 }
 

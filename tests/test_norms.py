@@ -14,12 +14,12 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from vmapsafe import (
-    _formulas,
     clipped_grad_sum,
     per_sample_grad_norms,
     per_sample_grads,
     vmap_safe,
 )
+from vmapsafe._rows import formulas
 from vmapsafe.rules import convolution
 from vmapsafe.rules.regimes import REGIMES, Regimes
 from vmapsafe.testing import assert_same
@@ -699,8 +699,8 @@ def test_convolutions_without_products_of_lower_precision(monkeypatch):
     monkeypatch.setattr(
         convolution, "ALGORITHMS", dict.fromkeys(convolution.ALGORITHMS, rounded)
     )
-    monkeypatch.setattr(_formulas, "ALGORITHMS", convolution.ALGORITHMS)
-    monkeypatch.setattr(_formulas, "seen_by_kernel", rounded)
+    monkeypatch.setattr(formulas, "ALGORITHMS", convolution.ALGORITHMS)
+    monkeypatch.setattr(formulas, "seen_by_kernel", rounded)
     for compute in (per_sample_grads, per_sample_grad_norms):
         with pytest.raises(AssertionError, match="a matrix product"):
             compute(model, mse, x, y)

@@ -19,13 +19,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from vmapsafe import (
-    _disk,
     clipped_grad_sum,
     over,
     per_sample_grad_norms,
     per_sample_grads,
     per_sample_sketch,
 )
+from vmapsafe._data import folder as files
 from vmapsafe.testing import assert_same
 
 # Python 3.12 on, where anything has left a thread; tqdm does.
@@ -320,8 +320,8 @@ def both(model, loss_fn, x, y):
 def test_killed_at_any_moment(mlp, tmp_path, monkeypatch):
     """Before each flush, each replacement of state.json and each batch: what is there
     can be loaded, is right, and goes on to the files that there would have been."""
-    monkeypatch.setattr(_disk, "_SECONDS", 0)
-    monkeypatch.setattr(_disk, "_TIMES", 0)  # a checkpoint a batch
+    monkeypatch.setattr(files, "_SECONDS", 0)
+    monkeypatch.setattr(files, "_TIMES", 0)  # a checkpoint a batch
     monkeypatch.setattr(os, "fsync", lambda number: None)  # takes its time
     results = over(loader(), both, mlp, F.cross_entropy)
     whole = results.save(tmp_path / "whole")
@@ -367,7 +367,7 @@ def _dies_at(moment, monkeypatch):
 
     for owner, name in (
         *((os, "fsync"), (os, "replace"), (builtins, "open")),
-        *((_disk._Growing, "write"), (_disk._Growing, "_write")),
+        *((files._Growing, "write"), (files._Growing, "_write")),
     ):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
 
@@ -378,7 +378,8 @@ sys.path.insert(0, {tests!r})
 import torch, torch.nn.functional as F
 from test_over import Stops, make
 from torch.utils.data import DataLoader
-from vmapsafe import _disk, over, per_sample_grads
+from vmapsafe import over, per_sample_grads
+from vmapsafe._data import folder as files
 
 class Killed(Stops):
     def __getitem__(self, i):
@@ -387,7 +388,7 @@ class Killed(Stops):
         return super().__getitem__(i)
 
 torch.set_num_threads(1)
-_disk._SECONDS = _disk._TIMES = 0
+files._SECONDS = files._TIMES = 0
 loader = DataLoader(Killed(), batch_size=4)
 over(loader, per_sample_grads, make(), F.cross_entropy).save({folder!r})
 """
@@ -472,7 +473,7 @@ CHANGES = {
     "loss_fn was 'torch.nn.functional.cross_entropy' and is 'test_over.another_loss'": {
         "loss_fn": another_loss
     },
-    "function was 'vmapsafe._sketch.per_sample_sketch' and is 'vmapsafe._norms.": {
+    "function was 'vmapsafe.per_sample_sketch' and is 'vmapsafe.per_sample_grad_n": {
         "function": per_sample_grad_norms,
         "k": None,
     },
@@ -595,7 +596,7 @@ MAKING = [
     (
         {"function": per_sample_sketch},
         TypeError,
-        "over(...): vmapsafe._sketch.per_sample_sketch needs k=. Write over(..., k=..",
+        "over(...): vmapsafe.per_sample_sketch needs k=. Write over(..., k=...)",
     ),
 ]
 TAKING = [

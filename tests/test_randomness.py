@@ -7,7 +7,6 @@ from torch import nn
 from torch.func import grad, vmap
 
 from vmapsafe import (
-    _chunks,
     batched,
     clipped_grad_sum,
     over,
@@ -16,6 +15,7 @@ from vmapsafe import (
     per_sample_sketch,
     vmap_safe,
 )
+from vmapsafe._rows import chunks
 
 N = 6
 X = torch.ones(N, 100, dtype=torch.float64)
@@ -199,8 +199,8 @@ def test_a_chunk_that_runs_out_of_memory_draws_again(monkeypatch, randomness, fu
             raise torch.OutOfMemoryError("injected")
 
     model.drop.register_forward_hook(fails_first)
-    monkeypatch.setattr(_chunks, "_free", lambda device: 2**40)
-    monkeypatch.setattr(_chunks, "_used", lambda device: (0, 0))
+    monkeypatch.setattr(chunks, "_free", lambda device: 2**40)
+    monkeypatch.setattr(chunks, "_used", lambda device: (0, 0))
     fail = {1}  # of 4 samples, then 2 and so on
     torch.manual_seed(1)
     found = function(model, randomness=randomness, chunk_size="auto")

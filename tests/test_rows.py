@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmapsafe import (
-    _formulas,
     clipped_grad_sum,
     per_sample_grad_norms,
     per_sample_grads,
     per_sample_sketch,
 )
+from vmapsafe._rows import formulas
 from vmapsafe.testing import assert_same
 
 
@@ -652,7 +652,7 @@ def test_norms_over_the_range_of_numbers(exponent, dtype):
 @pytest.mark.parametrize("exponent", [-22, 0, 19])
 def test_norms_where_numbers_are_not_read(exponent, dtype, monkeypatch):
     """As on a device that would have to be waited for."""
-    monkeypatch.setattr(_formulas, "_can_look", lambda x: False)
+    monkeypatch.setattr(formulas, "_can_look", lambda x: False)
     test_norms_over_the_range_of_numbers(exponent, dtype)
 
 
@@ -676,7 +676,7 @@ def test_norms_of_rows_that_are_small_differences():
 def test_norms_of_large_times_small(of_input, reads, tokens, monkeypatch):
     """Of numbers at one end of the range times those at the other."""
     if not reads:
-        monkeypatch.setattr(_formulas, "_can_look", lambda x: False)
+        monkeypatch.setattr(formulas, "_can_look", lambda x: False)
     layer = nn.Linear(64, 64, bias=False)
     nn.init.zeros_(layer.weight)
     x = torch.randn(2, *tokens, 64)

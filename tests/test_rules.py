@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from vmapsafe import _memory
-from vmapsafe._call import batched_levels
-from vmapsafe._rule import MODES, Rule, registered, slice_by_slice
-from vmapsafe.rules import convolution, regimes
+from vmapsafe._modes import MODES
+from vmapsafe._rule import Rule, registered, slice_by_slice
+from vmapsafe._torch import batched_levels
+from vmapsafe.rules import convolution, memory, regimes
 from vmapsafe.testing import check_rule
 
 
@@ -24,6 +24,7 @@ class OnALayer:
     rows = "contribution"
     copies_at = None
     stays_in_eval = True
+    process_group = None
 
     def merged_levels(self, tensor):
         return tuple(sorted(batched_levels((tensor,))))
@@ -423,8 +424,8 @@ def force(monkeypatch, algorithm):
         linear=0,
     )
     monkeypatch.setitem(regimes.REGIMES, "cpu", table)
-    monkeypatch.setattr(_memory, "LARGE", 0)
-    monkeypatch.setattr(_memory, "pays", lambda shape, like, writes: True)
+    monkeypatch.setattr(memory, "LARGE", 0)
+    monkeypatch.setattr(memory, "pays", lambda shape, like, writes: True)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ from plain import assert_same_state, everything
 from test_norms import CASES, SYNC, by_copies, mse, problem, slow
 from torch import nn
 
-from vmapsafe import _sketch, per_sample_grads, per_sample_sketch
+from vmapsafe import per_sample_grads, per_sample_sketch
+from vmapsafe._rows import sketch as module
 from vmapsafe.testing import assert_same
 
 KINDS = ["rademacher", "gaussian"]
@@ -104,24 +105,24 @@ def test_blocks(mlp, k, kind, monkeypatch):
     """A block at a time, a few samples at a time: the matrix in one piece."""
     expected = sketched(per_sample_grads(mlp, F.cross_entropy, X, Y), k, kind)
     assert_same(sketch(mlp, k, kind=kind), expected)
-    monkeypatch.setattr(_sketch, "_BLOCK", 1)
-    monkeypatch.setattr(_sketch, "_MANY", 2)
+    monkeypatch.setattr(module, "_BLOCK", 1)
+    monkeypatch.setattr(module, "_MANY", 2)
     assert_same(sketch(mlp, k, kind=kind), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_a_block_of_the_matrix_is_there(mlp, kind, monkeypatch):
     """64 rows of it, where a block takes no more."""
-    monkeypatch.setattr(_sketch, "_BLOCK", 1)
+    monkeypatch.setattr(module, "_BLOCK", 1)
     blocks = []
-    original = _sketch._blocks
+    original = module._blocks
 
     def watched(*args):
         for block in original(*args):
             blocks.append(len(block))
             yield block
 
-    monkeypatch.setattr(_sketch, "_blocks", watched)
+    monkeypatch.setattr(module, "_blocks", watched)
     sketch(mlp, kind=kind, params=["0.weight"])
     assert blocks == [64, 56]
 

@@ -14,7 +14,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmapsafe import _operators, per_sample_grads, vmap_safe
+from vmapsafe import per_sample_grads, vmap_safe
+from vmapsafe._block import operators
 from vmapsafe._rule import registered, speed_rules
 from vmapsafe.rules import convolution, regimes
 from vmapsafe.testing import assert_same
@@ -53,7 +54,7 @@ def taken(monkeypatch):
         return RULE.batched(call)
 
     rules = {convolution._backward: (replace(RULE, batched=noted),)}
-    monkeypatch.setattr(_operators, "speed_rules", lambda: rules)
+    monkeypatch.setattr(operators, "speed_rules", lambda: rules)
     return calls
 
 
@@ -371,8 +372,8 @@ def test_missing_kernels_are_found_among_others(net, monkeypatch):
     missing, *rest = speed_rules()
     there = dict.fromkeys([*rest, torch.ops.aten.relu.default])
     put_in_place = []
-    monkeypatch.setattr(_operators, "_installed", there)
-    monkeypatch.setattr(_operators, "_install", put_in_place.append)
+    monkeypatch.setattr(operators, "_installed", there)
+    monkeypatch.setattr(operators, "_install", put_in_place.append)
     with vmap_safe(net):
         assert put_in_place == [missing]
 
@@ -429,7 +430,7 @@ def test_an_entry_that_fails_counts_for_nothing(taken):
     """A block that was refused leaves no rule in force."""
     with pytest.raises(ValueError), vmap_safe(nn.LazyBatchNorm1d(), fast=True):
         pass
-    assert not _operators._in_force(torch.ops.aten.addmm.default)
+    assert not operators._in_force(torch.ops.aten.addmm.default)
 
 
 def test_other_threads_get_the_rules_too(net, taken):
@@ -479,11 +480,12 @@ def test_no_warning_and_no_filter_left():
     program = """
 import warnings
 import torch
-from vmapsafe import vmap_safe, _operators
+from vmapsafe import vmap_safe
+from vmapsafe._block import operators
 filters = list(warnings.filters)
-assert not _operators._installed
+assert not operators._installed
 with vmap_safe(torch.nn.ReLU(), fast=True):
-    assert _operators._installed
+    assert operators._installed
 assert warnings.filters == filters
 """
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
@@ -493,12 +495,13 @@ def test_torchs_own_stays_where_no_model_is_on_a_measured_device():
     """A process that only ever opens blocks elsewhere pays nothing."""
     program = """
 import torch
-from vmapsafe import vmap_safe, _operators
+from vmapsafe import vmap_safe
+from vmapsafe._block import operators
 from vmapsafe.rules import convolution
 with vmap_safe(torch.nn.Conv2d(1, 1, 1, device="meta")):
-    assert convolution._backward not in _operators._installed
+    assert convolution._backward not in operators._installed
 with vmap_safe(torch.nn.Conv2d(1, 1, 1)):
-    assert convolution._backward in _operators._installed
+    assert convolution._backward in operators._installed
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from test_speed import TRANSFORMS, X, rows, tensors
 from torch import nn
 
-from vmapsafe import _operators, per_sample_grads, vmap_safe
+from vmapsafe import per_sample_grads, vmap_safe
+from vmapsafe._block import operators
 from vmapsafe._rule import registered
 from vmapsafe.rules import group_norm, native_batch_norm
 from vmapsafe.rules.regimes import REGIMES
@@ -43,7 +44,7 @@ def taken(monkeypatch):
     for rule in RULES:
         (operator,) = rule.functions
         rules[operator] = (*rules.get(operator, ()), noting(rule))
-    monkeypatch.setattr(_operators, "speed_rules", lambda: rules)
+    monkeypatch.setattr(operators, "speed_rules", lambda: rules)
     return names
 
 

@@ -11,10 +11,11 @@ from test_speed import TRANSFORMS, X, like, loss_of, rows, tensors
 from torch import nn
 from torch.func import grad, jvp, vmap
 
-from vmapsafe import _memory, _operators, per_sample_grads, vmap_safe
-from vmapsafe._operators import only
+from vmapsafe import per_sample_grads, vmap_safe
+from vmapsafe._block import operators
+from vmapsafe._block.operators import only
 from vmapsafe._rule import registered
-from vmapsafe.rules import attention, embedding, layer_norm, linear
+from vmapsafe.rules import attention, embedding, layer_norm, linear, memory
 from vmapsafe.rules.regimes import REGIMES
 from vmapsafe.testing import assert_same
 
@@ -58,7 +59,7 @@ def taken(monkeypatch):
         return replace(rule, batched=batched)
 
     rules = {operator: (noting(rule),) for rule in RULES for operator in rule.functions}
-    monkeypatch.setattr(_operators, "speed_rules", lambda: rules)
+    monkeypatch.setattr(operators, "speed_rules", lambda: rules)
     return names
 
 
@@ -67,8 +68,8 @@ def every_size(request, monkeypatch):
     """Small calls are taken too; both ways of layer norm's backward."""
     small = {"layer_norm": 0, "layer_norm_slice": request.param, "linear": 0}
     monkeypatch.setitem(REGIMES, "cpu", replace(REGIMES["cpu"], **small))
-    monkeypatch.setattr(_memory, "LARGE", 0)
-    monkeypatch.setattr(_memory, "pays", lambda shape, like, writes: True)
+    monkeypatch.setattr(memory, "LARGE", 0)
+    monkeypatch.setattr(memory, "pays", lambda shape, like, writes: True)
 
 
 class PlainLayerNorm(nn.LayerNorm):
@@ -345,7 +346,7 @@ def test_small_calls_are_left_alone(taken):
 def test_other_devices_are_left_alone(taken, every_size, monkeypatch):
     """A type of device that was not measured."""
     monkeypatch.delitem(REGIMES, "cpu")
-    monkeypatch.setattr(_memory, "pays", lambda shape, like, writes: False)
+    monkeypatch.setattr(memory, "pays", lambda shape, like, writes: False)
     net = normalising()
     with vmap_safe(net):
         rows(net, tensors(net), X)
@@ -543,12 +544,12 @@ def test_slices_without_samples(every_size):
 def test_memory():
     """Large results are ordinary tensors: zeros that can be written, saved, copied."""
     like = torch.empty(0, dtype=torch.float64)
-    shape = (3, _memory.LARGE // 16)
-    large = _memory.zeros(shape, like)
+    shape = (3, memory.LARGE // 16)
+    large = memory.zeros(shape, like)
     pages = large.nbytes // mmap.PAGESIZE
-    assert _memory.pays(shape, like, 1)
-    assert _memory.pays((pages, mmap.PAGESIZE // 8), like, pages // 4)  # two pages each
-    assert not _memory.pays((pages, mmap.PAGESIZE // 8), like, pages // 4 + 1)
+    assert memory.pays(shape, like, 1)
+    assert memory.pays((pages, mmap.PAGESIZE // 8), like, pages // 4)  # two pages each
+    assert not memory.pays((pages, mmap.PAGESIZE // 8), like, pages // 4 + 1)
     assert large.shape == shape and large.dtype == like.dtype
     assert large.is_contiguous() and not large.any()
     large[1, 2] = 3
@@ -557,13 +558,13 @@ def test_memory():
     del large  # the memory lives as long as a view of it
     assert view[2] == 3 and view.sum() == 3
     assert view.clone().sum() == 3
-    assert not _memory.pays((2, 3), like, 1)
-    assert not _memory.zeros((2, 3), like).any()
+    assert not memory.pays((2, 3), like, 1)
+    assert not memory.zeros((2, 3), like).any()
 
 
 def test_memory_elsewhere(monkeypatch):
     """Systems that have no such mappings give ordinary memory."""
-    monkeypatch.delattr(_memory.mmap, "MAP_ANONYMOUS")
+    monkeypatch.delattr(memory.mmap, "MAP_ANONYMOUS")
     like = torch.empty(0)
-    assert not _memory.pays((2**24,), like, 1)
-    assert not _memory.zeros((2**24,), like).any()
+    assert not memory.pays((2**24,), like, 1)
+    assert not memory.zeros((2**24,), like).any()

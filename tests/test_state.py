@@ -15,7 +15,8 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
-from vmapsafe import BlockError, _scope, per_sample_grads, vmap_safe
+from vmapsafe import BlockError, per_sample_grads, vmap_safe
+from vmapsafe._block import scope
 
 MODES = ["eval", "no_running_stats", "group_norm"]
 
@@ -471,7 +472,7 @@ def test_entry_that_is_interrupted(step, monkeypatch):
     model = small()
     before = everything(model)
     with monkeypatch.context() as patch:
-        patch.setattr(_scope, step, interrupted)
+        patch.setattr(scope, step, interrupted)
         with pytest.raises(KeyboardInterrupt):
             vmap_safe(model).__enter__()
     assert_same_state(model, before)

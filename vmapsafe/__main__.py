@@ -5,8 +5,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vmapsafe import __version__, _check, _demo
-from vmapsafe._report import reader_may_leave
+from vmapsafe import __version__
+from vmapsafe._check import command as check
+from vmapsafe._check.report import reader_may_leave
+from vmapsafe.examples import wrong_labels
 
 
 class Command(NamedTuple):
@@ -19,7 +21,7 @@ class Command(NamedTuple):
 
 # Name -> command; a new one is one line.
 COMMANDS: dict[str, Command] = {
-    "check": Command(_check.HELP, _check.add_arguments, _check.run),
+    "check": Command(check.HELP, check.add_arguments, check.run),
 }
 
 
@@ -44,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--version", action="version", version=f"vmapsafe {__version__}"
     )
-    _demo.add_arguments(parser)
-    parser.set_defaults(run=_demo.run)
+    wrong_labels.add_arguments(parser)
+    parser.set_defaults(run=wrong_labels.run)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, command in COMMANDS.items():
         child = commands.add_parser(name, help=command.help, description=command.help)

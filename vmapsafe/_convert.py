@@ -13,10 +13,12 @@ from typing import Any, Self, SupportsIndex
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from vmapsafe._groups import NumGroups, check_num_groups, groups_for
+from vmapsafe._block.models import has_running_stats, is_frozen, is_lazy
+from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, shown
+from vmapsafe._modes import NumGroups, check_mode, check_num_groups, groups_for
+from vmapsafe._torch import LazyModuleMixin
 
 # What a mode does to one layer of the copy, in place: (layer, path, num_groups).
 _Conversion = Callable[[nn.Module, str, NumGroups], None]
@@ -78,20 +80,19 @@ def convert(model: nn.Module, mode: str, *, num_groups: NumGroups = 32) -> nn.Mo
     GroupNorm, https://arxiv.org/abs/1803.08494.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"convert(model, ...) was called with {model!r:.80} of type "
-            f"{type(model).__name__}, which is no torch.nn.Module; pass the model "
-            "itself"
+        raise VmapSafeTypeError(
+            "convert(model, ...)",
+            f"model is {shown(model)}, {a_kind(model)}, not an nn.Module",
+            "Pass the model itself",
         )
-    conversion = _conversion("convert", mode)
-    check_num_groups(num_groups)
+    conversion = _conversion("convert(model, ...)", mode)
+    check_num_groups("convert(model, ...)", num_groups)
     for path, layer in model.named_modules():
         _check_convertible(path, layer)
     converted = copy.deepcopy(model)
+    frozen = {layer for layer in converted.modules() if is_frozen(layer, converted)}
     for path, layer in converted.named_modules():
-        # The flags are read from the original: freezing changes those of the copy.
-        frozen_by_owner = model.training and not layer.training
-        (_freeze if frozen_by_owner else conversion)(layer, path, num_groups)
+        (_freeze if layer in frozen else conversion)(layer, path, num_groups)
     return converted
 
 
@@ -122,21 +123,20 @@ def norm_layer(mode: str, *, num_groups: NumGroups = 32) -> Callable[..., nn.Mod
     1 until a checkpoint is loaded. It builds no BatchNorm1d or 3d: build the net with
     these and :func:`convert` it.
     """
-    check_num_groups(num_groups)
-    _conversion("norm_layer", mode)
+    check_num_groups("norm_layer(...)", num_groups)
+    _conversion("norm_layer(...)", mode)
     return functools.partial(_new_layer, mode, num_groups)
 
 
-def _conversion(caller: str, mode: str) -> _Conversion:
-    if mode == "sync":
-        raise ValueError(
-            f"{caller}(mode='sync') is no conversion: statistics across the vmapped "
-            "axis exist only while a block is open; use vmap_safe(model, mode='sync')"
+def _conversion(called: str, mode: str) -> _Conversion:
+    check_mode(called, mode)
+    if mode not in _CONVERSIONS:
+        raise VmapSafeValueError(
+            f'{called}, mode="{mode}"',
+            "statistics across the vmapped axis, which exist only while a block is "
+            "open",
+            f'Use vmap_safe(model, mode="{mode}")',
         )
-    # A tuple: a mode that is no string may not be hashable.
-    if mode not in tuple(_CONVERSIONS):
-        modes = ", ".join(map(repr, _CONVERSIONS))
-        raise ValueError(f"{caller}(mode={mode!r}) is no mode; choose from {modes}")
     return _CONVERSIONS[mode]
 
 
@@ -144,19 +144,20 @@ def _check_convertible(path: str, layer: nn.Module) -> None:
     lazy = isinstance(layer, LazyModuleMixin) and (
         # Also one whose weights were loaded: its class changes at its first forward.
         layer.cls_to_become is not None
-        or layer.has_uninitialized_params()
+        or is_lazy(layer)
     )
     if lazy and _has_flag(layer):
-        raise ValueError(
-            f"convert(model, ...) found {_place(path)}, a {type(layer).__name__} that "
-            "has seen no input yet; a lazy layer needs one batch first: call "
-            "model(batch) once, then convert"
+        raise VmapSafeValueError(
+            "convert(model, ...)",
+            f"{_place(path)} is {a_kind(layer)} that has not seen a batch",
+            "Run the model on one batch first, then convert it",
         )
-    normalises = _has_flag(layer) or _owns_statistics(layer)
+    normalises = _has_flag(layer) or has_running_stats(layer)
     if normalises and isinstance(layer, torch.jit.ScriptModule):
-        raise TypeError(
-            f"convert(model, ...) found {_place(path)} compiled by TorchScript, which "
-            "cannot be changed; convert the model first, then script it"
+        raise VmapSafeTypeError(
+            "convert(model, ...)",
+            f"{_place(path)} is TorchScript, which cannot be changed",
+            "Convert the model first, then script it",
         )
 
 
@@ -169,14 +170,14 @@ def _new_layer(
 
 
 def _freeze(layer: Any, path: str, num_groups: NumGroups) -> None:
-    if _owns_statistics(layer) and not isinstance(layer, _AlwaysEval):
+    if has_running_stats(layer) and not isinstance(layer, _AlwaysEval):
         layer.__class__ = _always_eval(type(layer))
         layer.training = False
 
 
 def _drop_statistics(layer: Any, path: str, num_groups: NumGroups) -> None:
     # As torch.func.replace_all_batch_norm_modules_ leaves a layer.
-    if _owns_statistics(layer) and _has_flag(layer):
+    if has_running_stats(layer) and _has_flag(layer):
         for name in _STATISTICS & dict(layer.named_buffers(recurse=False)).keys():
             setattr(layer, name, None)
         layer.track_running_stats = False
@@ -190,11 +191,12 @@ def _become_group_norm(layer: Any, path: str, num_groups: NumGroups) -> None:
         or "forward" in vars(layer)
         or parametrize.is_parametrized(layer)
     ):
-        raise TypeError(
-            f"convert(model, mode='group_norm') found {_place(path)}, a "
-            f"{type(layer).__name__}, which does more than nn.BatchNorm (a forward of "
-            "its own, or a parametrization) and would lose it as an nn.GroupNorm; use "
-            "vmap_safe(model, mode='group_norm') or replace this layer by hand"
+        raise VmapSafeTypeError(
+            'convert(model, mode="group_norm")',
+            f"{_place(path)} is {a_kind(layer)} that does more than "
+            "nn.BatchNorm (a forward of its own, or a parametrization), and an "
+            "nn.GroupNorm would lose that",
+            'Use vmap_safe(model, mode="group_norm"), or replace this layer by hand',
         )
     layer.__class__ = nn.GroupNorm
     layer.num_channels = layer.num_features
@@ -241,11 +243,6 @@ def _has_flag(layer: nn.Module) -> bool:
     """Whether it is a norm layer of torch's, or steers F.batch_norm as these do."""
     # vars: wrappers such as torch.compile's answer hasattr for the layer inside.
     return "track_running_stats" in vars(layer)
-
-
-def _owns_statistics(layer: nn.Module) -> bool:
-    buffers = dict(layer.named_buffers(recurse=False))
-    return "running_mean" in buffers and "running_var" in buffers
 
 
 def _place(path: str) -> str:

@@ -10,8 +10,54 @@ from typing import Any
 import torch
 
 
-class BlockError(RuntimeError):
+class VmapSafeError(Exception):
+    """An error that this package raises, with the parts of its text.
+
+    Each is also the built-in error that a caller would expect: a ``ValueError``, a
+    ``TypeError``, a ``RuntimeError`` or a ``ModuleNotFoundError``.
+
+    Attributes:
+        called: what was called.
+        found: what was found.
+        do: what to do.
+    """
+
+    __module__ = "vmapsafe"
+
+    def __init__(self, called: str, found: str, do: str) -> None:
+        super().__init__(worded(called, found, do))
+        self.called, self.found, self.do = called, found, do
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.called, self.found, self.do), self.__dict__
+
+
+class VmapSafeValueError(VmapSafeError, ValueError):
+    """An argument has a value that it may not have."""
+
+    __module__ = "vmapsafe"
+
+
+class VmapSafeTypeError(VmapSafeError, TypeError):
+    """An argument has a type that it may not have."""
+
+    __module__ = "vmapsafe"
+
+
+class VmapSafeRuntimeError(VmapSafeError, RuntimeError):
+    """Something that a call meets as it runs has no right result."""
+
+    __module__ = "vmapsafe"
+
+
+class BlockError(VmapSafeRuntimeError):
     """A block was opened or closed where it cannot be, e.g. in the wrong order."""
+
+    __module__ = "vmapsafe"
+
+
+class MissingExtraError(VmapSafeError, ModuleNotFoundError):
+    """A package is missing that one of the optional extras installs."""
 
     __module__ = "vmapsafe"
 
@@ -66,6 +112,16 @@ def shown(value: Any) -> str:
     "[Tensor (3, 4), 'a']"
     """
     return _short.repr(value)
+
+
+def a_kind(value: Any) -> str:
+    """The class of a value, with its article.
+
+    >>> a_kind(3), a_kind([])
+    ('an int', 'a list')
+    """
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiouAEIO" else f"a {name}"
 
 
 class _Short(reprlib.Repr):

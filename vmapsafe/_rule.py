@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from vmapsafe._call import Call, Function, Parameters, batch_size, slices
-
-MODES = ("eval", "no_running_stats", "group_norm", "sync")
+from vmapsafe._errors import VmapSafeValueError
+from vmapsafe._modes import check_mode
+from vmapsafe._torch import OpOverload
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Rule:
     @property
     def of_operator(self) -> bool:
         """Whether it changes speed only."""
-        return isinstance(self.functions[0], torch._ops.OpOverload)
+        return isinstance(self.functions[0], OpOverload)
 
 
 Table = Mapping[Function, tuple[Rule, ...]]
@@ -82,7 +83,11 @@ def register(rule: Rule) -> Rule:
         ValueError: the name is taken, or a mode is unknown.
     """
     if any(rule.name == other.name for other in _rules):
-        raise ValueError(f"register(...): a rule named {rule.name!r} is there already.")
+        raise VmapSafeValueError(
+            "register(...)",
+            f"a rule named {rule.name!r} is there already",
+            "Give the rule another name",
+        )
     for mode in rule.modes:
         check_mode("register(...)", mode)
     _rules.append(rule)
@@ -125,13 +130,6 @@ def bind(
 ) -> Mapping[str, Any]:
     """The arguments of a call of a function that has a rule, by name."""
     return _parameters[function].bind(args, kwargs)
-
-
-def check_mode(called: str, mode: str) -> None:
-    """Raise a ValueError that lists the modes unless ``mode`` is one."""
-    if mode not in MODES:
-        listed = ", ".join(f'"{m}"' for m in MODES)
-        raise ValueError(f"{called}: unknown mode {mode!r}. Choose one of {listed}.")
 
 
 def slice_by_slice(plain: Callable[[Call], Any]) -> Callable[[Call], Any]:

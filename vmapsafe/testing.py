@@ -11,18 +11,10 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from vmapsafe._call import (
-    Call,
-    Site,
-    batch_size,
-    broadcast_to_leaves,
-    slices,
-    tree_flatten,
-    tree_map,
-    tree_unflatten,
-)
-from vmapsafe._operators import only
+from vmapsafe._block.operators import only
+from vmapsafe._call import Call, Site, batch_size, slices
 from vmapsafe._rule import Rule
+from vmapsafe._torch import broadcast_to_leaves, tree_flatten, tree_map, tree_unflatten
 
 __all__ = ["assert_same", "check_rule", "loop"]
 
@@ -116,7 +108,8 @@ def check_rule(
 
     >>> import torch
     >>> import torch.nn.functional as F
-    >>> from vmapsafe._rule import MODES, Rule, slice_by_slice
+    >>> from vmapsafe._rule import Rule, slice_by_slice
+    >>> from vmapsafe._modes import MODES
     >>> from vmapsafe.testing import check_rule
     >>> square = Rule(
     ...     name="square",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vmapsafe._call import Call, batch_size, expanded
-from vmapsafe._rule import MODES, Rule, register, slice_by_slice
+from vmapsafe._modes import MODES
+from vmapsafe._rule import Rule, register, slice_by_slice
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

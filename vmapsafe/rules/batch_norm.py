@@ -22,8 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from vmapsafe._call import (
-    Call,
+from vmapsafe._call import Call
+from vmapsafe._errors import worded
+from vmapsafe._modes import MODES, groups_for
+from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._torch import (
     autocasts,
     batched_levels,
     beyond_reverse_mode,
@@ -31,9 +34,6 @@ from vmapsafe._call import (
     merging,
     recorded,
 )
-from vmapsafe._errors import worded
-from vmapsafe._groups import groups_for
-from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 
 Dims = Sequence[int | None]
 _HALVES = (torch.float16, torch.bfloat16)

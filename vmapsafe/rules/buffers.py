@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmapsafe._call import Call
-from vmapsafe._rule import MODES, Rule, register
+from vmapsafe._modes import MODES
+from vmapsafe._rule import Rule, register
 
 _NOT_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
 _BY_OPERATOR = (

@@ -23,15 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import (
-    Call,
-    batch_first,
-    batch_size,
-    is_plain,
-    multiplies_exactly,
-    unwatched,
-)
-from vmapsafe._rule import MODES, Rule, register, slice_by_slice
+from vmapsafe._call import Call, batch_first, batch_size
+from vmapsafe._modes import MODES
+from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._torch import is_plain, multiplies_exactly, unwatched
 from vmapsafe.rules.regimes import REGIMES, regimes
 
 _backward = torch.ops.aten.convolution_backward.default

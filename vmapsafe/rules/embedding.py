@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmapsafe import _memory
-from vmapsafe._call import Call, batch_first, batch_size, is_plain
-from vmapsafe._rule import MODES, Rule, register, slice_by_slice
+from vmapsafe._call import Call, batch_first, batch_size
+from vmapsafe._modes import MODES
+from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._torch import is_plain
+from vmapsafe.rules import memory
 
 _backward = torch.ops.aten.embedding_dense_backward.default
 
@@ -26,7 +28,7 @@ def _makes_large_rows(call: Call) -> bool:
         and not call["scale_grad_by_freq"]
         and is_plain(grad)
         and is_plain(indices)
-        and _memory.pays(_shape(call), grad, grad.numel() // grad.size(-1))
+        and memory.pays(_shape(call), grad, grad.numel() // grad.size(-1))
     )
 
 
@@ -41,7 +43,7 @@ def _sparse_sum(call: Call) -> tuple[Tensor]:
     size, words, width = _shape(call)
     starts = words * torch.arange(size, device=indices.device).unsqueeze(1)
     places = (indices.reshape(size, -1) + starts).flatten()
-    rows = _memory.zeros((size, words, width), grad)
+    rows = memory.zeros((size, words, width), grad)
     rows.view(-1, width).index_put_((places,), grad.reshape(-1, width), accumulate=True)
     if call["padding_idx"] >= 0:
         rows[:, call["padding_idx"]] = 0

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import (
-    Call,
+from vmapsafe._call import Call
+from vmapsafe._modes import MODES
+from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._torch import (
     autocasts,
     batched_levels,
     beyond_reverse_mode,
@@ -24,7 +26,6 @@ from vmapsafe._call import (
     innermost,
     is_differentiated,
 )
-from vmapsafe._rule import MODES, Rule, register, slice_by_slice
 from vmapsafe.rules.batch_norm import by_groups, has_own_weights, torchs_own_fails
 from vmapsafe.rules.regimes import regimes
 

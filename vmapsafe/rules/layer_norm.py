@@ -18,15 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import (
-    Call,
-    batch_first,
-    expanded,
-    is_differentiated,
-    is_plain,
-    recorded,
-)
-from vmapsafe._rule import MODES, Rule, register, slice_by_slice
+from vmapsafe._call import Call, batch_first, expanded
+from vmapsafe._modes import MODES
+from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._torch import is_differentiated, is_plain, recorded
 from vmapsafe.rules.batch_norm import (
     fused_layer_norm,
     has_own_weights,

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmapsafe._call import Call, batched_levels, first_slice
-from vmapsafe._rule import MODES, Rule, register
+from vmapsafe._call import Call
+from vmapsafe._modes import MODES
+from vmapsafe._rule import Rule, register
+from vmapsafe._torch import batched_levels, first_slice
 
 _LAST = {torch.channels_last: 4, torch.channels_last_3d: 5}
 _LIKE = ("empty", "zeros", "ones", "full", "rand", "randn", "randint")

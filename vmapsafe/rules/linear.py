@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vmapsafe._call import Call, batch_first
-from vmapsafe._rule import MODES, Rule, register, slice_by_slice
+from vmapsafe._modes import MODES
+from vmapsafe._rule import Rule, register, slice_by_slice
 from vmapsafe.rules.regimes import REGIMES, regimes
 
 _addmm = torch.ops.aten.addmm.default

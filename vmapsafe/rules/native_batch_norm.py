@@ -13,8 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmapsafe._call import Call, batch_first, is_plain
-from vmapsafe._rule import MODES, Rule, register, slice_by_slice
+from vmapsafe._call import Call, batch_first
+from vmapsafe._modes import MODES
+from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._torch import is_plain
 from vmapsafe.rules.batch_norm import wide
 from vmapsafe.rules.regimes import REGIMES, regimes
 

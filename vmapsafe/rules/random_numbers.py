@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmapsafe._call import Call, Function, slices_draw_their_own
-from vmapsafe._rule import MODES, Rule, register
+from vmapsafe._call import Call, Function
+from vmapsafe._modes import MODES
+from vmapsafe._rule import Rule, register
+from vmapsafe._torch import slices_draw_their_own
 
 _OPTIONS = {"size", "dtype", "device", "requires_grad"}
 

@@ -33,18 +33,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from vmapsafe._call import (
-    Call,
-    Site,
+from vmapsafe._call import Call, Site
+from vmapsafe._errors import VmapSafeRuntimeError, VmapSafeValueError
+from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._torch import (
     current_level,
     derivatives_inside,
     unseen_by_modes,
     vmap_size,
     whole_while_compiling,
 )
-from vmapsafe._errors import worded
-from vmapsafe._rule import Rule, register, slice_by_slice
-from vmapsafe._state import process_group
 from vmapsafe.rules.batch_norm import (
     has_own_weights,
     instance_norm_unwritten,
@@ -209,13 +207,11 @@ class UpdateRunningStats(Function):
             x = x.movedim(x_dim, 0).flatten(0, 1)
             return UpdateRunningStats.apply(x, mean, var, count, *rest), None
         if mean_dim is None:
-            raise RuntimeError(
-                worded(
-                    f"update_running_stats=True for {label}",
-                    f"{info.batch_size} slices that are not merged share its buffers",
-                    "Batch the buffers too (stack_module_state), or leave "
-                    "sync_levels out",
-                )
+            raise VmapSafeRuntimeError(
+                f"update_running_stats=True for {label}",
+                f"{info.batch_size} slices that are not merged share its buffers",
+                "Batch the buffers too (stack_module_state), or leave "
+                "sync_levels out",
             )
         for parts in _members(info.batch_size, in_dims, x, mean, var, count):
             UpdateRunningStats.apply(*parts, *rest)
@@ -269,35 +265,29 @@ def _across_slices(call: Call) -> Tensor:
     site, x = call.site, call["input"]
     assert site is not None and site.layer is not None
     merged = site.merged_levels(x)
-    group = process_group(site.layer)
+    group = site.process_group
     one_value = x.numel() == x.size(1) > 0 and group is None
     if one_value and all([vmap_size(level) == 1 for level in merged]):
-        raise ValueError(
-            worded(
-                f"batch_norm of {site.path()}",
-                f"input of shape {tuple(x.shape)}, over all slices, has one value for "
-                "each channel, which would leave only the bias",
-                'Use more slices, or mode="eval"',
-            )
+        raise VmapSafeValueError(
+            f"batch_norm of {site.path()}",
+            f"input of shape {tuple(x.shape)}, over all slices, has one value for "
+            "each channel, which would leave only the bias",
+            'Use more slices, or mode="eval"',
         )
     if merged and derivatives_inside(merged[0]) > 1:
-        raise RuntimeError(
-            worded(
-                f"batch_norm of {site.path()}",
-                "a derivative of a derivative inside the vmap, which has no agreed "
-                'meaning where mode="sync" mixes the slices',
-                "Take one of the two outside the vmap, as in hessian(lambda p: "
-                "vmap(f)(p, x).sum()), or use another mode",
-            )
+        raise VmapSafeRuntimeError(
+            f"batch_norm of {site.path()}",
+            "a derivative of a derivative inside the vmap, which has no agreed "
+            'meaning where mode="sync" mixes the slices',
+            "Take one of the two outside the vmap, as in hessian(lambda p: "
+            "vmap(f)(p, x).sum()), or use another mode",
         )
     if site.rows == "jacobian" and group is not None:
-        raise RuntimeError(
-            worded(
-                f"batch_norm of {site.path()}",
-                f"statistics of {dist.get_world_size(group)} processes, where a row of "
-                'rows="jacobian" would mix losses of all of them',
-                'Use rows="contribution", or one process',
-            )
+        raise VmapSafeRuntimeError(
+            f"batch_norm of {site.path()}",
+            f"statistics of {dist.get_world_size(group)} processes, where a row of "
+            'rows="jacobian" would mix losses of all of them',
+            'Use rows="contribution", or one process',
         )
     if torch.compiler.is_compiling():
         _check_compilable(site, group)
@@ -321,12 +311,10 @@ def _check_compilable(site: Site, group: Any) -> None:
     if site.update_running_stats and site.tracks and layer.momentum is None:
         found = "momentum=None, whose average needs the value of a counter"
     if found:
-        raise RuntimeError(
-            worded(
-                f"batch_norm of {site.path()}",
-                f"{found}, which torch.compile cannot trace",
-                'Run it without torch.compile, or without mode="sync"',
-            )
+        raise VmapSafeRuntimeError(
+            f"batch_norm of {site.path()}",
+            f"{found}, which torch.compile cannot trace",
+            'Run it without torch.compile, or without mode="sync"',
         )
 
 

@@ -21,15 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmapsafe._call import below_all, tree_map, without_autocast
-from vmapsafe._chunks import check_chunk_size
-from vmapsafe._errors import worded
-from vmapsafe._formulas import Formula
-from vmapsafe._groups import NumGroups
-from vmapsafe._processes import agreed, check_all_or_none, gathered
-from vmapsafe._samples import Loss, Params, Samples
-from vmapsafe._scope import Options
-from vmapsafe._turns import in_turn
+from vmapsafe._errors import VmapSafeValueError
+from vmapsafe._modes import NumGroups, Options
+from vmapsafe._rows.chunks import check_chunk_size
+from vmapsafe._rows.formulas import Formula
+from vmapsafe._rows.processes import agreed, check_all_or_none, gathered
+from vmapsafe._rows.samples import Loss, Params, Samples
+from vmapsafe._rows.turns import in_turn
+from vmapsafe._torch import below_all, tree_map, without_autocast
 from vmapsafe.rules.batch_norm import wide
 
 
@@ -129,15 +128,16 @@ def per_sample_sketch(
     def compute() -> Any:
         _check_matrix(k, kind, seed)
         options = Options(
-            mode,
-            num_groups,
-            update_running_stats,
-            sync_levels,
-            rows,
-            fast,
+            called=_CALLED,
+            mode=mode,
+            num_groups=num_groups,
+            update_running_stats=update_running_stats,
+            sync_levels=sync_levels,
             also=also,
+            fast=fast,
+            rows=rows,
         )
-        check_chunk_size(_CALLED, chunk_size, mode)
+        check_chunk_size(_CALLED, chunk_size, options)
         samples = Samples.of(
             _CALLED, model, loss_fn, batch, params, options, randomness, has_aux
         )
@@ -235,11 +235,11 @@ _BLOCK = 2**19
 
 def _check_matrix(k: int, kind: str, seed: int) -> None:
     if type(k) is not int or k < 1:
-        raise ValueError(
-            worded(_CALLED, f"k is {k!r}", "Pass how many numbers a sample, at least 1")
+        raise VmapSafeValueError(
+            _CALLED, f"k is {k!r}", "Pass how many numbers a sample, at least 1"
         )
     if kind not in KINDS:
         listed = " or ".join(f'"{one}"' for one in KINDS)
-        raise ValueError(worded(_CALLED, f"unknown kind {kind!r}", f"Choose {listed}"))
+        raise VmapSafeValueError(_CALLED, f"unknown kind {kind!r}", f"Choose {listed}")
     if type(seed) is not int:
-        raise ValueError(worded(_CALLED, f"seed is {seed!r}", "Pass an int"))
+        raise VmapSafeValueError(_CALLED, f"seed is {seed!r}", "Pass an int")

@@ -25,30 +25,17 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from vmapsafe import _here
-from vmapsafe._call import (
-    constant_while_compiling,
-    is_wrapped,
-    run_while_compiling,
-)
-from vmapsafe._errors import BlockError, worded
+from vmapsafe._block import open_blocks
+from vmapsafe._errors import BlockError
+from vmapsafe._modes import Flags
+from vmapsafe._torch import constant_while_compiling, is_wrapped, run_while_compiling
 
 _compiling = torch.compiler.is_compiling
-
-
-class Flags(NamedTuple):
-    """The two flags through which a layer chooses its statistics.
-
-    ``track_running_stats`` is None for a layer that has no such flag.
-    """
-
-    training: bool
-    track_running_stats: bool | None
 
 
 def owners_flags(module: nn.Module) -> Flags:
@@ -191,11 +178,11 @@ class Layer(Switched):
 
     def reset_running_stats(self) -> None:
         _refuse_update_bn(self)
-        with _here.instead(()):
+        with open_blocks.instead(()):
             super().reset_running_stats()  # type: ignore[misc]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with _here.instead(()):
+        with open_blocks.instead(()):
             super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -235,19 +222,17 @@ def _refuse_update_bn(layer: nn.Module) -> None:
     ):
         return
     raise BlockError(
-        worded(
-            f"update_bn inside vmap_safe(..., {block.options})",
-            "a block whose forwards do not write running statistics, which update_bn "
-            "would leave reset",
-            'Call it outside the block, or use mode="sync" with '
-            "update_running_stats=True",
-        )
+        f"update_bn inside vmap_safe(..., {block.options})",
+        "a block whose forwards do not write running statistics, which update_bn "
+        "would leave reset",
+        'Call it outside the block, or use mode="sync" with '
+        "update_running_stats=True",
     )
 
 
 def covering(module: nn.Module) -> Any:
     """The innermost open block of this thread that covers the module, or None."""
-    for block in reversed(_here.in_force()):
+    for block in reversed(open_blocks.in_force()):
         if module in block.covers and block.alive:
             return block
     return None
@@ -256,7 +241,7 @@ def covering(module: nn.Module) -> Any:
 @constant_while_compiling
 def _in_a_block() -> bool:
     """torch.compile guards the modes that are in force, and so this."""
-    return any([block.alive for block in _here.in_force()])
+    return any([block.alive for block in open_blocks.in_force()])
 
 
 # -- Buffers that a forward assigns ----------------------------------------------------

@@ -34,10 +34,16 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from vmapsafe._call import tree_flatten, tree_map
-from vmapsafe._disk import Folder
-from vmapsafe._errors import worded
-from vmapsafe._state import unwrapped
+from vmapsafe._block.models import device_of, unwrapped
+from vmapsafe._data.folder import Folder
+from vmapsafe._errors import (
+    MissingExtraError,
+    VmapSafeTypeError,
+    VmapSafeValueError,
+    a_kind,
+)
+from vmapsafe._modes import MODES
+from vmapsafe._torch import tree_flatten, tree_map
 
 Keys = str | Sequence[str | Sequence[str]]
 
@@ -206,12 +212,10 @@ class Over:
                     folder.append(rows, _summed(leaves, folder.done.data))
                     done()
             if not batches.total and not begun.batches:
-                raise ValueError(
-                    worded(
-                        _SAVE,
-                        "the loader gave no batch, so that the results have no shape",
-                        "Give a loader with at least one",
-                    )
+                raise VmapSafeValueError(
+                    _SAVE,
+                    "the loader gave no batch, so that the results have no shape",
+                    "Give a loader with at least one",
                 )
             if folder.done == begun:
                 batches.check(folder)
@@ -226,21 +230,19 @@ class Over:
         if isinstance(batch, Mapping):
             parts = self._by_keys(batch)
         elif self._keys is not None:
-            raise TypeError(
-                worded(_OVER, f"keys= for a batch {_kind(batch)}", "Leave keys= out")
+            raise VmapSafeTypeError(
+                _OVER, f"keys= for a batch {_kind(batch)}", "Leave keys= out"
             )
         elif isinstance(batch, Tensor):
             parts = (batch,)
         elif isinstance(batch, (tuple, list)):
             parts = tuple(batch)
         else:
-            raise TypeError(
-                worded(
-                    _OVER,
-                    f"the loader gave a batch {_kind(batch)}",
-                    "Let its collate_fn make a tensor, a tuple (inputs, targets, ...) "
-                    "or a dict",
-                )
+            raise VmapSafeTypeError(
+                _OVER,
+                f"the loader gave a batch {_kind(batch)}",
+                "Let its collate_fn make a tensor, a tuple (inputs, targets, ...) "
+                "or a dict",
             )
         if parts and isinstance(parts[0], list):  # what collate makes of tuples
             parts = (tuple(parts[0]), *parts[1:])
@@ -248,7 +250,7 @@ class Over:
 
     def _moved(self, parts: tuple[Any, ...]) -> tuple[Any, ...]:
         """To where the model is."""
-        device = _device(self._model)
+        device = device_of(self._model)
 
         def moved(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
@@ -259,21 +261,17 @@ class Over:
 
     def _by_keys(self, batch: Mapping[str, Any]) -> tuple[Any, ...]:
         if self._keys is None:
-            raise TypeError(
-                worded(
-                    _OVER,
-                    f"the loader gave a dict with the keys {list(batch)}",
-                    'Say what is what, e.g. keys=("image", "label")',
-                )
+            raise VmapSafeTypeError(
+                _OVER,
+                f"the loader gave a dict with the keys {list(batch)}",
+                'Say what is what, e.g. keys=("image", "label")',
             )
         for key in [k for one in self._keys for k in _several(one)]:
             if key not in batch:
-                raise ValueError(
-                    worded(
-                        _OVER,
-                        f"keys= names {key!r}, and the batch has {list(batch)}",
-                        "Name those of the inputs and the targets",
-                    )
+                raise VmapSafeValueError(
+                    _OVER,
+                    f"keys= names {key!r}, and the batch has {list(batch)}",
+                    "Name those of the inputs and the targets",
                 )
         return tuple(
             batch[key] if isinstance(key, str) else {k: batch[k] for k in key}
@@ -298,19 +296,15 @@ class Over:
             ("gather", "all", "a file of its own for each process is to be written"),
         ):
             if self._options.get(option) == value:
-                raise ValueError(
-                    worded(
-                        _SAVE, f"{option}={value!r}, and {why}", f"Leave {option} out"
-                    )
+                raise VmapSafeValueError(
+                    _SAVE, f"{option}={value!r}, and {why}", f"Leave {option} out"
                 )
         if not repeatable and not _in_order(self._loader):
-            raise ValueError(
-                worded(
-                    _SAVE,
-                    "the loader's order is not known to be the same each time, and a "
-                    "run that was interrupted could not go on",
-                    "Give a DataLoader with shuffle=False, or say repeatable=True",
-                )
+            raise VmapSafeValueError(
+                _SAVE,
+                "the loader's order is not known to be the same each time, and a "
+                "run that was interrupted could not go on",
+                "Give a DataLoader with shuffle=False, or say repeatable=True",
             )
 
     def _description(self) -> dict[str, Any]:
@@ -327,7 +321,7 @@ class Over:
             "layers": _digest_of_text(_settings(net)),
             "parameters and buffers": _digest([part for nt in tensors for part in nt]),
             "training and requires_grad": _digest_of_text(repr(flags)),
-            "precision": _precision(_device(net)),
+            "precision": _precision(device_of(net)),
             "keys": None if self._keys is None else repr(self._keys),
             "batches": self._length(),
             "batch_size": getattr(self._loader, "batch_size", None),
@@ -335,7 +329,8 @@ class Over:
             "code": _digest_of_text(repr([_written(value) for value in written])),
         }
         ignored = {"out"}
-        if self._asked.get("mode") != "sync":
+        mode = MODES.get(str(self._asked.get("mode")))
+        if mode is None or not mode.merges:
             ignored.add("chunk_size")
         for name, value in self._asked.items():
             if name not in ignored:
@@ -366,7 +361,7 @@ def _rows_of(result: Any, batch: Any) -> Mapping[str, Tensor]:
     rows = {_ALONE: result} if isinstance(result, Tensor) else result
     size = _size(batch)
     if not isinstance(rows, Mapping) or not rows:
-        found = f"a {type(result).__name__}"
+        found = f"{a_kind(result)}"
     elif wrong := [
         f"{name!r}: {tuple(row.shape) if isinstance(row, Tensor) else type(row)}"
         for name, row in rows.items()
@@ -375,12 +370,10 @@ def _rows_of(result: Any, batch: Any) -> Mapping[str, Tensor]:
         found = wrong[0]
     else:
         return rows
-    raise ValueError(
-        worded(
-            _SAVE,
-            f"for a batch of {size} the function gave {found}",
-            "What can be saved is a tensor, or a dict of tensors, of one row a sample",
-        )
+    raise VmapSafeValueError(
+        _SAVE,
+        f"for a batch of {size} the function gave {found}",
+        "What can be saved is a tensor, or a dict of tensors, of one row a sample",
     )
 
 
@@ -531,20 +524,18 @@ def _with_defaults(function: Callable[..., Any], *args: Any) -> dict[str, Any]:
     try:
         bound = signature.bind_partial(*positional, **options)
     except TypeError as error:
-        raise TypeError(
-            worded(_OVER, f"{_described(function)}: {error}", "See its arguments")
+        raise VmapSafeTypeError(
+            _OVER, f"{_described(function)}: {error}", "See its arguments"
         ) from None
     bound.apply_defaults()
     found = {}
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             if name not in bound.arguments:
-                raise TypeError(
-                    worded(
-                        _OVER,
-                        f"{_described(function)} needs {name}=",
-                        f"Write over(..., {name}=...)",
-                    )
+                raise VmapSafeTypeError(
+                    _OVER,
+                    f"{_described(function)} needs {name}=",
+                    f"Write over(..., {name}=...)",
                 )
             found[name] = bound.arguments[name]
         elif parameter.kind is parameter.VAR_KEYWORD:
@@ -564,7 +555,7 @@ def _described(value: Any) -> str:
         )
     if callable(value):
         name = getattr(value, "__qualname__", type(value).__qualname__)
-        return f"{getattr(value, '__module__', '')}.{name}"
+        return f"{_public_home(value)}.{name}"
     if isinstance(value, Tensor):
         return _digest([value])
     if isinstance(value, Mapping):
@@ -572,6 +563,12 @@ def _described(value: Any) -> str:
     if isinstance(value, Collection) and not isinstance(value, str):
         return repr(sorted([_described(v) for v in value]))
     return repr(value)
+
+
+def _public_home(value: Any) -> str:
+    """The module that a user imports it from."""
+    module = str(getattr(value, "__module__", ""))
+    return "vmapsafe" if module.startswith("vmapsafe._") else module
 
 
 def _written(value: Any) -> str:
@@ -662,29 +659,23 @@ def _digest_of_text(text: str) -> str:
 
 def _check_arguments(loader: Any, function: Any, model: Any, loss_fn: Any) -> None:
     if isinstance(loader, (Dataset, Tensor)) or not isinstance(loader, Iterable):
-        raise TypeError(
-            worded(
-                _OVER,
-                f"the loader is a {type(loader).__name__}",
-                "Give batches, e.g. DataLoader(dataset, batch_size=64)",
-            )
+        raise VmapSafeTypeError(
+            _OVER,
+            f"the loader is {a_kind(loader)}",
+            "Give batches, e.g. DataLoader(dataset, batch_size=64)",
         )
     for what, given in (("function", function), ("loss_fn", loss_fn)):
         if not callable(given) or (what == "function" and isinstance(given, nn.Module)):
-            raise TypeError(
-                worded(
-                    _OVER,
-                    f"{what} is a {type(given).__name__}",
-                    "Write over(loader, per_sample_grads, model, loss_fn)",
-                )
-            )
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            worded(
+            raise VmapSafeTypeError(
                 _OVER,
-                f"model is a {type(model).__name__}, not an nn.Module",
+                f"{what} is {a_kind(given)}",
                 "Write over(loader, per_sample_grads, model, loss_fn)",
             )
+    if not isinstance(model, nn.Module):
+        raise VmapSafeTypeError(
+            _OVER,
+            f"model is {a_kind(model)}, not an nn.Module",
+            "Write over(loader, per_sample_grads, model, loss_fn)",
         )
 
 
@@ -692,12 +683,10 @@ def _tqdm() -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
-        raise ModuleNotFoundError(
-            worded(
-                f"{_OVER} with progress=True",
-                "tqdm cannot be imported here",
-                'pip install "vmapsafe[progress]"',
-            )
+        raise MissingExtraError(
+            f"{_OVER} with progress=True",
+            "tqdm cannot be imported here",
+            'pip install "vmapsafe[progress]"',
         ) from None
     return tqdm
 
@@ -706,19 +695,11 @@ def _check_numpy() -> None:
     try:
         import numpy  # noqa: F401
     except ImportError:
-        raise ModuleNotFoundError(
-            worded(
-                _SAVE,
-                "numpy cannot be imported here",
-                'pip install "vmapsafe[disk]"',
-            )
+        raise MissingExtraError(
+            _SAVE,
+            "numpy cannot be imported here",
+            'pip install "vmapsafe[disk]"',
         ) from None
-
-
-def _device(model: nn.Module) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
 
 
 def _several(key: str | Sequence[Any]) -> Sequence[Any]:
@@ -726,4 +707,4 @@ def _several(key: str | Sequence[Any]) -> Sequence[Any]:
 
 
 def _kind(batch: Any) -> str:
-    return f"that is a {type(batch).__name__}"
+    return f"that is {a_kind(batch)}"

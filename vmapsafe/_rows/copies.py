@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import Parameters, TorchFunctionMode, storage_of
-from vmapsafe._errors import worded
+from vmapsafe._call import Parameters
+from vmapsafe._errors import VmapSafeRuntimeError
+from vmapsafe._torch import TorchFunctionMode, storage_of
 from vmapsafe.rules.buffers import IN_PLACE
 
 _WRITES = frozenset(IN_PLACE)
@@ -51,14 +52,12 @@ class Copies(TorchFunctionMode):
             RuntimeError: a weight that an embedding renormalises is used otherwise too.
         """
         for name in self._renormalised & self._read:
-            raise RuntimeError(
-                worded(
-                    self._called,
-                    f"an embedding with max_norm renormalises {name!r}, which is used "
-                    "by something else too: what that sees would depend on the order",
-                    "Renormalise it outside, under torch.no_grad(), and leave max_norm "
-                    "out",
-                )
+            raise VmapSafeRuntimeError(
+                self._called,
+                f"an embedding with max_norm renormalises {name!r}, which is used "
+                "by something else too: what that sees would depend on the order",
+                "Renormalise it outside, under torch.no_grad(), and leave max_norm "
+                "out",
             )
 
     def check_graph(self, leaves: Sequence[Tensor]) -> None:
@@ -67,14 +66,12 @@ class Copies(TorchFunctionMode):
         found = {id(leaf) for leaf in leaves}
         for name, parameter in self._originals.items():
             if id(parameter) in found:
-                raise RuntimeError(
-                    worded(
-                        self._called,
-                        f"the loss depends on {name!r} by a way past the model's "
-                        "modules, as a view made in advance is, so that its row would "
-                        "be wrong",
-                        "Read it from its module, in the forward or in the loss",
-                    )
+                raise VmapSafeRuntimeError(
+                    self._called,
+                    f"the loss depends on {name!r} by a way past the model's "
+                    "modules, as a view made in advance is, so that its row would "
+                    "be wrong",
+                    "Read it from its module, in the forward or in the loss",
                 )
 
     def __torch_function__(
@@ -127,14 +124,12 @@ class Copies(TorchFunctionMode):
             storage = storage_of(target)
             for name, copy in self._copies.items():
                 if storage is not None and storage_of(copy) == storage:
-                    raise RuntimeError(
-                        worded(
-                            f"{self._called}, {func.__name__}",
-                            "the forward or the loss writes on the parameter "
-                            f"{name!r}, which all samples share",
-                            "Compute a new tensor there, or write outside, under "
-                            "torch.no_grad()",
-                        )
+                    raise VmapSafeRuntimeError(
+                        f"{self._called}, {func.__name__}",
+                        "the forward or the loss writes on the parameter "
+                        f"{name!r}, which all samples share",
+                        "Compute a new tensor there, or write outside, under "
+                        "torch.no_grad()",
                     )
 
     def _by_renormalised(

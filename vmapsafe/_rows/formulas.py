@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmapsafe._call import Call, is_plain
+from vmapsafe._call import Call
+from vmapsafe._torch import is_plain
 from vmapsafe.rules.batch_norm import wide
 from vmapsafe.rules.convolution import (
     ALGORITHMS,

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vmapsafe._errors import worded
+from vmapsafe._block.models import device_of
+from vmapsafe._errors import VmapSafeRuntimeError, VmapSafeValueError
 
 
 def check_all_or_none(called: str, option: str, value: str | None, one: str) -> None:
@@ -30,21 +31,17 @@ def check_all_or_none(called: str, option: str, value: str | None, one: str) -> 
         RuntimeError: "all" without a process group.
     """
     if value not in (None, "all"):
-        raise ValueError(
-            worded(
-                called,
-                f"unknown {option} {value!r}",
-                f'Pass None for {one} in this process, or "all"',
-            )
+        raise VmapSafeValueError(
+            called,
+            f"unknown {option} {value!r}",
+            f'Pass None for {one} in this process, or "all"',
         )
     if value == "all" and not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            worded(
-                f'{called} with {option}="all"',
-                "torch.distributed has no process group",
-                "Call torch.distributed.init_process_group first, or leave "
-                f"{option} out",
-            )
+        raise VmapSafeRuntimeError(
+            f'{called} with {option}="all"',
+            "torch.distributed has no process group",
+            "Call torch.distributed.init_process_group first, or leave "
+            f"{option} out",
         )
 
 
@@ -60,17 +57,15 @@ def agreed(called: str, model: nn.Module, compute: Callable[[], Any]) -> Any:
         found = compute()
     except BaseException as error:
         failed = error
-    flag = torch.tensor(float(failed is not None), device=_device(model))
+    flag = torch.tensor(float(failed is not None), device=device_of(model))
     dist.all_reduce(flag)
     if failed is not None:
         raise failed
     if flag:
-        raise RuntimeError(
-            worded(
-                called,
-                f"{int(flag)} of {dist.get_world_size()} processes failed",
-                "See their errors",
-            )
+        raise VmapSafeRuntimeError(
+            called,
+            f"{int(flag)} of {dist.get_world_size()} processes failed",
+            "See their errors",
         )
     return found
 
@@ -100,7 +95,3 @@ def gathered(part: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(parts, padded)
     return torch.cat([p[: int(s)] for p, s in zip(parts, sizes)])
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

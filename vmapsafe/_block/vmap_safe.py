@@ -13,19 +13,19 @@ from typing import Any, ParamSpec, TypeVar, overload
 import torch
 from torch import nn
 
-from vmapsafe._advice import advise
-from vmapsafe._call import dispatch_modes_are_on
+from vmapsafe._block.advice import advise
+from vmapsafe._block.models import never_updated
+from vmapsafe._block.scope import Scope, entered_by, opened, sweep_traced
+from vmapsafe._block.switched import own_class
 from vmapsafe._errors import (
     BlockError,
     NeverUpdatedWarning,
-    shown,
+    VmapSafeTypeError,
     warn_user,
     worded,
 )
-from vmapsafe._groups import NumGroups, check_num_groups
-from vmapsafe._rule import check_mode
-from vmapsafe._scope import Options, Scope, entered_by, opened, sweep_traced
-from vmapsafe._switched import own_class
+from vmapsafe._modes import NumGroups, Options
+from vmapsafe._torch import dispatch_modes_are_on
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -150,26 +150,22 @@ def vmap_safe(
     its owner's flags. It does not make clipped per-sample gradients differentially
     private by itself.
     """
-    options = checked(
-        Options(
-            mode,
-            num_groups,
-            update_running_stats,
-            sync_levels,
-            fast=fast,
-            also=also,
-        )
+    options = Options(
+        mode=mode,
+        num_groups=num_groups,
+        update_running_stats=update_running_stats,
+        sync_levels=sync_levels,
+        also=also,
+        fast=fast,
     )
     if len(models) == 1 and _is_function(models[0]):
         return Block((), options)(models[0])
     for model in models:
         if not isinstance(model, nn.Module):
-            raise TypeError(
-                worded(
-                    "vmap_safe(...)",
-                    f"got an object of type {type(model).__name__}, not an nn.Module",
-                    "Write vmap_safe(model)",
-                )
+            raise VmapSafeTypeError(
+                "vmap_safe(...)",
+                f"got an object of type {type(model).__name__}, not an nn.Module",
+                "Write vmap_safe(model)",
             )
     return Block(models, options)
 
@@ -188,8 +184,8 @@ class Block:
 
     def __enter__(self) -> Any:
         if not self._models:
-            raise TypeError(
-                worded(f"with {self}", "got no model", "Write vmap_safe(model)")
+            raise VmapSafeTypeError(
+                f"with {self}", "got no model", "Write vmap_safe(model)"
             )
         _enter(self, self._models, self)
         return self._models[0] if len(self._models) == 1 else self._models
@@ -206,12 +202,10 @@ class Block:
             if isinstance(error, BlockError):
                 return  # which says why
             raise BlockError(
-                worded(
-                    f"leaving {self}",
-                    "it is not open in this thread",
-                    "Leave a block once for each time it was entered, in the thread "
-                    "that entered it",
-                )
+                f"leaving {self}",
+                "it is not open in this thread",
+                "Leave a block once for each time it was entered, in the thread "
+                "that entered it",
             )
         _leave(scope, error)
 
@@ -225,53 +219,13 @@ class Block:
         return decorated
 
 
-def check_also(called: str, also: Any) -> None:
-    """Raise a TypeError unless these are classes of modules, in a tuple."""
-    kinds = also if isinstance(also, (tuple, list)) else (also,)
-    if not all([isinstance(k, type) and issubclass(k, nn.Module) for k in kinds]):
-        do = "Write also=(MyNorm,), with classes of modules"
-    elif not isinstance(also, tuple):
-        names = ", ".join([kind.__name__ for kind in kinds])
-        do = f"Write also=({names},)" if len(kinds) == 1 else f"Write also=({names})"
-    else:
-        return
-    found = f"also is {shown(also)}, not a tuple of classes of modules"
-    raise TypeError(worded(called, found, do))
-
-
-def checked(options: Options) -> Options:
-    """The options, or the error that says what is wrong with them."""
-    check_mode("vmap_safe(...)", options.mode)
-    check_num_groups(options.num_groups)
-    check_also("vmap_safe(...)", options.also)
-    levels = options.sync_levels
-    if levels is not None and (type(levels) is not int or levels < 1):
-        raise ValueError(
-            worded(
-                f"vmap_safe({options})",
-                "sync_levels is the number of vmaps to merge, innermost first",
-                "Pass an int of at least 1, or None for all",
-            )
-        )
-    if options.mode != "sync" and (options.update_running_stats or levels is not None):
-        raise ValueError(
-            worded(
-                f"vmap_safe({options})",
-                'update_running_stats and sync_levels have a meaning in "sync" only, '
-                "where there is one batch whose statistics could be written",
-                'Use mode="sync", or leave them out',
-            )
-        )
-    return options
-
-
 # -- Blocks ---------------------------------------------------------------------------
 
 
 def _enter(block: Block, models: tuple[nn.Module, ...], owner: object) -> Scope:
     """Open a block that ``owner`` will close."""
     scope = opened(models, block._options, owner)
-    if block._options.mode == "eval" and not torch.compiler.is_compiling():
+    if block._options.meaning.reads_running_stats and not torch.compiler.is_compiling():
         done = False
         try:
             _warn_if_never_updated(scope)  # a warning may be an error
@@ -304,11 +258,9 @@ def _leave(scope: Scope, error: BaseException | None) -> None:
     # Else an interrupt has been there, and that is the news.
     if found not in ("top", "nowhere") and error is None:
         raise BlockError(
-            worded(
-                str(scope),
-                f"closed while it was {found}. Its models are put back",
-                "Close blocks in the reverse order, in the thread that opened them",
-            )
+            str(scope),
+            f"closed while it was {found}. Its models are put back",
+            "Close blocks in the reverse order, in the thread that opened them",
         )
 
 
@@ -330,7 +282,7 @@ def _warn_if_never_updated(scope: Scope) -> None:
         for layer in model.layers:
             if layer in _updated:
                 continue
-            if not _never_updated(layer):
+            if not never_updated(layer):
                 _updated.add(layer)
                 continue
             _warned.add(kind)
@@ -344,16 +296,6 @@ def _warn_if_never_updated(scope: Scope) -> None:
                 NeverUpdatedWarning,
             )
             break
-
-
-def _never_updated(layer: nn.Module) -> bool:
-    count, mean, var = (
-        getattr(layer, name, None)
-        for name in ("num_batches_tracked", "running_mean", "running_var")
-    )
-    if count is None or mean is None or var is None or mean.is_meta:
-        return False
-    return bool((count == 0).all() and (mean == 0).all() and (var == 1).all())
 
 
 # -- Decorated functions --------------------------------------------------------------
@@ -373,28 +315,22 @@ def _decorated(function: Any, block: Block) -> Any:
         parts = (function.fget, function.fset, function.fdel)
         return property(*(f and _decorated(f, block) for f in parts))
     if not _is_function(function):
-        raise TypeError(
-            worded(
-                f"@{block}", f"{function!r} is not a function", "Decorate a function"
-            )
+        raise VmapSafeTypeError(
+            f"@{block}", f"{function!r} is not a function", "Decorate a function"
         )
     if inspect.isclass(function):
-        raise TypeError(
-            worded(
-                f"@{block}",
-                f"{function.__name__} is a class, of which only the creation would be "
-                "covered",
-                "Decorate its methods",
-            )
+        raise VmapSafeTypeError(
+            f"@{block}",
+            f"{function.__name__} is a class, of which only the creation would be "
+            "covered",
+            "Decorate its methods",
         )
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise TypeError(
-            worded(
-                f"@{block}",
-                f"{function.__name__} is async, and a block left open across an await "
-                "would be seen by other tasks",
-                "Use `with vmap_safe(model):` around the synchronous part",
-            )
+        raise VmapSafeTypeError(
+            f"@{block}",
+            f"{function.__name__} is async, and a block left open across an await "
+            "would be seen by other tasks",
+            "Use `with vmap_safe(model):` around the synchronous part",
         )
     if inspect.isgeneratorfunction(function):
         return _resumed_in(function, block)
@@ -481,12 +417,10 @@ def _models_of(
     """The block's, or the modules among the arguments of a call."""
     models = block._models or tuple([*_modules_among(args), *_modules_among(kwargs)])
     if not models:
-        raise TypeError(
-            worded(
-                f"{getattr(function, '__name__', 'function')}(...) under @{block}",
-                "no nn.Module among its arguments, nor in a tuple, list or dict there",
-                "Pass the model, or write @vmap_safe(model)",
-            )
+        raise VmapSafeTypeError(
+            f"{getattr(function, '__name__', 'function')}(...) under @{block}",
+            "no nn.Module among its arguments, nor in a tuple, list or dict there",
+            "Pass the model, or write @vmap_safe(model)",
         )
     return models
 

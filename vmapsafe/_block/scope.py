@@ -20,24 +20,42 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator, OpOverloadPacket
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vmapsafe import _here
-from vmapsafe._again import (
+from vmapsafe._block import open_blocks
+from vmapsafe._block.backward import (
     HOOKING,
     Passed,
     foreign_hooks,
     hooked,
     listen,
-    top_hooks,
     unpacking_in,
 )
-from vmapsafe._call import (
-    Call,
+from vmapsafe._block.models import (
+    Layer,
+    Model,
+    device_of,
+    find,
+    is_hand_made_write,
+    process_group,
+    put_back,
+    put_back_flags,
+    switch,
+)
+from vmapsafe._block.operators import install
+from vmapsafe._block.switched import covering, kept_by_forwards, own_class
+from vmapsafe._call import Call
+from vmapsafe._errors import BlockError, LeftOutWarning, warn_user, worded
+from vmapsafe._modes import NumGroups, Options
+from vmapsafe._rule import Table, bind, table
+from vmapsafe._torch import (
+    NATIVE_BATCH_NORMS,
+    HigherOrderOperator,
+    OpOverloadPacket,
+    TorchFunctionMode,
     batched_levels,
     below_all,
+    innermost_mode,
     is_wrapped,
     lies_alone,
     modes_in_force,
@@ -45,65 +63,13 @@ from vmapsafe._call import (
     run_while_compiling,
     shares_memory,
     take_off,
+    take_off_innermost,
+    top_hooks,
     tree_flatten,
     tree_map,
 )
-from vmapsafe._errors import BlockError, LeftOutWarning, warn_user, worded
-from vmapsafe._groups import NumGroups
-from vmapsafe._operators import install
-from vmapsafe._rule import Table, bind, table
-from vmapsafe._state import (
-    Layer,
-    Model,
-    find,
-    is_hand_made_write,
-    put_back,
-    put_back_flags,
-    switch,
-)
-from vmapsafe._switched import covering, kept_by_forwards, own_class
 
 _compiling = torch.compiler.is_compiling
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a block was asked to do."""
-
-    mode: str = "eval"
-    num_groups: NumGroups = 32
-    update_running_stats: bool = False
-    sync_levels: int | None = None
-    rows: str = "contribution"  # of per_sample_grads
-    fast: bool = True
-    copies_at: int | None = None  # of per-sample gradients, see Site
-    also: tuple[type[nn.Module], ...] = ()
-
-    def __str__(self) -> str:
-        given = [f'mode="{self.mode}"']
-        if self.mode == "group_norm":
-            given.append(f"num_groups={self.num_groups}")
-        if self.update_running_stats:
-            given.append("update_running_stats=True")
-        if self.sync_levels is not None:
-            given.append(f"sync_levels={self.sync_levels}")
-        if self.also:
-            names = ", ".join([kind.__name__ for kind in self.also])
-            given.append(f"also=({names},)")
-        if not self.fast:
-            given.append("fast=False")
-        return ", ".join(given)
-
-    @property
-    def meaning(self) -> Any:
-        """What two threads that hold one model have to agree on."""
-        return (
-            self.mode,
-            self.num_groups,
-            self.update_running_stats,
-            self.sync_levels,
-            self.also,
-        )
 
 
 @dataclass(slots=True)
@@ -124,7 +90,7 @@ class Place:
     def stays_in_eval(self) -> bool:
         if self.module is None:
             return False
-        return self.scope.options.mode == "eval" or self.layer is None
+        return self.scope.mode.reads_running_stats or self.layer is None
 
     @property
     def tracks(self) -> bool:
@@ -157,6 +123,10 @@ class Place:
         levels = sorted(found - own)
         wanted = self.scope.options.sync_levels
         return tuple(levels if wanted is None else levels[-wanted:])
+
+    @property
+    def process_group(self) -> Any:
+        return None if self.module is None else process_group(self.module)
 
     def path(self) -> str:
         if self.module is None:
@@ -213,6 +183,7 @@ class Scope(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.options = options
+        self.mode = options.meaning
         self.fast = options.fast
         self.models = models
         self.closed = self.closing = False
@@ -232,7 +203,7 @@ class Scope(TorchFunctionMode):
         self._traced = _compiling()
         if not _compiling():
             self.thread = threading.current_thread()
-            self.since = _here.next_node()
+            self.since = open_blocks.next_node()
             self._looked_at = WeakTensorKeyDictionary()
             self.belongs_to(block)
 
@@ -268,7 +239,7 @@ class Scope(TorchFunctionMode):
             self._refuse_a_break()
         if not self.alive:
             return func(*args, **kwargs)
-        blocks = _here.in_force()
+        blocks = open_blocks.in_force()
         if self not in blocks:  # backward of a graph from before the block
             return func(*args, **kwargs)
         self._handling += 1
@@ -299,7 +270,7 @@ class Scope(TorchFunctionMode):
         out = kwargs.get("out")
         if rules is None and out is None and not kwargs.get("inplace"):
             if not _compiling():
-                if func in _NATIVE or isinstance(func, OpOverloadPacket):
+                if func in NATIVE_BATCH_NORMS or isinstance(func, OpOverloadPacket):
                     self._refuse_native(func, args, kwargs)
                 if func in _BY_SCHEMA or isinstance(func, _OPERATORS):
                     return self._call_operator(func, args, kwargs)
@@ -346,15 +317,13 @@ class Scope(TorchFunctionMode):
         layer = self._with("running_mean", mean) if isinstance(mean, Tensor) else None
         if layer is None or not self._owns(layer):
             return
-        stays = self.options.mode == "eval" or self.layers[layer].frozen
+        stays = self.mode.reads_running_stats or self.layers[layer].frozen
         if training or not stays:
             raise BlockError(
-                worded(
-                    f"{name} on the buffers of {self.covers[layer].label(layer)} in "
-                    f"{self}",
-                    "an operator below F.batch_norm, which the mode does not reach",
-                    "Call the layer, or F.batch_norm",
-                )
+                f"{name} on the buffers of {self.covers[layer].label(layer)} in "
+                f"{self}",
+                "an operator below F.batch_norm, which the mode does not reach",
+                "Call the layer, or F.batch_norm",
             )
 
     def _call_operator(
@@ -408,7 +377,11 @@ class Scope(TorchFunctionMode):
             return nearest if nearest in self.layers else None
         if _compiling():
             return self._by_weights(bound) or self._bare(bound)
-        if mean is None or self.options.mode != "eval" or bound.get("training", True):
+        if (
+            mean is None
+            or not self.mode.reads_running_stats
+            or bound.get("training", True)
+        ):
             nearest = _nearest_module()
             if nearest in self.layers:
                 return nearest
@@ -462,14 +435,14 @@ class Scope(TorchFunctionMode):
         """Whether a block around this one covers the layer that calls."""
         if _compiling():
             return True  # nobody knows
-        others = [b for b in _here.in_force() if b is not self and b.alive]
+        others = [b for b in open_blocks.in_force() if b is not self and b.alive]
         return any([other._caller(func, bound) is not None for other in others])
 
     def _look_for_copies(self, bound: Mapping[str, Any]) -> None:
         """Say once that a copy of a covered layer, made inside the block, is not
         covered: it normalises as its owner's flags say."""
         mean = bound["running_mean"]
-        if not self.copied or self.options.mode == "eval" or _compiling():
+        if not self.copied or self.mode.reads_running_stats or _compiling():
             return
         if mean is None or is_wrapped(mean) or mean in self._looked_at:
             return
@@ -569,7 +542,7 @@ class Scope(TorchFunctionMode):
             if module is None or self.layers[module].frozen:
                 return None
             flag = bound.get("training", bound.get("use_input_stats"))
-            if self.options.mode == "eval" and not flag:
+            if self.mode.reads_running_stats and not flag:
                 return None
             return self.covers[module].label(module)
         out = kwargs.get("out")
@@ -591,33 +564,35 @@ class Scope(TorchFunctionMode):
         """Put it in force."""
         if _compiling():  # a lock cannot be traced, nor a class changed
             switch(self.models)
-            _push_mode(self)  # type: ignore[no-untyped-call]
+            put_on(self)
             return
-        with _here.lock:
+        with open_blocks.lock:
             sweep()
             self._refuse_other_options()
-            _here.set_everywhere((*_here.everywhere(), self))
+            open_blocks.set_everywhere((*open_blocks.everywhere(), self))
             listen()
             switch(self.models)
         if self.fast:
-            install([model.root for model in self.models])
-        _here.set_blocks((*_here.blocks(), self))
-        _push_mode(self)  # type: ignore[no-untyped-call]
+            install({device_of(model.root).type for model in self.models})
+        open_blocks.set_blocks((*open_blocks.blocks(), self))
+        put_on(self)
 
     def close(self) -> str:
         """Take it back, as far as it got. Says where in the thread's stack it was."""
         if _compiling():
-            _pop_mode()  # type: ignore[no-untyped-call]
+            take_off_innermost()
             put_back(self.models, ())
             return "top"
         self.closing = True
         try:
             found = take_off(self)
-            _here.set_blocks(tuple([b for b in _here.blocks() if b is not self]))
-            with _here.lock:
-                left = tuple([b for b in _here.everywhere() if b is not self])
-                _here.set_everywhere(left)
-                mine = [b for b in reversed(_here.blocks()) if b.alive]
+            open_blocks.set_blocks(
+                tuple([b for b in open_blocks.blocks() if b is not self])
+            )
+            with open_blocks.lock:
+                left = tuple([b for b in open_blocks.everywhere() if b is not self])
+                open_blocks.set_everywhere(left)
+                mine = [b for b in reversed(open_blocks.blocks()) if b.alive]
                 put_back(self.models, [*mine, *[b for b in reversed(left) if b.alive]])
             self.closed = True
         finally:
@@ -630,31 +605,27 @@ class Scope(TorchFunctionMode):
         self.closed = True
         put_back_flags(self.models)
         raise BlockError(
-            worded(
-                str(self),
-                "torch.compile breaks the graph inside it",
-                "Put the block around the compiled function, or compile with "
-                "fullgraph=True to see what breaks it",
-            )
+            str(self),
+            "torch.compile breaks the graph inside it",
+            "Put the block around the compiled function, or compile with "
+            "fullgraph=True to see what breaks it",
         )
 
     def _refuse_other_options(self) -> None:
-        for other in _here.everywhere():
+        for other in open_blocks.everywhere():
             if other.thread is self.thread or not other.alive:
                 continue
-            if other.options.meaning == self.options.meaning:
+            if other.options.agree(self.options):
                 continue
             for module, layer in self.layers.items():
                 if module in other.layers and not layer.frozen:
                     model = self.covers[module]
                     raise BlockError(
-                        worded(
-                            f"vmap_safe({type(model.root).__name__}, {self.options})",
-                            f"another thread holds {model.label(module)} with "
-                            f"{other.options}",
-                            "Use the same options in both threads, or a copy of the "
-                            "model",
-                        )
+                        f"vmap_safe({type(model.root).__name__}, {self.options})",
+                        f"another thread holds {model.label(module)} with "
+                        f"{other.options}",
+                        "Use the same options in both threads, or a copy of the "
+                        "model",
                     )
 
 
@@ -673,12 +644,6 @@ _NATIVE_NAMES = (
     *("input", "weight", "bias", "running_mean", "running_var"),
     "training",
 )
-_NATIVE = {
-    torch.native_batch_norm,
-    torch.cudnn_batch_norm,
-    torch.miopen_batch_norm,
-    torch._native_batch_norm_legit,
-}
 _BY_SCHEMA = frozenset(
     [
         torch.fused_moving_avg_obs_fake_quant,
@@ -694,8 +659,7 @@ _warned: weakref.WeakSet[type] = weakref.WeakSet()
 
 def sweep_traced() -> None:
     """Take back what torch.compile has left of blocks in which it broke the graph."""
-    for i in reversed(range(torch._C._len_torch_function_stack())):
-        mode = torch._C._get_function_stack_at(i)
+    for mode in reversed(modes_in_force()):
         if isinstance(mode, Scope) and mode._traced:
             take_off(mode)
             if not mode.closed:
@@ -730,7 +694,7 @@ def sweep() -> None:
     for scope in left:  # what torch puts on again when an interrupted call is freed
         if scope.closed:
             take_off(scope)
-    for block in (*_here.blocks(), *_here.everywhere()):
+    for block in (*open_blocks.blocks(), *open_blocks.everywhere()):
         if block.closing:  # by what a signal handler or a finalizer has interrupted
             continue
         if not block.alive or not block.thread.is_alive():
@@ -739,7 +703,7 @@ def sweep() -> None:
 
 def opened(roots: Sequence[nn.Module], options: Options, block: object) -> Scope:
     """Open a block for the object ``block``; all of it or, with an error, nothing."""
-    scope = Scope(find(roots, options.mode, options.also), options, block)
+    scope = Scope(find(roots, options), options, block)
     if _compiling():
         scope.open()
         return scope
@@ -759,7 +723,7 @@ def opened(roots: Sequence[nn.Module], options: Options, block: object) -> Scope
 
 def innermost() -> Scope | None:
     """The block opened last in this thread and still open."""
-    for block in reversed(_here.in_force()):
+    for block in reversed(open_blocks.in_force()):
         if block.alive:
             found: Scope = block
             return found
@@ -769,9 +733,9 @@ def innermost() -> Scope | None:
 def entered_by(block: object) -> Scope | None:
     """The innermost one of this thread that ``block`` has opened."""
     if _compiling():
-        mode = torch._C._get_function_stack_at(torch._C._len_torch_function_stack() - 1)
+        mode = innermost_mode()
         return mode if isinstance(mode, Scope) else None
-    for scope in reversed(_here.blocks()):
+    for scope in reversed(open_blocks.blocks()):
         if scope.alive and scope.block is block:
             found: Scope = scope
             return found

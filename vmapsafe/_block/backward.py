@@ -22,16 +22,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch._ops import _compute_keyset
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode, _pop_mode, handle_torch_function
 
-from vmapsafe import _here
-from vmapsafe._call import modes_in_force, put_on
-from vmapsafe._errors import BlockError, worded
+from vmapsafe._block import open_blocks
+from vmapsafe._errors import BlockError
+from vmapsafe._torch import (
+    BackwardCFunction,
+    TorchFunctionMode,
+    below_modes,
+    handle_torch_function,
+    hooks_are_enabled,
+    innermost_mode,
+    modes_in_force,
+    put_on,
+    take_off_innermost,
+    top_hooks,
+)
 
 Hooks = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 
@@ -43,7 +50,7 @@ def in_blocks(blocks: Sequence[Any]) -> Iterator[None]:
     found = [_open_or_refusing(block) for block in blocks]
     modes = [mode for mode in found if id(mode) not in standing]
     open_ones = tuple([b for b in found if not isinstance(b, Refusing)])
-    with _here.instead(open_ones), _pushed(modes):
+    with open_blocks.instead(open_ones), _pushed(modes):
         yield
 
 
@@ -57,7 +64,7 @@ def _pushed(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
         yield
     finally:
         for _ in range(pushed):
-            _pop_mode()  # type: ignore[no-untyped-call]
+            take_off_innermost()
 
 
 def _open_or_refusing(block: Any) -> Any:
@@ -65,8 +72,8 @@ def _open_or_refusing(block: Any) -> Any:
     refuses them."""
     if block.alive:
         return block
-    for other in reversed(_here.blocks()):
-        if other.alive and other.options.meaning == block.options.meaning:
+    for other in reversed(open_blocks.blocks()):
+        if other.alive and other.options.agree(block.options):
             if all([model.root in other.covers for model in block.models]):
                 return other
     return Refusing(block)
@@ -90,13 +97,11 @@ class Refusing(TorchFunctionMode):
         layer = self._block.refused(func, args, kwargs)
         if layer is not None:
             raise BlockError(
-                worded(
-                    "backward",
-                    f"{layer} ran inside a vmap_safe block and is to run again after "
-                    "it, as under torch.utils.checkpoint, where it would compute "
-                    "something else",
-                    "Call backward inside the block",
-                )
+                "backward",
+                f"{layer} ran inside a vmap_safe block and is to run again after "
+                "it, as under torch.utils.checkpoint, where it would compute "
+                "something else",
+                "Call backward inside the block",
             )
         return func(*args, **kwargs)
 
@@ -113,8 +118,10 @@ def listen() -> None:
 
 
 def _made(node: Any) -> None:
-    if _here.blocks() and not node._forward_cls.__module__.startswith("vmapsafe."):
-        blocks = tuple([block for block in _here.in_force() if block.alive])
+    if open_blocks.blocks() and not node._forward_cls.__module__.startswith(
+        "vmapsafe."
+    ):
+        blocks = tuple([block for block in open_blocks.in_force() if block.alive])
         node.apply = _Apply(node, blocks)
 
 
@@ -135,16 +142,12 @@ class _Apply:
 # -- Saved tensors --------------------------------------------------------------------
 
 
-top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-
-
 def foreign_hooks() -> Hooks | None:
     """The hooks for saved tensors in force, if there are any that are not ours."""
     hooks: Hooks | None = top_hooks(True)
     if hooks is None or isinstance(hooks[1], _Unpack):
         return None
-    autograd: Any = torch._C._autograd
-    return hooks if autograd._saved_tensors_hooks_is_enabled() else None
+    return hooks if hooks_are_enabled() else None
 
 
 def unpacking_in(blocks: tuple[Any, ...], hooks: Hooks) -> saved_tensors_hooks:
@@ -173,7 +176,7 @@ def hooked(args: tuple[Any, ...]) -> tuple[Any, ...]:
     blocks of now."""
     if len(args) != 2:
         return args
-    hook, blocks = args[1], _here.in_force()
+    hook, blocks = args[1], open_blocks.in_force()
 
     def run(tensor: Tensor) -> Any:
         with in_blocks(blocks):
@@ -193,10 +196,7 @@ class Passed:
         self.inside: list[TorchFunctionMode] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch._C._len_torch_function_stack() > 0:
+        if innermost_mode() is not None:
             return handle_torch_function(self, (), *args, **kwargs)
         with _pushed(self.inside):
-            keys = _compute_keyset(  # type: ignore[no-untyped-call]
-                args, kwargs, self.operator.non_fallthrough_keys
-            )
-            return self.operator.dispatch(keys.highestPriorityTypeId(), *args, **kwargs)
+            return below_modes(self.operator, args, kwargs)

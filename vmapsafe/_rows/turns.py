@@ -17,8 +17,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from vmapsafe import _here
-from vmapsafe._errors import BlockError, worded
+from vmapsafe._block import open_blocks
+from vmapsafe._errors import BlockError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -77,7 +77,7 @@ def in_turn(function: Callable[P, R]) -> Callable[P, R]:
 def _take(turn: _Turn, called: str) -> None:
     global _refs
     while True:
-        with _here.lock:
+        with open_blocks.lock:
             turn.waits_for = None
             for other in _turns():
                 if other is not turn and not other.waits_for and other.excludes(turn):
@@ -89,19 +89,17 @@ def _take(turn: _Turn, called: str) -> None:
                 return
             if held.waits_for_thread(turn.thread):
                 raise BlockError(
-                    worded(
-                        f"{called}(...)",
-                        "another thread holds the model and waits for one that this "
-                        "thread holds, in calls inside calls",
-                        "Use the models in the same order in both threads",
-                    )
+                    f"{called}(...)",
+                    "another thread holds the model and waits for one that this "
+                    "thread holds, in calls inside calls",
+                    "Use the models in the same order in both threads",
                 )
         time.sleep(_PAUSE)
 
 
 def _give_back(turn: _Turn) -> None:
     global _refs
-    with _here.lock:
+    with open_blocks.lock:
         _refs = tuple([ref for ref in _refs if ref() not in (None, turn)])
 
 

@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from vmapsafe._call import (
-    broadcast_to_leaves,
-    tree_flatten,
-    tree_map,
-    tree_unflatten,
-)
-from vmapsafe._chunks import Draws
-from vmapsafe._errors import shown, worded
+from vmapsafe._draws import Draws
+from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, shown
+from vmapsafe._torch import broadcast_to_leaves, tree_flatten, tree_map, tree_unflatten
 
 Dims = int | None | tuple[Any, ...] | list[Any] | dict[str, Any]
 
@@ -91,10 +86,8 @@ def batched(
             keep_batch_dim=keep_batch_dim,
         )
     if not callable(function):
-        raise TypeError(
-            worded(
-                "batched(...)", f"{shown(function)} is not callable", "Pass a function"
-            )
+        raise VmapSafeTypeError(
+            "batched(...)", f"{shown(function)} is not callable", "Pass a function"
         )
     name = getattr(function, "__name__", type(function).__name__)
     # torch.compile cannot trace inspect; without a dict, names only word errors.
@@ -161,12 +154,10 @@ def _specs(
         known = {*names, *kwargs}
         unknown = [key for key in in_dims if key not in known]
         if unknown:
-            raise ValueError(
-                worded(
-                    f"batched({name}, in_dims={in_dims})",
-                    f"{name} has no argument {unknown[0]!r}, it has {list(names)}",
-                    "Name arguments as the function does",
-                )
+            raise VmapSafeValueError(
+                f"batched({name}, in_dims={in_dims})",
+                f"{name} has no argument {unknown[0]!r}, it has {list(names)}",
+                "Name arguments as the function does",
             )
         by_position = tuple(
             [
@@ -177,12 +168,10 @@ def _specs(
         return by_position, {key: in_dims.get(key, 0) for key in kwargs}
     if isinstance(in_dims, (tuple, list)):
         if len(in_dims) != len(args):
-            raise ValueError(
-                worded(
-                    f"batched({name}, in_dims={in_dims})",
-                    f"{len(in_dims)} in_dims for {len(args)} positional arguments",
-                    "Give one for each, or a dict by name",
-                )
+            raise VmapSafeValueError(
+                f"batched({name}, in_dims={in_dims})",
+                f"{len(in_dims)} in_dims for {len(args)} positional arguments",
+                "Give one for each, or a dict by name",
             )
         return tuple(in_dims), {key: 0 for key in kwargs}
     return tuple([in_dims for _ in args]), {key: 0 for key in kwargs}
@@ -206,25 +195,21 @@ def _dims_of_leaves(
         leaves, tree = tree_flatten(value)
         spread = broadcast_to_leaves(spec, tree)
         if spread is None:
-            raise ValueError(
-                worded(
-                    f"batched({name})(...)",
-                    f"in_dims {shown(spec)} does not fit the structure of {label}",
-                    "Give an int, None, or a tree of them like the argument",
-                )
+            raise VmapSafeValueError(
+                f"batched({name})(...)",
+                f"in_dims {shown(spec)} does not fit the structure of {label}",
+                "Give an int, None, or a tree of them like the argument",
             )
         for leaf, dim in zip(leaves, spread):
             if dim is None or not isinstance(leaf, Tensor) or leaf.dim() == 0:
                 dims.append(None)
                 continue
             if not -leaf.dim() <= dim < leaf.dim():
-                raise ValueError(
-                    worded(
-                        f"batched({name})(...)",
-                        f"in_dims says dimension {dim} for {label}, which has shape "
-                        f"{tuple(leaf.shape)}",
-                        "Name a dimension that the argument has",
-                    )
+                raise VmapSafeValueError(
+                    f"batched({name})(...)",
+                    f"in_dims says dimension {dim} for {label}, which has shape "
+                    f"{tuple(leaf.shape)}",
+                    "Name a dimension that the argument has",
                 )
             dims.append(dim % leaf.dim())
             sizes.append((label, leaf, dim % leaf.dim()))
@@ -234,12 +219,10 @@ def _dims_of_leaves(
 
 def _check_sizes(name: str, sizes: list[tuple[str, Tensor, int]]) -> None:
     if not sizes:
-        raise ValueError(
-            worded(
-                f"batched({name})(...)",
-                "no argument has a batch dimension to map over",
-                "Pass a tensor with one, or in_dims that name it",
-            )
+        raise VmapSafeValueError(
+            f"batched({name})(...)",
+            "no argument has a batch dimension to map over",
+            "Pass a tensor with one, or in_dims that name it",
         )
     if any([leaf.size(dim) != sizes[0][1].size(sizes[0][2]) for _, leaf, dim in sizes]):
         found = ", ".join(
@@ -247,12 +230,10 @@ def _check_sizes(name: str, sizes: list[tuple[str, Tensor, int]]) -> None:
             f"{dim}"
             for label, leaf, dim in sizes
         )
-        raise ValueError(
-            worded(
-                f"batched({name})(...)",
-                f"batch sizes disagree: {found}",
-                "Pass None in in_dims for arguments that all slices share",
-            )
+        raise VmapSafeValueError(
+            f"batched({name})(...)",
+            f"batch sizes disagree: {found}",
+            "Pass None in in_dims for arguments that all slices share",
         )
 
 
@@ -261,14 +242,12 @@ def without_batch_dim(called: str, output: Any) -> Any:
     if not isinstance(output, Tensor) or output.dim() == 0:
         return output
     if output.size(0) != 1:
-        raise ValueError(
-            worded(
-                called,
-                f"an output of one slice has shape {tuple(output.shape)}, whose first "
-                "dimension is not a batch of one",
-                "Return one row a sample, or pass keep_batch_dim=False and take the "
-                "slice as vmap gives it, as functions that return gradients of "
-                "parameters need",
-            )
+        raise VmapSafeValueError(
+            called,
+            f"an output of one slice has shape {tuple(output.shape)}, whose first "
+            "dimension is not a batch of one",
+            "Return one row a sample, or pass keep_batch_dim=False and take the "
+            "slice as vmap gives it, as functions that return gradients of "
+            "parameters need",
         )
     return output.squeeze(0)

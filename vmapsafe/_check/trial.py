@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.parameter import is_lazy
 
-from vmapsafe._call import tree_flatten, tree_unflatten
-from vmapsafe._scope import Options, opened
+from vmapsafe._block.scope import opened
+from vmapsafe._modes import Options
+from vmapsafe._torch import tree_flatten, tree_unflatten
 
 
 @dataclass(frozen=True)

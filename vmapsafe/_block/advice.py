@@ -8,8 +8,8 @@ from types import FrameType
 
 from torch import nn
 
-from vmapsafe._call import current_level
-from vmapsafe._state import Model
+from vmapsafe._block.models import Model
+from vmapsafe._torch import HOME_OF_VMAP, current_level
 
 _VALUE = "The value of a tensor is asked for there, which differs from slice to slice. "
 
@@ -137,9 +137,9 @@ def advice_for(text: str) -> str | None:
 def _of_dimensions(frames: Iterable[FrameType]) -> str | None:
     """Who has given the model its input: vmap, one of ours, or neither."""
     names = [frame.f_globals.get("__name__") for frame in frames]
-    if not {"vmapsafe._samples", "vmapsafe._batched"}.isdisjoint(names):
+    if not {"vmapsafe._rows.samples", "vmapsafe._block.batched"}.isdisjoint(names):
         return _OF_ONE
-    if current_level() > 0 or "torch._functorch.vmap" in names:
+    if current_level() > 0 or HOME_OF_VMAP in names:
         return _SLICE
     return None
 

@@ -10,7 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
-from vmapsafe._call import (
+from vmapsafe._block.models import process_group, unwrapped
+from vmapsafe._block.vmap_safe import Block
+from vmapsafe._draws import Draws, check_randomness
+from vmapsafe._errors import (
+    VmapSafeRuntimeError,
+    VmapSafeTypeError,
+    VmapSafeValueError,
+    a_kind,
+    shown,
+)
+from vmapsafe._modes import Options
+from vmapsafe._rows.chunks import ChunkSize, in_chunks
+from vmapsafe._rows.copies import Copies, leaves_of
+from vmapsafe._rows.record import LEVEL, Collector, Recorded, Unrecordable
+from vmapsafe._torch import (
     beyond_reverse_mode,
     current_level,
     innermost,
@@ -18,18 +32,9 @@ from vmapsafe._call import (
     tree_map,
     under,
 )
-from vmapsafe._chunks import ChunkSize, Draws, in_chunks
-from vmapsafe._copies import Copies, leaves_of
-from vmapsafe._errors import shown, worded
-from vmapsafe._record import LEVEL, Collector, Recorded, Unrecordable
-from vmapsafe._scope import Options
-from vmapsafe._state import process_group, unwrapped
-from vmapsafe._wrap import Block, checked
 
 Loss = Callable[..., Any]
 Params = Collection[str] | Mapping[str, Tensor] | None
-
-ROWS = ("contribution", "jacobian", "detached")
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,7 @@ class Samples:
             TypeError, ValueError: say what is wrong.
         """
         _check_model_and_loss(called, model, loss_fn)
-        _check_rows(called, options)
-        _check_randomness(called, randomness)
-        options = checked(options)
+        check_randomness(called, randomness)
         net = unwrapped(model)
         places = _places(net)
         known = {name: parameters[own] for parameters, own, name in places}
@@ -96,7 +99,7 @@ class Samples:
         names = {known[name]: name for name in values}
         size = _batch_size(called, batch)
         if size == 0:
-            _check_one_process(called, net, options.mode)
+            _check_one_process(called, net, options)
             options = replace(options, update_running_stats=False)
             batch = tree_map(lambda t: t.new_zeros(2, *t.shape[1:]), batch)
         return Samples(
@@ -199,14 +202,12 @@ class Samples:
                 if derivatives:
                     raise
                 if self.options.update_running_stats:  # they have been
-                    raise RuntimeError(
-                        worded(
-                            self.called,
-                            f"the loss calls {error}, and a second forward would "
-                            "update the running statistics twice",
-                            "Use torch.func.grad there, or per_sample_grads without "
-                            "out=",
-                        )
+                    raise VmapSafeRuntimeError(
+                        self.called,
+                        f"the loss calls {error}, and a second forward would "
+                        "update the running statistics twice",
+                        "Use torch.func.grad there, or per_sample_grads without "
+                        "out=",
                     ) from None
                 draws.put_back()
             else:
@@ -258,12 +259,10 @@ class Samples:
         if not self.has_aux:
             return self._scalar(result)
         if not isinstance(result, (tuple, list)) or len(result) != 2:
-            raise ValueError(
-                worded(
-                    f"{self.called} with has_aux=True",
-                    f"loss_fn gave {shown(result)} instead of a pair",
-                    "Let it return (loss, aux)",
-                )
+            raise VmapSafeValueError(
+                f"{self.called} with has_aux=True",
+                f"loss_fn gave {shown(result)} instead of a pair",
+                "Let it return (loss, aux)",
             )
         value, aux = result
         return self._scalar(value), tree_map(self._aux, aux)
@@ -310,27 +309,23 @@ class Samples:
         do = 'Let it return the mean or the sum, e.g. reduction="sum"'
         if isinstance(loss, (tuple, list)):
             do = "Let it return the loss alone, or pass has_aux=True for (loss, aux)"
-        raise ValueError(
-            worded(
-                self.called,
-                f"loss_fn gave {found} for a batch of one instead of a tensor without "
-                "dimensions",
-                do,
-            )
+        raise VmapSafeValueError(
+            self.called,
+            f"loss_fn gave {found} for a batch of one instead of a tensor without "
+            "dimensions",
+            do,
         )
 
     def _aux(self, leaf: Any) -> Tensor:
         """Without the batch of one, if it has dimensions."""
         if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.size(0) == 1):
             return leaf.squeeze(0) if leaf.dim() else leaf
-        raise ValueError(
-            worded(
-                f"{self.called} with has_aux=True",
-                f"aux holds {shown(leaf)} for one sample, which is no tensor with a "
-                "batch of one as its first dimension",
-                "Let loss_fn return tensors (1, ...), as the output of the model is, "
-                "or without dimensions: output and not output[0]",
-            )
+        raise VmapSafeValueError(
+            f"{self.called} with has_aux=True",
+            f"aux holds {shown(leaf)} for one sample, which is no tensor with a "
+            "batch of one as its first dimension",
+            "Let loss_fn return tensors (1, ...), as the output of the model is, "
+            "or without dimensions: output and not output[0]",
         )
 
 
@@ -357,11 +352,11 @@ def _check_model_and_loss(called: str, model: Any, loss_fn: Any) -> None:
     if isinstance(model, type):
         found = f"model is the class {shown(model)}, not an nn.Module made of it"
     elif not isinstance(model, nn.Module):
-        found = f"model is {shown(model)}, a {type(model).__name__}, not an nn.Module"
+        found = f"model is {shown(model)}, {a_kind(model)}, not an nn.Module"
         if isinstance(model, Tensor):
             write = f"Do not call the model before. {write}"
     elif not callable(loss_fn):
-        found = f"loss_fn is {shown(loss_fn)}, a {type(loss_fn).__name__}"
+        found = f"loss_fn is {shown(loss_fn)}, {a_kind(loss_fn)}"
         found += ", which cannot be called"
     elif isinstance(loss_fn, type) and issubclass(loss_fn, nn.Module):
         found = f"loss_fn is the class {shown(loss_fn)}"
@@ -369,53 +364,23 @@ def _check_model_and_loss(called: str, model: Any, loss_fn: Any) -> None:
     elif isinstance(loss_fn, nn.Module) and not _has_parameters(model):
         if _has_parameters(loss_fn):
             found = f"model is the nn.Module {type(model).__name__} without parameters"
-            found += f", and loss_fn a {type(loss_fn).__name__} that has some"
+            found += f", and loss_fn {a_kind(loss_fn)} that has some"
     if found is not None:
-        raise TypeError(worded(called, found, write))
+        raise VmapSafeTypeError(called, found, write)
 
 
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _check_randomness(called: str, randomness: Any) -> None:
-    if randomness not in ("error", "different", "same"):
-        raise ValueError(
-            worded(
-                called,
-                f"unknown randomness {shown(randomness)}",
-                'Choose one of "error", "different", "same"',
-            )
-        )
-
-
-def _check_rows(called: str, options: Options) -> None:
-    rows, mode = options.rows, options.mode
-    if rows not in ROWS:
-        listed = ", ".join(f'"{r}"' for r in ROWS)
-        raise ValueError(
-            f"{called}: unknown rows {shown(rows)}. Choose one of {listed}."
-        )
-    if rows != "contribution" and mode != "sync":
-        raise ValueError(
-            worded(
-                called,
-                f'rows="{rows}" has a meaning in "sync" only, and mode is "{mode}", '
-                "where samples are independent and all rows are the same",
-                "Leave rows out",
-            )
-        )
-
-
-def _check_one_process(called: str, net: nn.Module, mode: str) -> None:
-    if mode == "sync" and any([process_group(m) is not None for m in net.modules()]):
-        raise ValueError(
-            worded(
-                called,
-                "an empty batch in one of several processes, whose SyncBatchNorm "
-                "statistics are taken together",
-                "Give every process at least one sample",
-            )
+def _check_one_process(called: str, net: nn.Module, options: Options) -> None:
+    groups = [process_group(module) for module in net.modules()]
+    if options.meaning.merges and any([group is not None for group in groups]):
+        raise VmapSafeValueError(
+            called,
+            "an empty batch in one of several processes, whose SyncBatchNorm "
+            "statistics are taken together",
+            "Give every process at least one sample",
         )
 
 
@@ -445,13 +410,11 @@ def _of_state_dict(
     missing, unknown = sorted(names - set(given)), sorted(set(given) - names)
     if missing or unknown:
         found = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r} besides"
-        raise ValueError(
-            worded(
-                called,
-                f"params has buffers of {type(net).__name__} in it, as a state dict, "
-                f"but {found}",
-                "Pass parameters alone, or all that model.state_dict() holds",
-            )
+        raise VmapSafeValueError(
+            called,
+            f"params has buffers of {type(net).__name__} in it, as a state dict, "
+            f"but {found}",
+            "Pass parameters alone, or all that model.state_dict() holds",
         )
     values: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
@@ -459,13 +422,11 @@ def _of_state_dict(
     for name in names:
         value, model = given[name], own[name]
         if not isinstance(value, Tensor) or value.shape != model.shape:
-            raise ValueError(
-                worded(
-                    called,
-                    f"params[{name!r}] is {shown(value)}, and the model has "
-                    f"{shown(model)}",
-                    "Pass a state dict of this model",
-                )
+            raise VmapSafeValueError(
+                called,
+                f"params[{name!r}] is {shown(value)}, and the model has "
+                f"{shown(model)}",
+                "Pass a state dict of this model",
             )
     for name in own:
         if name not in names:
@@ -478,33 +439,27 @@ def _of_state_dict(
         elif given[other] is not given[name] and not torch.equal(
             given[other], given[name]
         ):
-            raise ValueError(
-                worded(
-                    called,
-                    f"params has different values for {other!r} and {name!r}, which "
-                    f"are one parameter of {type(net).__name__}",
-                    "Pass the same tensor for both",
-                )
+            raise VmapSafeValueError(
+                called,
+                f"params has different values for {other!r} and {name!r}, which "
+                f"are one parameter of {type(net).__name__}",
+                "Pass the same tensor for both",
             )
     if not values:
-        raise ValueError(
-            worded(
-                called,
-                f"no parameter of {type(net).__name__} requires a gradient",
-                "Unfreeze some, or name the ones you want with params=",
-            )
+        raise VmapSafeValueError(
+            called,
+            f"no parameter of {type(net).__name__} requires a gradient",
+            "Unfreeze some, or name the ones you want with params=",
         )
     return values, constants
 
 
 def _refuse_updates(called: str, options: Options) -> None:
     if options.update_running_stats:
-        raise ValueError(
-            worded(
-                f"{called} with update_running_stats=True",
-                "params is a state dict, whose tensors are never written",
-                "Leave update_running_stats out, or pass the parameters alone",
-            )
+        raise VmapSafeValueError(
+            f"{called} with update_running_stats=True",
+            "params is a state dict, whose tensors are never written",
+            "Leave update_running_stats out, or pass the parameters alone",
         )
 
 
@@ -527,69 +482,57 @@ def _chosen(
             first.setdefault(p, name)
         chosen = {n: p.detach() for p, n in first.items() if p.requires_grad}
         if not chosen:
-            raise ValueError(
-                worded(
-                    called,
-                    f"no parameter of {type(net).__name__} requires a gradient",
-                    "Unfreeze some, or name the ones you want with params=",
-                )
+            raise VmapSafeValueError(
+                called,
+                f"no parameter of {type(net).__name__} requires a gradient",
+                "Unfreeze some, or name the ones you want with params=",
             )
         return chosen
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        raise TypeError(
-            worded(
-                called,
-                f"params is {shown(params)}",
-                "Pass names, or a dict from names to tensors",
-            )
+        raise VmapSafeTypeError(
+            called,
+            f"params is {shown(params)}",
+            "Pass names, or a dict from names to tensors",
         )
     names: dict[str, Any] = {}  # as the model has them: as they are given
     for given in [params] if isinstance(params, str) else params:
         name = _without_wrapper(given, known)
         if name not in known:
-            raise ValueError(
-                worded(
-                    called,
-                    f"{type(net).__name__} has no parameter {shown(given)}",
-                    "Names are those of model.named_parameters()",
-                )
+            raise VmapSafeValueError(
+                called,
+                f"{type(net).__name__} has no parameter {shown(given)}",
+                "Names are those of model.named_parameters()",
             )
         if names.setdefault(name, given) != given:
-            raise ValueError(
-                worded(
-                    called,
-                    f"params names {given!r} and {names[name]!r}, which are one",
-                    "Name one of them",
-                )
+            raise VmapSafeValueError(
+                called,
+                f"params names {given!r} and {names[name]!r}, which are one",
+                "Name one of them",
             )
     if not names:
-        raise ValueError(
-            worded(called, "params is empty", "Name at least one, or leave params out")
+        raise VmapSafeValueError(
+            called, "params is empty", "Name at least one, or leave params out"
         )
     tied: dict[nn.Parameter, str] = {}
     for name in names:
         other = tied.setdefault(known[name], name)
         if other != name:
-            raise ValueError(
-                worded(
-                    called,
-                    f"params names {other!r} and {name!r}, which are one parameter of "
-                    f"{type(net).__name__} with one gradient",
-                    "Name one of them",
-                )
+            raise VmapSafeValueError(
+                called,
+                f"params names {other!r} and {name!r}, which are one parameter of "
+                f"{type(net).__name__} with one gradient",
+                "Name one of them",
             )
     if not isinstance(params, Mapping):
         return {name: known[name].detach() for name in names}
     chosen = {name: params[given] for name, given in names.items()}
     for name, value in chosen.items():
         if not isinstance(value, Tensor) or value.shape != known[name].shape:
-            raise ValueError(
-                worded(
-                    called,
-                    f"params[{names[name]!r}] is {shown(value)}, and the parameter is "
-                    f"{shown(known[name])}",
-                    "Pass tensors of the parameters' shapes",
-                )
+            raise VmapSafeValueError(
+                called,
+                f"params[{names[name]!r}] is {shown(value)}, and the parameter is "
+                f"{shown(known[name])}",
+                "Pass tensors of the parameters' shapes",
             )
     return chosen  # outer derivatives pass through
 
@@ -623,29 +566,25 @@ def _batch_size(called: str, batch: tuple[Any, ...]) -> int:
         leaves, _ = tree_flatten(part)
         for leaf in leaves:
             if not isinstance(leaf, Tensor) or leaf.dim() == 0:
-                raise ValueError(
-                    worded(
-                        called,
-                        f"batch[{i}] holds {shown(leaf)}, a {type(leaf).__name__}, "
-                        "which has no batch dimension",
-                        "Pass tensors (B, ...), which torch.as_tensor makes of numpy "
-                        "arrays and lists; what all samples share belongs into loss_fn",
-                    )
+                raise VmapSafeValueError(
+                    called,
+                    f"batch[{i}] holds {shown(leaf)}, {a_kind(leaf)}, "
+                    "which has no batch dimension",
+                    "Pass tensors (B, ...), which torch.as_tensor makes of numpy "
+                    "arrays and lists; what all samples share belongs into loss_fn",
                 )
             shapes.append((i, tuple(leaf.shape)))
     if not shapes:
-        raise ValueError(
-            worded(called, "got no batch", "Pass the inputs, then the targets")
+        raise VmapSafeValueError(
+            called, "got no batch", "Pass the inputs, then the targets"
         )
     if len({shape[0] for _, shape in shapes}) > 1:
         found = ", ".join(f"batch[{i}] has shape {shape}" for i, shape in shapes)
-        raise ValueError(
-            worded(
-                called,
-                f"batch sizes disagree: {found}",
-                "The first dimension is the batch, and each has one row a sample; "
-                "torch.stack makes one tensor of a list of samples",
-            )
+        raise VmapSafeValueError(
+            called,
+            f"batch sizes disagree: {found}",
+            "The first dimension is the batch, and each has one row a sample; "
+            "torch.stack makes one tensor of a list of samples",
         )
     return int(shapes[0][1][0])
 

@@ -27,7 +27,7 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from vmapsafe._errors import worded
+from vmapsafe._errors import VmapSafeValueError
 
 
 class Done(NamedTuple):
@@ -137,7 +137,7 @@ class Folder:
 
     def refuse(self, found: str, do: str) -> None:
         """Raise a ValueError about the folder."""
-        raise ValueError(worded(self._called, f"{str(self._path)!r} {found}", do))
+        raise VmapSafeValueError(self._called, f"{str(self._path)!r} {found}", do)
 
     # -- Reading what is there ---------------------------------------------------------
 

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmapsafe._call import tree_map, without_autocast
-from vmapsafe._chunks import check_chunk_size
-from vmapsafe._errors import warn_user, worded
-from vmapsafe._formulas import Formula, norms_of, weighted_sum
-from vmapsafe._groups import NumGroups
-from vmapsafe._processes import agreed, check_all_or_none, gathered, summed
-from vmapsafe._samples import Loss, Params, Samples
-from vmapsafe._scope import Options
-from vmapsafe._turns import in_turn
+from vmapsafe._errors import VmapSafeValueError, warn_user, worded
+from vmapsafe._modes import NumGroups, Options
+from vmapsafe._rows.chunks import check_chunk_size
+from vmapsafe._rows.formulas import Formula, norms_of, weighted_sum
+from vmapsafe._rows.processes import agreed, check_all_or_none, gathered, summed
+from vmapsafe._rows.samples import Loss, Params, Samples
+from vmapsafe._rows.turns import in_turn
+from vmapsafe._torch import tree_map, without_autocast
 
 
 @in_turn
@@ -90,22 +89,23 @@ def per_sample_grad_norms(
     by a normalisation layer, takes no memory for its rows, or little. One that is
     used otherwise (twice, tied, or by any other operation) takes its rows' memory; the
     norm is that of their sum, cross terms included. The formulas, with their sources,
-    are in ``vmapsafe/_formulas.py``. The result carries no derivatives, transforms of
-    torch.func around it excepted. A sample with NaN has the norm NaN, and no other.
+    are in ``vmapsafe/_rows/formulas.py``. The result carries no derivatives, transforms
+    of torch.func around it excepted. A sample with NaN has the norm NaN, and no other.
     """
     check_all_or_none(_NORMS, "gather", gather, "the norms")
 
     def compute() -> Any:
         options = Options(
-            mode,
-            num_groups,
-            update_running_stats,
-            sync_levels,
-            rows,
-            fast,
+            called=_NORMS,
+            mode=mode,
+            num_groups=num_groups,
+            update_running_stats=update_running_stats,
+            sync_levels=sync_levels,
             also=also,
+            fast=fast,
+            rows=rows,
         )
-        check_chunk_size(_NORMS, chunk_size, mode)
+        check_chunk_size(_NORMS, chunk_size, options)
         samples = Samples.of(
             _NORMS, model, loss_fn, batch, params, options, randomness, has_aux
         )
@@ -208,20 +208,22 @@ def clipped_grad_sum(
     statistics come from public data.
     """
     check_all_or_none(_CLIPPED, "reduce", reduce, "the sum")
-    _warn_of_sync(mode)
+    if mode == "sync":
+        _warn_of_sync()
 
     def compute() -> Any:
         _check_clipping(max_grad_norm)
         options = Options(
-            mode,
-            num_groups,
-            update_running_stats,
-            sync_levels,
-            rows,
-            fast,
+            called=_CLIPPED,
+            mode=mode,
+            num_groups=num_groups,
+            update_running_stats=update_running_stats,
+            sync_levels=sync_levels,
             also=also,
+            fast=fast,
+            rows=rows,
         )
-        check_chunk_size(_CLIPPED, chunk_size, mode)
+        check_chunk_size(_CLIPPED, chunk_size, options)
         samples = Samples.of(
             _CLIPPED, model, loss_fn, batch, params, options, randomness, has_aux
         )
@@ -311,23 +313,20 @@ def _total(norms: Mapping[str, Tensor]) -> Tensor:
 
 def _check_clipping(most: float) -> None:
     if not most > 0:
-        raise ValueError(
-            worded(
-                _CLIPPED,
-                f"max_grad_norm is {most!r}",
-                "Pass the largest norm a row may keep, above 0",
-            )
+        raise VmapSafeValueError(
+            _CLIPPED,
+            f"max_grad_norm is {most!r}",
+            "Pass the largest norm a row may keep, above 0",
         )
 
 
-def _warn_of_sync(mode: str) -> None:
-    if mode == "sync":
-        warn_user(
-            worded(
-                f'{_CLIPPED} in mode "sync"',
-                "samples share their statistics there, so that a row depends on all "
-                "samples and clipping it bounds no sample's influence",
-                "Use another mode if that is what clipping is for",
-            ),
-            UserWarning,
-        )
+def _warn_of_sync() -> None:
+    warn_user(
+        worded(
+            f'{_CLIPPED} in mode "sync"',
+            "samples share their statistics there, so that a row depends on all "
+            "samples and clipping it bounds no sample's influence",
+            "Use another mode if that is what clipping is for",
+        ),
+        UserWarning,
+    )

@@ -11,6 +11,7 @@ behind that are dead after it.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,18 +20,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
-from torch.nn.modules.lazy import LazyModuleMixin
 
-from vmapsafe._call import is_wrapped
-from vmapsafe._errors import worded
-from vmapsafe._switched import (
-    Flags,
+from vmapsafe._block.switched import (
     InEval,
     InTraining,
 )
-from vmapsafe._switched import Layer as SwitchedLayer
-from vmapsafe._switched import (
+from vmapsafe._block.switched import Layer as SwitchedLayer
+from vmapsafe._block.switched import (
     PutsBack,
     PutsBackAroundCalls,
     kept_buffers,
@@ -41,7 +37,10 @@ from vmapsafe._switched import (
     owners_flags,
     put_buffers_back,
 )
-from vmapsafe._switched import switch as _switch
+from vmapsafe._block.switched import switch as _switch
+from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind
+from vmapsafe._modes import Flags, Mode, Options
+from vmapsafe._torch import BatchNormBase, LazyModuleMixin, NormBase, is_wrapped
 
 _compiling = torch.compiler.is_compiling
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -94,7 +93,7 @@ class Model:
         """The module's name in the model, "" for the root."""
         if module in self.paths:
             return self.paths[module]
-        return f"<a {type(module).__name__} that was not part of the model>"
+        return f"<{a_kind(module)} that was not part of the model>"
 
     def label(self, module: nn.Module) -> str:
         """``'layer1.0.bn1' (BatchNorm2d)``, for errors."""
@@ -105,13 +104,32 @@ class Model:
 def unwrapped(module: nn.Module) -> nn.Module:
     """The model inside torch.compile, DataParallel and DistributedDataParallel."""
     while True:
-        # By name, as naming the class would import all of torch._dynamo (2.13).
+        # By name, as naming the class would import the whole compiler (torch 2.13).
         if type(module).__name__ == "OptimizedModule":
             module = module.get_submodule("_orig_mod")
         elif isinstance(module, _WRAPPERS):
             module = module.module
         else:
             return module
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of its first parameter, else of its first buffer, else the CPU."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def is_frozen(module: nn.Module, root: nn.Module) -> bool:
+    """Whether its owner has put a module in eval mode in a model in training mode."""
+    return owners_flags(root).training and not owners_flags(module).training
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Whether it is a lazy layer that has not seen a batch."""
+    return isinstance(module, LazyModuleMixin) and bool(
+        module.has_uninitialized_params()
+    )
 
 
 def has_running_stats(module: nn.Module) -> bool:
@@ -125,18 +143,29 @@ def has_running_stats(module: nn.Module) -> bool:
     )
 
 
+def never_updated(layer: nn.Module) -> bool:
+    """Whether its running statistics are as they were initialised."""
+    count, mean, var = (
+        getattr(layer, name, None)
+        for name in ("num_batches_tracked", "running_mean", "running_var")
+    )
+    if count is None or mean is None or var is None or mean.is_meta:
+        return False
+    return bool((count == 0).all() and (mean == 0).all() and (var == 1).all())
+
+
 def is_normalisation(module: nn.Module) -> bool:
     """Whether a block covers this layer.
 
     Batch norm with and without running statistics, instance norm with them, subclasses
     of both, and every module that owns buffers ``running_mean`` and ``running_var``.
     """
-    return isinstance(module, _BatchNorm) or has_running_stats(module)
+    return isinstance(module, BatchNormBase) or has_running_stats(module)
 
 
 def has_torchs_forward(module: nn.Module) -> bool:
     """Whether its forward is one of torch's own, other than SyncBatchNorm's."""
-    if "forward" in vars(module) or isinstance(module, SyncBatchNorm):
+    if "forward" in vars(module) or isinstance(module, nn.SyncBatchNorm):
         return False
     homes = [kind for kind in own_class(module).__mro__ if "forward" in vars(kind)]
     return of_torch(homes[0])
@@ -160,7 +189,7 @@ def is_hand_made_write(module: nn.Module, name: str) -> bool:
 def process_group(module: nn.Module) -> Any:
     """The group of several processes over which a SyncBatchNorm layer takes its
     statistics in training; None for every other layer, and in one process."""
-    if not isinstance(module, SyncBatchNorm):
+    if not isinstance(module, nn.SyncBatchNorm):
         return None
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -168,9 +197,7 @@ def process_group(module: nn.Module) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def find(
-    roots: Sequence[nn.Module], mode: str, also: tuple[type, ...] = ()
-) -> tuple[Model, ...]:
+def find(roots: Sequence[nn.Module], options: Options) -> tuple[Model, ...]:
     """Look at the modules handed to a block; changes nothing.
 
     A root inside another root belongs to the outer one.
@@ -184,10 +211,11 @@ def find(
     if len(roots) > 1:
         inner = {m for root in roots for m in root.modules() if m is not root}
         roots = [root for root in dict.fromkeys(roots) if root not in inner]
-    return tuple([_look_at(root, mode, also) for root in roots])
+    return tuple([_look_at(root, options) for root in roots])
 
 
-def _look_at(root: nn.Module, mode: str, also: tuple[type, ...]) -> Model:
+def _look_at(root: nn.Module, options: Options) -> Model:
+    mode, also = options.meaning, options.also
     paths: dict[nn.Module, str] = {}
     model = Model(root, paths)
     buffered: list[nn.Module] = []
@@ -205,12 +233,12 @@ def _look_at(root: nn.Module, mode: str, also: tuple[type, ...]) -> Model:
                 seen.add(child)
                 waiting.append((child, f"{path}.{name}" if path else name))
         if type(module) not in _harmless:
-            _refuse(module, mode, root)
+            refuse(module, mode, root)
         if module._forward_pre_hooks and not _compiling():
             tensors = {n: t for n, t in vars(module).items() if isinstance(t, Tensor)}
             model.computed[module] = tensors
         if isinstance(module, torch.jit.ScriptModule):
-            if is_normalisation(module) and mode == "eval":
+            if is_normalisation(module) and mode.reads_running_stats:
                 if not can_freeze or module.training:
                     model.scripted[module] = module.training
             continue
@@ -224,7 +252,7 @@ def _look_at(root: nn.Module, mode: str, also: tuple[type, ...]) -> Model:
             frozen = can_freeze and not flags.training
             if named and not frozen:
                 refuse_named(model.label(module), mode, root)
-            if mode == "sync" and isinstance(module, _BatchNorm):
+            if mode.merges and isinstance(module, BatchNormBase):
                 # Without running statistics it uses the batch's in eval mode too.
                 frozen = frozen and has_running_stats(module)
             shown = flags if frozen else _shown(module, flags, mode)
@@ -260,7 +288,7 @@ def _parts(
         parts.append(PutsBackAroundCalls if seen else PutsBack)
     layer = model.layers.get(module)
     if layer is not None:
-        by_rule = isinstance(module, _NormBase) and not isinstance(module, also)
+        by_rule = isinstance(module, NormBase) and not isinstance(module, also)
         if by_rule and has_torchs_forward(module):
             parts.append(SwitchedLayer)
         else:
@@ -268,27 +296,22 @@ def _parts(
     return tuple(parts)
 
 
-def _shown(module: nn.Module, owners: Flags, mode: str) -> Flags:
+def _shown(module: nn.Module, owners: Flags, mode: Mode) -> Flags:
     """The flags with which the layer's own forward does what ``mode`` says, or comes
-    closest; the rules do the rest. None for the owner's.
+    closest; the rules do the rest.
 
-    A batch norm layer in training that does not track uses the slice's statistics and
-    neither counts nor writes. In eval it hands its buffers over, by which a rule knows
-    it, and does not count; but one with a forward of its own may use them itself.
-    SyncBatchNorm in training would leave for its process group before any rule sees it
-    (read in 2.13).
+    A layer that a rule knows by its buffers shows eval mode, in which it passes them on
+    and does not count. One that has a forward of its own may use them itself, so it
+    shows training mode. SyncBatchNorm in training mode would leave for its process
+    group before a rule sees it (read in torch 2.13).
     """
-    if mode == "eval":
-        return Flags(False, None)
-    if isinstance(module, SyncBatchNorm):
-        return Flags(False, None)
-    if isinstance(module, _BatchNorm):
-        if mode == "no_running_stats":
-            return Flags(True, False)
-        return Flags(normalises_itself(module), None)
-    if mode == "group_norm":
-        return owners
-    return Flags(True, None)
+    if isinstance(module, nn.SyncBatchNorm):
+        return Flags(training=False)
+    if not isinstance(module, BatchNormBase):
+        return owners if mode.others is None else mode.others
+    if mode.by_rule and normalises_itself(module):
+        return Flags(training=True)
+    return mode.batch_norm
 
 
 def switch(models: Sequence[Model]) -> None:
@@ -354,57 +377,47 @@ def label_of(root: nn.Module, module: nn.Module) -> str:
 _harmless: weakref.WeakSet[type] = weakref.WeakSet()
 
 
-def _refuse(module: nn.Module, mode: str, root: nn.Module) -> None:
+def refuse(module: nn.Module, mode: Mode, root: nn.Module) -> None:
     """Raise for a module that no block can cover; remember harmless classes."""
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-        raise ValueError(
-            worded(
-                f'vmap_safe({type(root).__name__}, mode="{mode}")',
-                f"{label_of(root, module)} is lazy and has not seen a batch",
-                "Run the model on one batch first",
-            )
+    if is_lazy(module):
+        raise VmapSafeValueError(
+            f'vmap_safe({type(root).__name__}, mode="{mode.name}")',
+            f"{label_of(root, module)} is lazy and has not seen a batch",
+            "Run the model on one batch first",
         )
     if any(base.__name__ in _SHARDED for base in type(module).__mro__):
-        raise TypeError(
-            worded(
-                f'vmap_safe({type(root).__name__}, mode="{mode}")',
-                f"{label_of(root, module)} is sharded by FSDP, whose flat "
-                "parameters torch.func cannot map over",
-                "Use the module before it is sharded, or DistributedDataParallel",
-            )
+        raise VmapSafeTypeError(
+            f'vmap_safe({type(root).__name__}, mode="{mode.name}")',
+            f"{label_of(root, module)} is sharded by FSDP, whose flat "
+            "parameters torch.func cannot map over",
+            "Use the module before it is sharded, or DistributedDataParallel",
         )
     if type(module).__name__ in _TRACED and _has_batch_norm(module):
-        raise TypeError(
-            worded(
-                f'vmap_safe({type(root).__name__}, mode="{mode}")',
-                f"{label_of(root, module)} was traced by torch.jit.trace, which "
-                "leaves the flags of its layers out",
-                "Use the module before it was traced",
-            )
+        raise VmapSafeTypeError(
+            f'vmap_safe({type(root).__name__}, mode="{mode.name}")',
+            f"{label_of(root, module)} was traced by torch.jit.trace, which "
+            "leaves the flags of its layers out",
+            "Use the module before it was traced",
         )
-    if mode != "eval" and isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(
-            worded(
-                f'vmap_safe({type(root).__name__}, mode="{mode}")',
-                f"{label_of(root, module)} is TorchScript, of which only the "
-                "training flag can be switched",
-                'Use mode="eval", or the module before it was scripted',
-            )
+    if not mode.reads_running_stats and isinstance(module, torch.jit.ScriptModule):
+        raise VmapSafeTypeError(
+            f'vmap_safe({type(root).__name__}, mode="{mode.name}")',
+            f"{label_of(root, module)} is TorchScript, of which only the "
+            "training flag can be switched",
+            'Use mode="eval", or the module before it was scripted',
         )
     if not isinstance(module, (LazyModuleMixin, torch.jit.ScriptModule)):
         _harmless.add(type(module))
 
 
-def refuse_named(label: str, mode: str, root: nn.Module) -> None:
+def refuse_named(label: str, mode: Mode, root: nn.Module) -> None:
     """Raise for a layer of ``also`` in a mode that means nothing to it."""
-    if mode != "eval":
-        raise ValueError(
-            worded(
-                f'vmap_safe({type(root).__name__}, mode="{mode}")',
-                f"{label} is named by also=, and what it does in another mode than "
-                '"eval" is not known',
-                'Use mode="eval", or leave the class out of also',
-            )
+    if not mode.reads_running_stats:
+        raise VmapSafeValueError(
+            f'vmap_safe({type(root).__name__}, mode="{mode.name}")',
+            f"{label} is named by also=, and what it does in another mode than "
+            '"eval" is not known',
+            'Use mode="eval", or leave the class out of also',
         )
 
 

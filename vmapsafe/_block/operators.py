@@ -18,18 +18,16 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
-from vmapsafe import _here
-from vmapsafe._call import (
-    Call,
-    Function,
-    Parameters,
+from vmapsafe._block import open_blocks
+from vmapsafe._call import Call, Function, Parameters
+from vmapsafe._rule import Rule, speed_rules
+from vmapsafe._torch import (
     below_vmap,
     current_level,
     run_while_compiling,
@@ -38,19 +36,17 @@ from vmapsafe._call import (
     would_be_cast,
     wrapped_again,
 )
-from vmapsafe._rule import Rule, speed_rules
 
 
-def install(models: Iterable[nn.Module]) -> None:
-    """A block for ``models`` asks for the rules that may take a call on their devices.
+def install(devices: Collection[str]) -> None:
+    """Put in place the rules that may take a call on these types of device.
 
     Older versions of torch cannot give their own rule back: there are none there.
     """
     missing = [one for one in speed_rules() if one not in _installed]
     if not missing or not hasattr(torch.library, "get_kernel"):
         return
-    devices = _devices(models)
-    with _here.lock:
+    with open_blocks.lock:
         for operator in missing:
             if operator not in _installed:
                 if _may_take(speed_rules()[operator], devices):
@@ -64,7 +60,7 @@ def only(rule: Rule) -> Iterator[None]:
     For tests, one at a time; the rule need not be registered.
     """
     global _alone
-    with _here.lock:
+    with open_blocks.lock:
         for operator in rule.functions:
             if operator not in _installed:
                 _install(operator)
@@ -75,14 +71,8 @@ def only(rule: Rule) -> Iterator[None]:
         _alone = before
 
 
-def _devices(models: Iterable[nn.Module]) -> set[str]:
-    """The types of device of the models' first parameters."""
-    firsts = [next(model.parameters(), None) for model in models]
-    return {first.device.type for first in firsts if first is not None}
-
-
 def _may_take(rules: tuple[Rule, ...], devices: Collection[str]) -> bool:
-    return not devices or any(
+    return any(
         [
             rule.devices is None or not {*devices}.isdisjoint(rule.devices)
             for rule in rules
@@ -135,7 +125,9 @@ def _kernel(operator: Any) -> Callable[..., Any]:
                 # A vmap that batches none of the arguments makes slices of nothing.
                 batched = any([dim is not None for dim in in_dims.values()])
                 for rule in rules if batched else ():
-                    if rule.accepts(call) and not would_be_cast(call):
+                    if rule.accepts(call) and not would_be_cast(
+                        [call[name] for name in in_dims]
+                    ):
                         with below_vmap():
                             outputs = rule.batched(call)
                         found = wrapped_again(outputs, level)
@@ -149,7 +141,7 @@ def _in_force(operator: Function) -> tuple[Rule, ...]:
     if _alone is not None:
         return _alone.get(operator, ())
     fast = False
-    for block in _here.everywhere():
+    for block in open_blocks.everywhere():
         if block.alive:
             if not block.fast:
                 return ()

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmapsafe._call import current_level, dispatch_modes_are_on, tree_map
-from vmapsafe._chunks import ChunkSize, Draws, check_chunk_size, joined
-from vmapsafe._errors import worded
-from vmapsafe._formulas import Formula, Memory
-from vmapsafe._groups import NumGroups
-from vmapsafe._record import Unrecordable
-from vmapsafe._samples import Loss, Samples, part_of
-from vmapsafe._scope import Options
-from vmapsafe._turns import in_turn
+from vmapsafe._draws import Draws
+from vmapsafe._errors import VmapSafeValueError, a_kind
+from vmapsafe._modes import NumGroups, Options
+from vmapsafe._rows.chunks import ChunkSize, check_chunk_size, joined
+from vmapsafe._rows.formulas import Formula, Memory
+from vmapsafe._rows.record import Unrecordable
+from vmapsafe._rows.samples import Loss, Samples, part_of
+from vmapsafe._rows.turns import in_turn
+from vmapsafe._torch import current_level, dispatch_modes_are_on, tree_map
 
 
 @in_turn
@@ -97,9 +97,10 @@ def per_sample_grads(
 
     A loss that does not depend on a parameter has rows of zeros, as in torch.func.grad.
     The rows are computed layer by layer from one backward pass
-    (``vmapsafe/_record.py``), or by ``vmap(grad)`` where their derivatives could be
-    wanted: under transforms, and where the batch, a parameter that is not chosen, or a
-    tensor the loss knows of requires a gradient. With ``out=`` they carry none.
+    (``vmapsafe/_rows/record.py``). ``vmap(grad)`` computes them where somebody could
+    want their derivatives: under transforms, and where the batch, a parameter that is
+    not chosen, or a tensor the loss knows of requires a gradient. With ``out=`` they
+    carry none.
 
     In "eval", "no_running_stats" and "group_norm" samples are independent, and there is
     one gradient of sample i. In "sync" the field knows three. With :math:`\theta^{(i)}`
@@ -130,9 +131,16 @@ def per_sample_grads(
     nothing on the model, ``.grad`` included.
     """
     options = Options(
-        mode, num_groups, update_running_stats, sync_levels, rows, fast, also=also
+        called=_CALLED,
+        mode=mode,
+        num_groups=num_groups,
+        update_running_stats=update_running_stats,
+        sync_levels=sync_levels,
+        also=also,
+        fast=fast,
+        rows=rows,
     )
-    check_chunk_size(_CALLED, chunk_size, mode)
+    check_chunk_size(_CALLED, chunk_size, options)
     samples = Samples.of(
         _CALLED, model, loss_fn, batch, params, options, randomness, has_aux
     )
@@ -241,28 +249,24 @@ def _by_vmap(samples: Samples, chunk_size: ChunkSize) -> Any:
 def _check_out(out: Mapping[str, Tensor], samples: Samples) -> None:
     """Raise a ValueError unless rows can be written into ``out``."""
     if current_level() > 0:
-        raise ValueError(
-            worded(
-                f"{_CALLED} with out=",
-                "a transform of torch.func around it, whose results may not be written "
-                "into given memory",
-                "Leave out= out",
-            )
+        raise VmapSafeValueError(
+            f"{_CALLED} with out=",
+            "a transform of torch.func around it, whose results may not be written "
+            "into given memory",
+            "Leave out= out",
         )
     if set(out) != set(samples.values):
-        raise ValueError(
-            worded(
-                f"{_CALLED} with out=",
-                f"out has the names {sorted(out)}, the parameters are "
-                f"{sorted(samples.values)}",
-                "Give one tensor for each, such as an earlier call returned",
-            )
+        raise VmapSafeValueError(
+            f"{_CALLED} with out=",
+            f"out has the names {sorted(out)}, the parameters are "
+            f"{sorted(samples.values)}",
+            "Give one tensor for each, such as an earlier call returned",
         )
     for name, value in samples.values.items():
         given, shape = out[name], (samples.size, *value.shape)
         wanted = f"{shape}, {value.dtype}, on {value.device}"
         if not isinstance(given, Tensor):
-            found = f"is a {type(given).__name__}"
+            found = f"is {a_kind(given)}"
         elif (tuple(given.shape), given.dtype, given.device) != (
             shape,
             value.dtype,
@@ -275,12 +279,10 @@ def _check_out(out: Mapping[str, Tensor], samples: Samples) -> None:
             found = "requires a gradient"
         else:
             continue
-        raise ValueError(
-            worded(
-                f"{_CALLED} with out=",
-                f"out[{name!r}] {found}",
-                f"It is to be a plain contiguous tensor {wanted}",
-            )
+        raise VmapSafeValueError(
+            f"{_CALLED} with out=",
+            f"out[{name!r}] {found}",
+            f"It is to be a plain contiguous tensor {wanted}",
         )
     if not dispatch_modes_are_on():  # fake tensors lie nowhere
         _check_memory(out, samples)
@@ -324,12 +326,10 @@ def _refuse_memory(
         for name, tensor in (*samples.known.items(), *samples.net.named_buffers()):
             if tensor is tensors[other]:
                 said = f"{name!r} of the model"
-    raise ValueError(
-        worded(
-            f"{_CALLED} with out=",
-            f"out[{names[row]!r}] shares memory with {said}, which it would overwrite",
-            "Give each name memory of its own, such as an earlier call returned",
-        )
+    raise VmapSafeValueError(
+        f"{_CALLED} with out=",
+        f"out[{names[row]!r}] shares memory with {said}, which it would overwrite",
+        "Give each name memory of its own, such as an earlier call returned",
     )
 
 

@@ -6,37 +6,35 @@ half of the free memory; a chunk that runs out of it is run again in halves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vmapsafe._call import below_all, tree_map
-from vmapsafe._errors import shown, worded
+from vmapsafe._draws import Draws
+from vmapsafe._errors import VmapSafeValueError, shown
+from vmapsafe._modes import Options
+from vmapsafe._torch import tree_map
 
 ChunkSize = int | str | None
 
 
-def check_chunk_size(called: str, chunk_size: ChunkSize, mode: str) -> None:
+def check_chunk_size(called: str, chunk_size: ChunkSize, options: Options) -> None:
     """Raise a ValueError unless ``chunk_size`` is one."""
     if chunk_size == "auto":
-        if mode == "sync":
-            raise ValueError(
-                worded(
-                    f'{called} with chunk_size="auto"',
-                    'in mode "sync" a chunk is a batch with statistics of its own, so '
-                    "the free memory would decide on the result",
-                    "Pass an int, or None for the statistics of all samples",
-                )
+        if options.meaning.merges:
+            raise VmapSafeValueError(
+                f'{called} with chunk_size="auto"',
+                'in mode "sync" a chunk is a batch with statistics of its own, so '
+                "the free memory would decide on the result",
+                "Pass an int, or None for the statistics of all samples",
             )
     elif chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
-        raise ValueError(
-            worded(
-                called,
-                f"chunk_size is {shown(chunk_size)}",
-                'Pass an int of at least 1, "auto", or None for all samples at once',
-            )
+        raise VmapSafeValueError(
+            called,
+            f"chunk_size is {shown(chunk_size)}",
+            'Pass an int of at least 1, "auto", or None for all samples at once',
         )
 
 
@@ -93,35 +91,6 @@ def joined(parts: Sequence[Any]) -> Any:
     if len(parts) == 1:
         return parts[0]
     return tree_map(lambda *chunks: torch.cat(chunks), *parts)
-
-
-class Draws:
-    """Where torch's random generators stand, of the CPU and of devices.
-
-    Noted only where vmap lets them be used: not with ``randomness="error"``.
-    """
-
-    def __init__(self, randomness: str) -> None:
-        self._states: list[tuple[Callable[[Any], object], Any]] = []
-        if randomness == "error" or torch.compiler.is_compiling():
-            return
-        with below_all():
-            self._states = [(put_back, note()) for note, put_back in _generators()]
-
-    def put_back(self) -> None:
-        """Let what is drawn next be what was drawn since."""
-        with below_all():
-            for put_back, state in self._states:
-                put_back(state)
-
-
-def _generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], object]]]:
-    yield torch.get_rng_state, torch.set_rng_state
-    for kind in (torch.cuda, torch.xpu):
-        if kind.is_initialized():
-            yield kind.get_rng_state_all, kind.set_rng_state_all
-    if torch.backends.mps.is_available():
-        yield torch.mps.get_rng_state, torch.mps.set_rng_state
 
 
 _FIRST = 4

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from vmapsafe._call import next_sequence_number, running_node
+from vmapsafe._torch import next_sequence_number, running_node, sequence_number
 
 
 class Open(Protocol):
@@ -55,7 +55,7 @@ def in_force() -> tuple[Any, ...]:
     node = running_node()  # None but in backward
     if node is None:
         return found
-    number = node._sequence_nr()
+    number = sequence_number(node)
     return tuple([block for block in found if block.since <= number])
 
 
@@ -63,7 +63,7 @@ def next_node() -> int:
     """The number of the first node made from now on, or of the one that runs."""
     following: int = next_sequence_number()
     node = running_node()
-    return following if node is None else min(following, node._sequence_nr())
+    return following if node is None else min(following, sequence_number(node))
 
 
 def set_blocks(found: tuple[Any, ...]) -> None:

@@ -7,44 +7,33 @@ layers that write to their buffers, and random functions show in a run only.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import importlib
-import operator
-import os
 import random
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 
-from vmapsafe._advice import advice_for
-from vmapsafe._call import tree_flatten, tree_map
-from vmapsafe._errors import shown, worded
-from vmapsafe._groups import NumGroups, check_num_groups, groups_for
-from vmapsafe._report import Finding, Report, reader_may_leave
-from vmapsafe._rule import MODES, check_mode
-from vmapsafe._scope import Options
-from vmapsafe._state import (
-    _refuse,
+from vmapsafe._block.advice import advice_for
+from vmapsafe._block.models import (
     has_running_stats,
+    is_frozen,
     is_hand_made_write,
+    is_lazy,
     label_of,
+    never_updated,
+    refuse,
     refuse_named,
     unwrapped,
 )
-from vmapsafe._switched import Flags, owners_flags
-from vmapsafe._trial import (
+from vmapsafe._block.switched import owners_flags
+from vmapsafe._check.report import Finding, Report
+from vmapsafe._check.trial import (
     ALONE,
     Example,
     Failure,
@@ -53,7 +42,17 @@ from vmapsafe._trial import (
     left_alone,
     plain,
 )
-from vmapsafe._wrap import _never_updated, check_also
+from vmapsafe._draws import check_randomness
+from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, shown
+from vmapsafe._modes import MODES, Flags, NumGroups, Options, groups_for
+from vmapsafe._torch import (
+    BatchNormBase,
+    DropoutBase,
+    InstanceNormBase,
+    LazyModuleMixin,
+    tree_flatten,
+    tree_map,
+)
 
 
 def check(
@@ -125,30 +124,25 @@ def check(
     it does here too. Numbers are not compared with those of a loop.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            worded(
-                "check(...)",
-                f"{shown(model)} is a {type(model).__name__}, not an nn.Module",
-                "Write check(model, x[:2])",
-            )
+        raise VmapSafeTypeError(
+            "check(...)",
+            f"{shown(model)} is {a_kind(model)}, not an nn.Module",
+            "Write check(model, x[:2])",
         )
-    if mode is not None:
-        check_mode("check(...)", mode)
-    if randomness not in ("error", "different", "same"):
-        raise ValueError(
-            f"check(...): unknown randomness {shown(randomness)}. "
-            'Choose one of "error", "different", "same".'
-        )
-    check_num_groups(num_groups)
-    check_also("check(...)", also)
+    options = Options(
+        called="check(...)",
+        mode="eval" if mode is None else mode,
+        num_groups=num_groups,
+        also=also,
+    )
+    check_randomness("check(...)", randomness)
     net = unwrapped(model)
     asked = _Asked(
         net=net,
         modules=dict(net.named_modules()),
-        modes=MODES if mode is None else (mode,),
+        modes=tuple(MODES) if mode is None else (mode,),
         randomness=randomness,
-        num_groups=num_groups,
-        also=also,
+        options=options,
     )
     inputs = _example(example)
     findings = list(_of_layers(asked))
@@ -173,8 +167,7 @@ class _Asked:
     modules: Mapping[str, nn.Module]
     modes: tuple[str, ...]
     randomness: str
-    num_groups: NumGroups
-    also: tuple[type[nn.Module], ...]
+    options: Options
 
     def finding(
         self,
@@ -214,13 +207,10 @@ def _example(example: tuple[Any, ...]) -> Example | None:
     shapes = [tuple(t.shape) for t in leaves if isinstance(t, Tensor) and t.dim()]
     if len({shape[0] for shape in shapes}) != 1 or shapes[0][0] == 0:
         found = ", ".join(map(str, shapes)) or "none"
-        raise ValueError(
-            worded(
-                "check(...)",
-                f"the shapes of the example's tensors, {found}, have no batch "
-                "in common",
-                "Pass a small batch of the model's inputs, as check(model, x[:2])",
-            )
+        raise VmapSafeValueError(
+            "check(...)",
+            f"the shapes of the example's tensors, {found}, have no batch " "in common",
+            "Pass a small batch of the model's inputs, as check(model, x[:2])",
         )
     args, kwargs = tree_map(
         lambda t: t[:2] if isinstance(t, Tensor) and t.dim() else t, (args, kwargs)
@@ -239,17 +229,17 @@ def _of_layers(asked: _Asked) -> Iterator[Finding]:
     for path, module in asked.modules.items():
         if any(path.startswith(f"{outer}.") or not outer for outer in refused):
             continue  # the inside of what is refused says nothing new
-        frozen = _is_frozen(asked, module)
-        if isinstance(module, asked.also) and not frozen:
+        frozen = is_frozen(module, asked.net)
+        if isinstance(module, asked.options.also) and not frozen:
             finding = _refusal(asked, path, lambda m: _refuse_named(asked, path, m))
             yield from [finding] if finding is not None else []
-        finding = _refusal(asked, path, lambda m: _refuse(module, m, asked.net))
+        finding = _refusal(asked, path, lambda m: refuse(module, MODES[m], asked.net))
         if finding is not None:
             refused += [path] if not isinstance(module, LazyModuleMixin) else []
             yield finding
-        elif isinstance(module, _BatchNorm):
+        elif isinstance(module, BatchNormBase):
             yield from _of_batch_norm(asked, path, module, flags[module], frozen)
-        elif isinstance(module, _InstanceNorm):
+        elif isinstance(module, InstanceNormBase):
             yield from _of_instance_norm(asked, path, module, flags[module])
         elif flags[module].training and _chance(module):
             yield _random(asked, path, f"drops with probability {_chance(module):g}")
@@ -271,16 +261,12 @@ def _refusal(asked: _Asked, path: str, refuse: Callable[[str], None]) -> Finding
     return asked.finding(path, "unsupported", found, becomes, do, said)
 
 
-def _is_frozen(asked: _Asked, module: nn.Module) -> bool:
-    return owners_flags(asked.net).training and not owners_flags(module).training
-
-
 def _refuse_named(asked: _Asked, path: str, mode: str) -> None:
-    refuse_named(label_of(asked.net, asked.modules[path]), mode, asked.net)
+    refuse_named(label_of(asked.net, asked.modules[path]), MODES[mode], asked.net)
 
 
 def _of_batch_norm(
-    asked: _Asked, path: str, layer: _BatchNorm, flags: Flags, frozen: bool
+    asked: _Asked, path: str, layer: BatchNormBase, flags: Flags, frozen: bool
 ) -> Iterator[Finding]:
     running = has_running_stats(layer)
     if running and not flags.training:
@@ -296,22 +282,17 @@ def _of_batch_norm(
         )
         return
     channels = layer.num_features
-    groups = groups_for(channels, asked.num_groups)
-    becomes = {
-        "eval": "with the running statistics",
-        "no_running_stats": "with the statistics of the slice",
-        "group_norm": "over groups of channels of each sample",
-        "sync": "with the statistics of all slices together",
-    }
+    groups = groups_for(channels, asked.options.num_groups)
+    becomes = {name: mode.becomes for name, mode in MODES.items()}
     if groups == channels:
         becomes["group_norm"] = f"over each of the {channels} channels of each sample"
-        if asked.num_groups != channels:
+        if asked.options.num_groups != channels:
             becomes["group_norm"] += f", as {channels} is no multiple of num_groups"
     if not running:
         becomes["eval"] = "with the statistics of the slice, for want of running ones"
         detail = "without running statistics it normalises with those of the slice"
     else:
-        if _never_updated(layer):
+        if never_updated(layer):
             becomes["eval"] += ", which were never updated (mean 0, variance 1)"
         detail = "in training it normalises with the statistics of the slice"
     yield asked.finding(path, "mixes samples", detail, becomes, _USE)
@@ -328,7 +309,7 @@ def _of_batch_norm(
 
 
 def _of_instance_norm(
-    asked: _Asked, path: str, layer: _InstanceNorm, flags: Flags
+    asked: _Asked, path: str, layer: InstanceNormBase, flags: Flags
 ) -> Iterator[Finding]:
     # Without track_running_stats it still updates the buffers it has (torch 2.13).
     if has_running_stats(layer) and (flags.training or not flags.track_running_stats):
@@ -349,7 +330,7 @@ def _of_instance_norm(
 def _chance(module: nn.Module) -> float:
     """How probable it is that a layer in training drops something, where it says so."""
     name = type(module).__name__
-    if isinstance(module, _DropoutNd) or name == "StochasticDepth":
+    if isinstance(module, DropoutBase) or name == "StochasticDepth":
         return float(getattr(module, "p", 0))
     if name == "DropPath":
         return float(getattr(module, "drop_prob", None) or 0)
@@ -391,7 +372,7 @@ class _Trial:
 
 def _tried(asked: _Asked, inputs: Example, known: list[Finding]) -> _Trial:
     net = asked.net
-    if _is_lazy(net):
+    if any([is_lazy(module) for module in net.modules()]):
         return _Trial(notes=(_LAZY,))
     with _generators_kept(), left_alone(net):
         try:
@@ -404,7 +385,7 @@ def _tried(asked: _Asked, inputs: Example, known: list[Finding]) -> _Trial:
         draws = bool(trial.plain.random) or any(f.kind == "random" for f in known)
         for mode in asked.modes:
             if all(f.safe[mode] for f in known if f.kind == "unsupported"):
-                options = Options(mode, asked.num_groups, also=asked.also)
+                options = replace(asked.options, mode=mode)
                 trial.in_mode[mode] = _in_mode(asked, model, inputs, options, draws)
     if trial.plain.failures and not all(o.failures for o in trial.in_mode.values()):
         (failure,) = trial.plain.failures
@@ -485,7 +466,7 @@ def _of_writes(
     past: Mapping[str, object],
 ) -> Finding:
     module, listed = asked.modules[path], ", ".join(names)
-    named = isinstance(module, asked.also) and not _is_frozen(asked, module)
+    named = isinstance(module, asked.options.also) and not is_frozen(module, asked.net)
     proposed = (
         not (named or has_running_stats(module))
         and "eval" in asked.modes
@@ -564,13 +545,6 @@ def _united(notes: Any) -> str:
     return ", ".join(dict.fromkeys(what for noted in notes for what in noted))
 
 
-def _is_lazy(model: nn.Module) -> bool:
-    return any(
-        isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
-        for module in model.modules()
-    )
-
-
 @contextmanager
 def _generators_kept() -> Iterator[None]:
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
@@ -581,119 +555,3 @@ def _generators_kept() -> Iterator[None]:
             yield
     finally:
         random.setstate(state)
-
-
-# -- The command line -----------------------------------------------------------------
-
-HELP = "say what of a model is unsafe under vmap; exit status 1 if something is"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m vmapsafe check``."""
-    parser.add_argument(
-        "model",
-        metavar="MODULE:NAME",
-        help="an nn.Module, or what returns one when called without arguments, e.g. "
-        "torchvision.models:resnet18; the current directory can be imported from",
-    )
-    parser.add_argument(
-        "--input",
-        metavar="SHAPE",
-        type=_shape,
-        action="append",
-        default=[],
-        help="the shape of an input, batch first, e.g. 2,3,64,64; once for each input. "
-        "Without it nothing is run",
-    )
-    parser.add_argument(
-        "--dtype",
-        type=_dtype,
-        default=torch.float32,
-        help="of the inputs and, if it is a floating one, of the model "
-        "(default float32)",
-    )
-    parser.add_argument(
-        "--mode",
-        choices=MODES,
-        help="look at this mode only; by default at all, and the exit status is for "
-        '"eval"',
-    )
-    parser.add_argument(
-        "--randomness",
-        choices=("error", "different", "same"),
-        default="error",
-        help="that will be passed to vmap (default error)",
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Print the report.
-
-    Returns:
-        The exit status: 0 if the mode is safe, 1 if it is not, 2 if the model could not
-        be had, after one sentence on stderr.
-    """
-    dtype: torch.dtype = arguments.dtype
-    try:
-        model = _loaded(arguments.model)
-    except _BadUsage as error:
-        print(f"vmapsafe check: {error}", file=sys.stderr)
-        return 2
-    if dtype.is_floating_point or dtype.is_complex:
-        model.to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    example = [_made_up(shape, dtype, generator) for shape in arguments.input]
-    report = check(
-        model, *example, mode=arguments.mode, randomness=arguments.randomness
-    )
-    with reader_may_leave():
-        print(report)
-    return 0 if report.safe(arguments.mode or "eval") else 1
-
-
-class _BadUsage(Exception):
-    """A sentence for the user of the command line."""
-
-
-def _loaded(target: str) -> nn.Module:
-    """The model that ``module:name`` stands for."""
-    module, colon, name = target.partition(":")
-    if not (module and colon and name):
-        raise _BadUsage(f"{target!r} is not of the form module:name.")
-    if not {"", os.getcwd()} & set(sys.path):  # as in python -m
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = operator.attrgetter(name)(importlib.import_module(module))
-        model = found if isinstance(found, nn.Module) else found()
-    except Exception as error:
-        raise _BadUsage(f"{target!r} cannot be had: {_words(error)}.") from error
-    if not isinstance(model, nn.Module):
-        raise _BadUsage(f"{target!r} gives a {type(model).__name__}, not an nn.Module.")
-    return model
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(size) for size in text.split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a shape, write e.g. 2,3,64,64"
-        )
-    return shape
-
-
-def _dtype(text: str) -> torch.dtype:
-    dtype = getattr(torch, text, None)
-    if not isinstance(dtype, torch.dtype):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a dtype of torch")
-    return dtype
-
-
-def _made_up(
-    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
-) -> Tensor:
-    if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(shape, dtype=dtype, generator=generator)
-    return torch.randint(0, 2, shape, generator=generator).to(dtype)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import overload
 
-from vmapsafe._rule import check_mode
+from vmapsafe._modes import check_mode
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,18 @@ from torch.autograd import Function
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import vmap
 
-from vmapsafe._call import (
-    Call,
+from vmapsafe._call import Call
+from vmapsafe._rows.copies import Copies, leaves_of
+from vmapsafe._rows.formulas import (
+    Bias,
+    Convolution,
+    Embedding,
+    Formula,
+    Linear,
+    Made,
+    Memory,
+)
+from vmapsafe._torch import (
     batch_behind,
     below_innermost,
     current_level,
@@ -43,16 +53,6 @@ from vmapsafe._call import (
     tree_map,
     under,
     without_autocast,
-)
-from vmapsafe._copies import Copies, leaves_of
-from vmapsafe._formulas import (
-    Bias,
-    Convolution,
-    Embedding,
-    Formula,
-    Linear,
-    Made,
-    Memory,
 )
 from vmapsafe.rules.batch_norm import by_running_statistics, has_several_layouts
 from vmapsafe.rules.native_batch_norm import (

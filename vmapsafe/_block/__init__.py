@@ -1,0 +1,14 @@
+"""A block: the rules in force for some models, and the models as they were afterwards.
+
+The map, bottom up:
+
+``open_blocks``  which blocks are open, in this thread and in all
+``switched``     the classes that modules have while a block covers them
+``models``       what is known of a model: layers, frozen and lazy ones, device
+``operators``    faster batching rules of operators, while a block is open
+``backward``     code that runs in backward: in the blocks it was made in, or refused
+``scope``        one open block of one thread: which rules hold, for which layers
+``advice``       notes for errors of torch's vmap: which layer, and what to do
+``vmap_safe``    ``vmap_safe``: a block as users write it
+``batched``      ``batched``: functions of a batch, run on batches of one
+"""

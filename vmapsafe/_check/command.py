@@ -1,0 +1,130 @@
+"""``python -m vmapsafe check``: the report of :func:`vmapsafe.check` for a shell."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import operator
+import os
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from vmapsafe._check.check import _words, check
+from vmapsafe._check.report import reader_may_leave
+from vmapsafe._errors import a_kind
+from vmapsafe._modes import MODES
+
+HELP = "say what of a model is unsafe under vmap; exit status 1 if something is"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``python -m vmapsafe check``."""
+    parser.add_argument(
+        "model",
+        metavar="MODULE:NAME",
+        help="an nn.Module, or what returns one when called without arguments, e.g. "
+        "torchvision.models:resnet18; the current directory can be imported from",
+    )
+    parser.add_argument(
+        "--input",
+        metavar="SHAPE",
+        type=_shape,
+        action="append",
+        default=[],
+        help="the shape of an input, batch first, e.g. 2,3,64,64; once for each input. "
+        "Without it nothing is run",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=_dtype,
+        default=torch.float32,
+        help="of the inputs and, if it is a floating one, of the model "
+        "(default float32)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        help="look at this mode only; by default at all, and the exit status is for "
+        '"eval"',
+    )
+    parser.add_argument(
+        "--randomness",
+        choices=("error", "different", "same"),
+        default="error",
+        help="that will be passed to vmap (default error)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report.
+
+    Returns:
+        The exit status: 0 if the mode is safe, 1 if it is not, 2 if the model could not
+        be had, after one sentence on stderr.
+    """
+    dtype: torch.dtype = arguments.dtype
+    try:
+        model = _loaded(arguments.model)
+    except _BadUsage as error:
+        print(f"vmapsafe check: {error}", file=sys.stderr)
+        return 2
+    if dtype.is_floating_point or dtype.is_complex:
+        model.to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    example = [_made_up(shape, dtype, generator) for shape in arguments.input]
+    report = check(
+        model, *example, mode=arguments.mode, randomness=arguments.randomness
+    )
+    with reader_may_leave():
+        print(report)
+    return 0 if report.safe(arguments.mode or "eval") else 1
+
+
+class _BadUsage(Exception):
+    """A sentence for the user of the command line."""
+
+
+def _loaded(target: str) -> nn.Module:
+    """The model that ``module:name`` stands for."""
+    module, colon, name = target.partition(":")
+    if not (module and colon and name):
+        raise _BadUsage(f"{target!r} is not of the form module:name.")
+    if not {"", os.getcwd()} & set(sys.path):  # as in python -m
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = operator.attrgetter(name)(importlib.import_module(module))
+        model = found if isinstance(found, nn.Module) else found()
+    except Exception as error:
+        raise _BadUsage(f"{target!r} cannot be had: {_words(error)}.") from error
+    if not isinstance(model, nn.Module):
+        raise _BadUsage(f"{target!r} gives {a_kind(model)}, not an nn.Module.")
+    return model
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a shape, write e.g. 2,3,64,64"
+        )
+    return shape
+
+
+def _dtype(text: str) -> torch.dtype:
+    dtype = getattr(torch, text, None)
+    if not isinstance(dtype, torch.dtype):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a dtype of torch")
+    return dtype
+
+
+def _made_up(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, dtype=dtype, generator=generator)
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)

@@ -1,0 +1,61 @@
+"""Where torch's random generators stand, so that a draw can be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+
+from vmapsafe._errors import VmapSafeValueError, shown
+from vmapsafe._torch import below_all
+
+Randomness = Literal["error", "different", "same"]
+RANDOMNESS: tuple[Randomness, ...] = ("error", "different", "same")
+
+
+def check_randomness(called: str, randomness: Any) -> None:
+    """Raise unless ``randomness`` is one that vmap knows.
+
+    Args:
+        called: the public function, for the error.
+        randomness: what the user wrote.
+
+    Raises:
+        VmapSafeValueError: it is another value.
+    """
+    if randomness not in RANDOMNESS:
+        raise VmapSafeValueError(
+            called,
+            f"unknown randomness {shown(randomness)}",
+            'Choose one of "error", "different", "same"',
+        )
+
+
+class Draws:
+    """Where torch's random generators stand, of the CPU and of devices.
+
+    Noted only where vmap lets them be used: not with ``randomness="error"``.
+    """
+
+    def __init__(self, randomness: str) -> None:
+        self._states: list[tuple[Callable[[Any], object], Any]] = []
+        if randomness == "error" or torch.compiler.is_compiling():
+            return
+        with below_all():
+            self._states = [(put_back, note()) for note, put_back in _generators()]
+
+    def put_back(self) -> None:
+        """Let what is drawn next be what was drawn since."""
+        with below_all():
+            for put_back, state in self._states:
+                put_back(state)
+
+
+def _generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], object]]]:
+    yield torch.get_rng_state, torch.set_rng_state
+    for kind in (torch.cuda, torch.xpu):
+        if kind.is_initialized():
+            yield kind.get_rng_state_all, kind.set_rng_state_all
+    if torch.backends.mps.is_available():
+        yield torch.mps.get_rng_state, torch.mps.set_rng_state

@@ -1,0 +1,300 @@
+"""What the four modes are, and the options of a block.
+
+Everything that distinguishes one mode from another outside ``rules/`` is a field of
+:class:`Mode`. :class:`Options` checks itself when it is made, so that a value that
+exists is a value that makes sense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, shown
+
+ModeName = Literal["eval", "no_running_stats", "group_norm", "sync"]
+RowsName = Literal["contribution", "jacobian", "detached"]
+NumGroups = int | Callable[[int], int]
+Also = tuple[type[nn.Module], ...]
+
+
+class Flags(NamedTuple):
+    """The two flags through which a normalisation layer chooses its statistics.
+
+    ``track_running_stats`` is None for a layer that has no such flag, and for a mode
+    that leaves it to the owner.
+    """
+
+    training: bool
+    track_running_stats: bool | None = None
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One of the meanings that a block can give to normalisation layers.
+
+    Attributes:
+        name: what users write.
+        batch_norm: the flags that a layer of torch's batch norm shows in the block.
+        others: the flags that other layers with running statistics show, those of
+            instance norm among them; None for the flags of their owner.
+        becomes: what batch norm normalises with, for reports.
+        reads_running_stats: whether layers normalise with their running statistics, so
+            that a layer that the block does not reach can be put in eval mode by hand.
+        merges: whether slices share their statistics. The slices are one batch, which
+            can update running statistics.
+        by_rule: whether a rule has to know the layer by its buffers, so that a layer
+            shows eval mode, in which it passes them on.
+    """
+
+    name: ModeName
+    batch_norm: Flags
+    others: Flags | None
+    becomes: str
+    reads_running_stats: bool = False
+    merges: bool = False
+    by_rule: bool = False
+
+
+# Name -> mode, in the order in which users meet them.
+MODES: Mapping[str, Mode] = {
+    mode.name: mode
+    for mode in (
+        Mode(
+            "eval",
+            batch_norm=Flags(training=False),
+            others=Flags(training=False),
+            becomes="with the running statistics",
+            reads_running_stats=True,
+        ),
+        # In training, and without tracking, torch's batch norm uses the statistics of
+        # the slice, and neither counts nor writes.
+        Mode(
+            "no_running_stats",
+            batch_norm=Flags(training=True, track_running_stats=False),
+            others=Flags(training=True),
+            becomes="with the statistics of the slice",
+        ),
+        Mode(
+            "group_norm",
+            batch_norm=Flags(training=False),
+            others=None,
+            becomes="over groups of channels of each sample",
+            by_rule=True,
+        ),
+        Mode(
+            "sync",
+            batch_norm=Flags(training=False),
+            others=Flags(training=True),
+            becomes="with the statistics of all slices together",
+            merges=True,
+            by_rule=True,
+        ),
+    )
+}
+ROWS: tuple[RowsName, ...] = ("contribution", "jacobian", "detached")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a block was asked to do; raises when it is made of what makes no sense.
+
+    Attributes:
+        called: the public function, for errors.
+        rows: what the rows of per-sample gradients are in a mode that merges.
+        copies_at: the vmap level whose slices have copies of the parameters of their
+            own, to get per-sample gradients from; None elsewhere.
+
+    The other attributes are those of :func:`vmapsafe.vmap_safe`.
+
+    Raises:
+        VmapSafeValueError: a value that the option may not have.
+        VmapSafeTypeError: a type that it may not have.
+    """
+
+    called: str = field(default="vmap_safe(...)", compare=False)
+    mode: str = "eval"
+    num_groups: NumGroups = 32
+    update_running_stats: bool = False
+    sync_levels: int | None = None
+    also: Also = ()
+    fast: bool = True
+    rows: str = "contribution"
+    copies_at: int | None = None
+
+    def __post_init__(self) -> None:
+        check_mode(self.called, self.mode)
+        check_num_groups(self.called, self.num_groups)
+        _check_also(self.called, self.also)
+        self._check_rows()
+        self._check_updates()
+
+    def __str__(self) -> str:
+        given = [f'mode="{self.mode}"']
+        if self.mode == "group_norm":
+            given.append(f"num_groups={self.num_groups}")
+        if self.update_running_stats:
+            given.append("update_running_stats=True")
+        if self.sync_levels is not None:
+            given.append(f"sync_levels={self.sync_levels}")
+        if self.also:
+            names = ", ".join([kind.__name__ for kind in self.also])
+            given.append(f"also=({names},)")
+        if not self.fast:
+            given.append("fast=False")
+        return ", ".join(given)
+
+    @property
+    def meaning(self) -> Mode:
+        """The mode that ``mode`` names."""
+        return MODES[self.mode]
+
+    def agree(self, other: Options) -> bool:
+        """Whether two threads may hold one model with these options."""
+        return _shared(self) == _shared(other)
+
+    def _check_rows(self) -> None:
+        if self.rows not in ROWS:
+            listed = ", ".join([f'"{rows}"' for rows in ROWS])
+            raise VmapSafeValueError(
+                self.called,
+                f"unknown rows {shown(self.rows)}",
+                f"Choose one of {listed}",
+            )
+        if self.rows != "contribution" and not self.meaning.merges:
+            raise VmapSafeValueError(
+                self.called,
+                f'rows="{self.rows}" has a meaning in "sync" only, and mode is '
+                f'"{self.mode}", where samples are independent and all rows are the '
+                "same",
+                "Leave rows out",
+            )
+
+    def _check_updates(self) -> None:
+        levels = self.sync_levels
+        called = self.called.replace("...", str(self))
+        if levels is not None and (type(levels) is not int or levels < 1):
+            raise VmapSafeValueError(
+                called,
+                "sync_levels is the number of vmaps to merge, innermost first",
+                "Pass an int of at least 1, or None for all",
+            )
+        asks_for_one_batch = self.update_running_stats or levels is not None
+        if asks_for_one_batch and not self.meaning.merges:
+            raise VmapSafeValueError(
+                called,
+                'update_running_stats and sync_levels have a meaning in "sync" only, '
+                "where there is one batch whose statistics could be written",
+                'Use mode="sync", or leave them out',
+            )
+
+
+def _shared(options: Options) -> tuple[Any, ...]:
+    """The options whose effect on a model other threads see."""
+    return (
+        options.mode,
+        options.num_groups,
+        options.update_running_stats,
+        options.sync_levels,
+        options.also,
+    )
+
+
+def check_mode(called: str, mode: Any) -> None:
+    """Raise unless ``mode`` is the name of a mode.
+
+    Args:
+        called: the public function, for the error.
+        mode: what the user wrote.
+
+    Raises:
+        VmapSafeValueError: it is not; the text lists the modes.
+    """
+    if mode not in tuple(MODES):  # a value that is not a string may not be hashable
+        listed = ", ".join([f'"{name}"' for name in MODES])
+        raise VmapSafeValueError(
+            called, f"unknown mode {shown(mode)}", f"Choose one of {listed}"
+        )
+
+
+def _check_also(called: str, also: Any) -> None:
+    if also == ():
+        return
+    kinds = also if isinstance(also, (tuple, list)) else (also,)
+    if not all([isinstance(k, type) and issubclass(k, nn.Module) for k in kinds]):
+        do = "Write also=(MyNorm,), with classes of modules"
+    elif not isinstance(also, tuple):
+        names = ", ".join([kind.__name__ for kind in kinds])
+        do = f"Write also=({names},)" if len(kinds) == 1 else f"Write also=({names})"
+    else:
+        return
+    found = f"also is {shown(also)}, not a tuple of classes of modules"
+    raise VmapSafeTypeError(called, found, do)
+
+
+# -- Groups of channels ----------------------------------------------------------------
+
+
+def groups_for(num_channels: int, num_groups: NumGroups) -> int:
+    """Return how many groups a group norm makes of a layer's channels.
+
+    The mode "group_norm" and the permanent conversion both ask here.
+
+    Example:
+        >>> groups_for(64, 32)
+        32
+        >>> groups_for(48, 32)
+        48
+        >>> groups_for(48, lambda channels: channels // 16)
+        3
+
+    Args:
+        num_channels: C, the number of channels of the layer.
+        num_groups: the number of groups, or a callable that takes C and returns it.
+
+    Returns:
+        That number where it divides C, else C (one group a channel).
+
+    Raises:
+        VmapSafeTypeError: ``num_groups``, or what it returned, is not an int.
+        VmapSafeValueError: it is below 1.
+
+    It does not look for the nearest divisor. If the number of groups does not divide C,
+    as for every smaller C, each channel is normalised by itself. Source of the
+    fall-back: https://docs.pytorch.org/docs/stable/func.batch_norm.html, option 1.
+    """
+    if callable(num_groups):
+        groups = num_groups(num_channels)
+        _check_count(f"num_groups({num_channels})", groups, f"it returned {groups!r}")
+    else:
+        groups = num_groups
+    return groups if num_channels % groups == 0 else num_channels
+
+
+def check_num_groups(called: str, num_groups: Any) -> None:
+    """Raise unless ``num_groups`` is an int of at least 1 or a callable.
+
+    A callable is not called; :func:`groups_for` checks what it returns.
+
+    Args:
+        called: the public function, for the error.
+        num_groups: what the user wrote.
+
+    Raises:
+        VmapSafeTypeError: it is neither an int (a bool is not one) nor a callable.
+        VmapSafeValueError: it is an int below 1.
+    """
+    if not callable(num_groups):
+        _check_count(called, num_groups, f"num_groups={num_groups!r}")
+
+
+def _check_count(called: str, groups: object, found: str) -> None:
+    do = "Pass an int of at least 1, or a callable from C to one"
+    # bool is an int to Python, but True groups is a slip of the pen.
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise VmapSafeTypeError(called, f"{found}, which is not an int", do)
+    if groups < 1:
+        raise VmapSafeValueError(called, f"{found}, which is below 1", do)

@@ -1,0 +1,511 @@
+"""Every private name of torch that the package uses, and what each one does.
+
+A name stands here with the version of torch in which it was read. When torch moves one,
+this file is the one to change. Other files import these functions and classes, and see
+nothing of torch that torch does not document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._functorch import pyfunctorch
+from torch._ops import HigherOrderOperator as HigherOrderOperator
+from torch._ops import OpOverload as OpOverload
+from torch._ops import OpOverloadPacket as OpOverloadPacket
+from torch._ops import _compute_keyset
+from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction as BackwardCFunction
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.lazy import LazyModuleMixin as LazyModuleMixin
+from torch.overrides import TorchFunctionMode as TorchFunctionMode
+from torch.overrides import _pop_mode, _push_mode
+from torch.overrides import handle_torch_function as handle_torch_function
+
+# The trees torch.func itself uses, and how it spreads in_dims over them (torch 2.13).
+from torch.utils._pytree import _broadcast_to_and_flatten
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_unflatten as tree_unflatten
+
+# The base classes of torch's layers. Only their subclasses have public names.
+BatchNormBase = _BatchNorm
+DropoutBase = _DropoutNd
+InstanceNormBase = _InstanceNorm
+NormBase = _NormBase
+
+# The module whose frames show that vmap is running.
+HOME_OF_VMAP = "torch._functorch.vmap"
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+# torch.compile cannot trace what looks at transforms, nor the vmap rule of an
+# autograd.Function: it would leave the rule out, silently. Both are kept whole. Read in
+# torch 2.13: this attribute marks a function that is run while tracing and whose result
+# is a constant; torch.compiler's own decorators would import all of torch._dynamo.
+
+
+def constant_while_compiling(function: C) -> C:
+    """A decorator for functions of constants, which torch.compile need not trace."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def run_while_compiling(function: C) -> C:
+    """A decorator for functions that torch.compile, where it meets their frames, runs
+    as they are, with all that they call."""
+    compiler = torch._C._dynamo.eval_frame
+    skip = compiler._FrameAction.SKIP
+    strategy = compiler._FrameExecStrategy(skip, skip)
+    compiler.set_code_exec_strategy(function.__code__, strategy)
+    return function
+
+
+_whole: list[Any] = []
+
+
+def whole_while_compiling(function: C) -> C:
+    """A decorator for functions of tensors, and classes of autograd.Function, that
+    torch.compile leaves for the backend to trace, transforms and all."""
+    _whole.append(function)
+    return function
+
+
+@constant_while_compiling
+def prepare_compiling() -> None:
+    """Tell torch.compile which functions it leaves whole; to be called in what it
+    traces, before any of them."""
+    for function in _whole:
+        torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
+
+
+def modes_in_force() -> list[TorchFunctionMode]:
+    """This thread's stack, the innermost last."""
+    # Read in torch 2.13: the stack's public form is a list made anew at each call.
+    size = torch._C._len_torch_function_stack()
+    return [torch._C._get_function_stack_at(i) for i in range(size)]
+
+
+def innermost_mode() -> TorchFunctionMode | None:
+    """The last one of this thread's stack. torch.compile traces this."""
+    size = torch._C._len_torch_function_stack()
+    return torch._C._get_function_stack_at(size - 1) if size else None
+
+
+def put_on(mode: TorchFunctionMode) -> None:
+    """Put it in force."""
+    _push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+def take_off_innermost() -> None:
+    """Take the last mode off this thread's stack."""
+    _pop_mode()  # type: ignore[no-untyped-call]
+
+
+def take_off(mode: TorchFunctionMode) -> str:
+    """Take a mode off this thread's stack, wherever it is; says where it was."""
+    stack = modes_in_force()
+    if mode not in stack:
+        return "nowhere"
+    where = "top" if stack[-1] is mode else "not the innermost block"
+    above: list[TorchFunctionMode] = []
+    try:
+        while mode in stack:  # twice, after an interrupt in torch's own code
+            one = stack.pop()
+            take_off_innermost()
+            if one is not mode:
+                above.append(one)
+    finally:
+        for one in reversed(above):
+            put_on(one)
+    return where
+
+
+def dispatch_modes_are_on() -> bool:
+    """Whether something like FlopCounterMode or FakeTensorMode sees all operators."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def under(mode: TorchFunctionMode, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function with a mode in force; no interrupt leaves it there."""
+    done = False
+    try:
+        try:
+            put_on(mode)
+            return function(*args)
+        finally:
+            take_off(mode)
+            done = True
+    finally:
+        if not done:
+            take_off(mode)
+
+
+# Of autograd, read in torch 2.13: the node whose backward this thread is running, or
+# None; the number that the next node made in this thread will have.
+running_node = torch._C._current_autograd_node
+next_sequence_number = torch._C._autograd._get_sequence_nr
+
+
+def sequence_number(node: Any) -> int:
+    """The number of a node of autograd; a later node has a larger one."""
+    return int(node._sequence_nr())
+
+
+# Of saved tensors: the innermost pair of hooks, or None; whether they may be used.
+top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_autograd: Any = torch._C._autograd
+hooks_are_enabled: Callable[[], bool] = _autograd._saved_tensors_hooks_is_enabled
+
+
+def below_modes(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a higher-order operator as it calls itself below all modes."""
+    keys = _compute_keyset(  # type: ignore[no-untyped-call]
+        args, kwargs, operator.non_fallthrough_keys
+    )
+    return operator.dispatch(keys.highestPriorityTypeId(), *args, **kwargs)
+
+
+# What lies below ``F.batch_norm``.
+NATIVE_BATCH_NORMS = frozenset(
+    [
+        torch.native_batch_norm,
+        torch.cudnn_batch_norm,
+        torch.miopen_batch_norm,
+        torch._native_batch_norm_legit,
+    ]
+)
+
+
+# The transforms around a call. Read in torch 2.13: a stack of them, of which torch
+# numbers the levels from 1, and None instead of an empty one.
+
+
+def _transforms() -> Any:
+    return torch._C._functorch.get_interpreter_stack() or ()
+
+
+@constant_while_compiling
+def current_level() -> int:
+    """The level of the innermost transform, 0 outside all."""
+    return torch._C._functorch.maybe_current_level() or 0
+
+
+@constant_while_compiling
+def derivatives_inside(level: int) -> int:
+    """How many derivatives are taken inside the transform of ``level``."""
+    return sum(one.key().name in ("Grad", "Jvp") for one in _transforms()[level:])
+
+
+@constant_while_compiling
+def vmap_size(level: int) -> int:
+    """The batch size of the vmap of ``level``."""
+    one = _transforms()[level - 1]
+    return int(torch._C._functorch.CVmapInterpreterPtr(one).batchSize())
+
+
+def batched_levels(tensors: Sequence[Tensor]) -> frozenset[int]:
+    """The levels of the vmaps that batch any of ``tensors``."""
+    if not torch.compiler.is_compiling():
+        return frozenset(_levels(tensors))
+    prepare_compiling()
+    bits = int(_levels_as_bits(tensors))
+    return frozenset([level for level in range(_BITS) if bits >> level & 1])
+
+
+def _levels(tensors: Sequence[Tensor]) -> set[int]:
+    functorch = torch._C._functorch
+    levels = set()
+    for tensor in tensors:
+        while is_wrapped(tensor):
+            if functorch.is_batchedtensor(tensor):
+                levels.add(functorch.maybe_get_level(tensor))
+            tensor = functorch.get_unwrapped(tensor)
+    return levels
+
+
+_BITS = 53
+
+
+@whole_while_compiling
+def _levels_as_bits(tensors: Sequence[Tensor]) -> float:
+    """In a float, the one kind of number that torch.compile takes from a function of
+    tensors as a constant."""
+    return float(sum(1 << level for level in _levels(tensors)))
+
+
+def shares_memory(tensor: Tensor, others: Sequence[Tensor]) -> int | None:
+    """Which of ``others`` lies in the same memory as ``tensor``: itself, or a view."""
+    if torch.compiler.is_compiling():
+        prepare_compiling()
+    found = int(_sharing(tensor, others))
+    return None if found < 0 else found
+
+
+@whole_while_compiling
+def _sharing(tensor: Tensor, others: Sequence[Tensor]) -> float:
+    """In a float, as :func:`_levels_as_bits`; -1 for none."""
+    storage = storage_of(tensor)
+    if storage is not None:
+        for i, other in enumerate(others):
+            if storage_of(other) == storage:
+                return float(i)
+    return -1.0
+
+
+def slices_draw_their_own() -> bool:
+    """Whether a vmap around this call has ``randomness="different"``."""
+    functorch = torch._C._functorch
+    return any(
+        one.key().name == "Vmap"
+        and functorch.CVmapInterpreterPtr(one).randomness().name == "Different"
+        for one in _transforms()
+    )
+
+
+def beyond_reverse_mode(*tensors: Tensor | None) -> bool:
+    """Whether the call sees a derivative other than one reverse mode: a jvp, a grad
+    inside a grad, or a grad inside plain autograd, which is recording what is computed
+    from one of ``tensors``. True while compiling."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return True
+    keys = [one.key().name for one in _transforms()]
+    if "Jvp" in keys or keys.count("Grad") > 1:
+        return True
+    return "Grad" in keys and any(
+        [innermost(t).requires_grad for t in tensors if t is not None]
+    )
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether plain autograd records what is computed from ``tensors``, none of them
+    empty, and no transform takes derivatives inside it."""
+    if not torch.is_grad_enabled():
+        return False
+    if not all([one.key().name == "Vmap" for one in _transforms()]):
+        return False
+    inside = [innermost(t) for t in tensors if t is not None]
+    return all([t.numel() > 0 for t in inside]) and any(
+        [t.requires_grad for t in inside]
+    )
+
+
+def innermost(tensor: Tensor) -> Tensor:
+    """What is inside all wrappers of the transforms around it."""
+    while is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def first_slice(tensor: Tensor) -> Tensor:
+    """The first of the slices that the vmaps around the call show as ``tensor``."""
+    if not is_wrapped(tensor):
+        return tensor
+    functorch = torch._C._functorch
+    inside = first_slice(functorch.get_unwrapped(tensor))
+    if functorch.is_batchedtensor(tensor):
+        inside = inside.select(functorch.maybe_get_bdim(tensor), 0)
+    return inside
+
+
+# What a batching rule does between one vmap and what is outside it. Read in torch 2.13
+# (custom_function_call_vmap_helper).
+_BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
+
+
+def whole_batches(
+    arguments: Mapping[str, Any], level: int
+) -> tuple[dict[str, Any], dict[str, int | None]]:
+    """The arguments without the vmap of ``level``, and the batch dimensions of the
+    tensors among them."""
+    values: dict[str, Any] = {}
+    in_dims: dict[str, int | None] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            value, in_dims[name] = torch._C._functorch._unwrap_batched(value, level)
+        values[name] = value
+    return values, in_dims
+
+
+# For the length of a kernel: a mode would see each of its steps, and does cost (5 us).
+unseen_by_modes = torch._C.DisableTorchFunction
+
+
+def below_vmap() -> Any:
+    """A context: what is computed in it is computed on whole batches."""
+    return torch._C._ExcludeDispatchKeyGuard(_BATCHED)
+
+
+# What takes each operation of a kernel on to the transforms outside the vmap, and to
+# autograd. Read in torch 2.13 (dynamicLayerBackFallback).
+_TAKEN_ON = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerBackMode)
+
+
+def unwatched() -> Any:
+    """A context for plain tensors in a kernel, see :func:`is_plain`: what is computed
+    in it goes straight to the device, which saves about 10 us an operation."""
+    return torch._C._ExcludeDispatchKeyGuard(_TAKEN_ON)
+
+
+def would_be_cast(tensors: Sequence[Tensor]) -> bool:
+    """Whether autocast would change the dtype of what a kernel computes from these.
+
+    Switching it off inside a kernel has no effect: below vmap each operation gets back
+    the state in which the call was made (torch 2.13).
+    """
+    device = tensors[0].device
+    return autocasts(device) and any(
+        [t.dtype != torch.get_autocast_dtype(device.type) for t in tensors]
+    )
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on; some types of device, as "meta", know none."""
+    return (
+        torch._C._is_any_autocast_enabled()  # which is cheap to ask
+        and torch.amp.is_autocast_available(device.type)
+        and torch.is_autocast_enabled(device.type)
+    )
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which it is off."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def multiplies_exactly(device: torch.device) -> bool:
+    """Whether products of float32 matrices there have the precision of float32."""
+    # What all switches come to, the older and the newer; torch's own question raises
+    # where both were used (torch 2.13).
+    backend = "mkldnn" if device.type == "cpu" else "cuda"
+    found = torch._C._get_fp32_precision_getter(backend, "matmul")
+    return found in ("none", "ieee")
+
+
+def wrapped_again(outputs: tuple[Tensor | None, ...], level: int) -> Any:
+    """Batches, batch dimension first, as the vmap of ``level`` shows them."""
+    return tuple(
+        [
+            None if out is None else torch._C._functorch._add_batch_dim(out, 0, level)
+            for out in outputs
+        ]
+    )
+
+
+# Contexts in which all transforms, or the innermost, are not there (torch 2.13).
+below_all = pyfunctorch.temporarily_clear_interpreter_stack
+below_innermost = pyfunctorch.temporarily_pop_interpreter_stack
+
+
+def batch_behind(slice_: Tensor, level: int, size: int) -> Tensor | None:
+    """The batch (size, ...) of which the vmap of ``level``, and no other transform,
+    shows slices, be they all the same tensor; None for others.
+
+    To be called in :func:`below_innermost`.
+    """
+    if not is_wrapped(slice_):
+        return slice_.expand(size, *slice_.shape)
+    batch, dim = torch._C._functorch._unwrap_batched(slice_, level)
+    return None if dim is None or is_wrapped(batch) else batch.movedim(dim, 0)
+
+
+def merging(
+    merged: Callable[[int, Sequence[int | None], Sequence[Tensor | None]], Tensor],
+    plain: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+) -> Tensor:
+    """``plain(*tensors)`` below all vmaps, the only transforms there are. For each
+    that batches any of ``tensors``, ``merged`` is asked instead, with its size, their
+    batch dimensions and the batches, and gives a batch, batch dimension first."""
+    level = current_level()
+    if not level:
+        return plain(*tensors)
+    functorch = torch._C._functorch
+    size = vmap_size(level)
+    with below_innermost():
+        pairs = [
+            (t, None) if t is None else functorch._unwrap_batched(t, level)
+            for t in tensors
+        ]
+        batches, dims = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        if all([dim is None for dim in dims]):
+            return merging(merged, plain, batches)
+        batch = merged(size, dims, batches)
+    return slices_of(batch, level)
+
+
+def slices_of(batch: Tensor, level: int) -> Tensor:
+    """(B, ...) as the vmap of ``level`` shows it."""
+    shown: Tensor = torch._C._functorch._add_batch_dim(batch, 0, level)
+    return shown
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether nothing watches what is computed from it: no transform, no autograd, no
+    tracing. Results may then be written in place."""
+    recorded = tensor.requires_grad and torch.is_grad_enabled()
+    watched = recorded or forward_ad._current_level >= 0 or is_wrapped(tensor)
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not watched
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether a derivative may be taken of what is computed from it."""
+    if forward_ad._current_level >= 0:
+        return True
+    functorch = torch._C._functorch
+    while is_wrapped(tensor):
+        if functorch.is_gradtrackingtensor(tensor):  # of torch.func's grad and jvp
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def storage_of(tensor: Tensor) -> int | None:
+    """Which memory a tensor lies in; views and ``.data`` share it. None: in none.
+
+    Inside a transform views are wrapped, even those of tensors that are not; what
+    counts is inside the wrappers.
+    """
+    try:
+        return int(innermost(tensor).untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse, or a subclass without
+        return None
+
+
+def lies_alone(tensor: Tensor, base: Tensor | None) -> bool:
+    """Whether no other tensor is known to lie in the same memory, but for the one that
+    it is a view of; it is cheap."""
+    while is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        # The wrapper's and ``tensor``; ``.data`` is a second wrapper of one tensor.
+        if tensor._use_count() > 2:  # type: ignore[attr-defined]
+            return False
+    try:
+        storage = tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    # The tensor's own and ``storage``. Read in torch 2.13.
+    known = 2 if base is None else 3
+    return bool(torch._C._storage_Use_Count(storage._cdata) <= known)
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether it belongs to a transform of torch.func and is dead after it."""
+    # Read in torch 2.13.
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def broadcast_to_leaves(spec: Any, tree: Any) -> list[int | None] | None:
+    """One of ``spec``'s dimensions for each leaf of ``tree``; None if it has another
+    structure."""
+    spread: list[int | None] | None = _broadcast_to_and_flatten(spec, tree)
+    return spread
