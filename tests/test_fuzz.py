@@ -1,4 +1,4 @@
-"""The first cases of the fuzzer; ``python tests/fuzz.py`` runs as many as wanted."""
+"""The first cases of the fuzzer; ``python tests/support/fuzz.py`` runs more."""
 
 import fuzz
 import pytest
@@ -13,5 +13,5 @@ def test_cases(first):
         try:
             fuzz.run(seed)
         except fuzz.Mismatch as error:
-            mismatches.append(f"python tests/fuzz.py --seed {seed}: {error}")
+            mismatches.append(f"python tests/support/fuzz.py --seed {seed}: {error}")
     assert not mismatches, "\n".join(mismatches)

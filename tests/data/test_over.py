@@ -374,7 +374,7 @@ def _dies_at(moment, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {tests!r})
+sys.path += {folders!r}
 import torch, torch.nn.functional as F
 from test_over import Stops, make
 from torch.utils.data import DataLoader
@@ -397,7 +397,9 @@ over(loader, per_sample_grads, make(), F.cross_entropy).save({folder!r})
 def test_a_process_that_is_killed(mlp, tmp_path):
     """Another process goes on with rows, to the bit."""
     folder = tmp_path / "killed"
-    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder))
+    here = Path(__file__).parent
+    folders = [str(here), str(here.parent / "support")]
+    script = KILLED.format(folders=folders, folder=str(folder))
     ended = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     assert json.loads(contents(folder)["state.json"])["samples"] == 8

@@ -1,7 +1,7 @@
 """Random networks through every function of the library, against loops written out.
 
-    python tests/fuzz.py --seed N          one case: what it is, and how it ends
-    python tests/fuzz.py --cases 50000 --jobs 2 [--first N]
+    python tests/support/fuzz.py --seed N          one case: what it is, and how it ends
+    python tests/support/fuzz.py --cases 50000 --jobs 2 [--first N]
 
 A case is decided by one integer. It ends in one of three ways: the numbers agree and
 the model is as it was; there is no right number and the library says so; or neither,

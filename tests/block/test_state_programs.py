@@ -1,7 +1,7 @@
 """Random programs around blocks: the model is at all times what its owner asked for.
 
-One that fails is run again and printed by ``python tests/state_programs.py --seed N``,
-which also runs many more.
+``python tests/support/state_programs.py --seed N`` runs one that failed again and
+prints it; the same command runs many more.
 """
 
 import gc

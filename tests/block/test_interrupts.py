@@ -2,7 +2,7 @@
 
 At the first instruction of ``__exit__`` Python itself skips the rest; such a block is
 closed by the next entry, which each check here begins with. ``python
-tests/interrupts.py`` tries each line, and random times.
+tests/support/interrupts.py`` tries each line, and random times.
 """
 
 import pytest

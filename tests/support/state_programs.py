@@ -6,8 +6,8 @@ ever sees. What the owner does, outside forwards, is done to both; a forward of 
 model is compared with one of the twin, written out in plain operations. So the twin is
 at all times what the model has to be.
 
-    python tests/state_programs.py --seed 17        run one again and print it
-    python tests/state_programs.py --programs 2000  run many, print those that fail
+    python tests/support/state_programs.py --seed 17        run one again, print it
+    python tests/support/state_programs.py --programs 2000  run many, print failures
 """
 
 import argparse

@@ -4,9 +4,9 @@ A run of a scenario forks at every line that the package comes to: the child is
 interrupted there and looks at what is left, the parent goes on. Interrupts at random
 times also meet torch's code and the user's.
 
-    python tests/interrupts.py                     each line of each scenario
-    python tests/interrupts.py --opcodes           each instruction
-    python tests/interrupts.py --times 2000        that many random times a scenario
+    python tests/support/interrupts.py                 each line of each scenario
+    python tests/support/interrupts.py --opcodes       each instruction
+    python tests/support/interrupts.py --times 2000    that many random times
 """
 
 import argparse
