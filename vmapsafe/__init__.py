@@ -35,10 +35,10 @@ from vmapsafe._errors import VmapSafeError as VmapSafeError
 from vmapsafe._errors import VmapSafeRuntimeError as VmapSafeRuntimeError
 from vmapsafe._errors import VmapSafeTypeError as VmapSafeTypeError
 from vmapsafe._errors import VmapSafeValueError as VmapSafeValueError
-from vmapsafe._rows.grads import per_sample_grads as per_sample_grads
-from vmapsafe._rows.norms import clipped_grad_sum as clipped_grad_sum
-from vmapsafe._rows.norms import per_sample_grad_norms as per_sample_grad_norms
-from vmapsafe._rows.sketch import per_sample_sketch as per_sample_sketch
+from vmapsafe._rows.per_sample import clipped_grad_sum as clipped_grad_sum
+from vmapsafe._rows.per_sample import per_sample_grad_norms as per_sample_grad_norms
+from vmapsafe._rows.per_sample import per_sample_grads as per_sample_grads
+from vmapsafe._rows.per_sample import per_sample_sketch as per_sample_sketch
 
 __version__ = "0.1.0"
 __all__ = [

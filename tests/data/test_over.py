@@ -586,7 +586,7 @@ class Backwards(torch.utils.data.Sampler):
 MAKING = [
     ({"loader": TensorDataset(X, Y)}, TypeError, "the loader is a TensorDataset. Give"),
     ({"loader": X}, TypeError, "the loader is a Tensor"),
-    ({"loader": 3}, TypeError, "over(...): the loader is a int. Give batches, e.g. "),
+    ({"loader": 3}, TypeError, "over(...): the loader is an int. Give batches, e.g. "),
     ({"function": make()}, TypeError, "function is a Sequential. Write over(loader"),
     ({"loss_fn": Y}, TypeError, "loss_fn is a Tensor"),
     ({"model": F.mse_loss}, TypeError, "model is a function, not an nn.Module"),

@@ -96,8 +96,8 @@ def test_no_model_elsewhere():
 BATCHES = {
     "arrays": ((X.numpy(), Y), "batch[0] holds ndarray (5, 4)"),
     "an array as target": ((X, Y.numpy()), "batch[1] holds ndarray (5,)"),
-    "a list of numbers": ((X, Y.tolist()), "batch[1] holds 0, a int"),
-    "a ragged list": ((X, [[0, 1], [2]]), "batch[1] holds 0, a int"),
+    "a list of numbers": ((X, Y.tolist()), "batch[1] holds 0, an int"),
+    "a ragged list": ((X, [[0, 1], [2]]), "batch[1] holds 0, an int"),
     "a number in numpy": ((X, numpy.float32(3)), "batch[1] holds float32 ()"),
     "0-dimensional": ((X, torch.tensor(3)), "batch[1] holds Tensor (), a Tensor"),
     "a text": ((X, "label" * 99), "batch[1] holds 'label"),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vmapsafe import clipped_grad_sum, per_sample_grad_norms, per_sample_grads
-from vmapsafe._rows import chunks, grads
+from vmapsafe._rows import chunks, quantities
 from vmapsafe.testing import assert_same
 
 
@@ -142,13 +142,13 @@ def test_when_rows_get_their_memory(monkeypatch, chunk_size, first):
     events = []
     memory = Memory(monkeypatch, 100)
     monkeypatch.setattr(memory, "take", lambda count: events.append("forward"))
-    make = grads._Fresh.__missing__
+    make = quantities._RowsOfCall._fresh
 
     def noted(rows, name):
         events.append("rows")
         return make(rows, name)
 
-    monkeypatch.setattr(grads._Fresh, "__missing__", noted)
+    monkeypatch.setattr(quantities._RowsOfCall, "_fresh", noted)
     CALLS["rows"](Hungry(memory).double(), chunk_size)
     assert events.count("rows") == 4
     assert events[0] == first and events[1] == "rows"

@@ -6,10 +6,13 @@ The map, bottom up:
 ``copies``       a sample's own copy of each parameter, wherever a forward reads one
 ``record``       one forward and backward that gives each layer's input and gradient
 ``chunks``       a few samples at a time
-``samples``      the model, the loss and the batch of a call, checked and bound
 ``turns``        one call at a time on a model
 ``processes``    results of several processes, put together
-``grads``        ``per_sample_grads``
-``norms``        ``per_sample_grad_norms`` and ``clipped_grad_sum``
-``sketch``       ``per_sample_sketch``
+``parameters``   by which parameters to differentiate, and where they are in the model
+``samples``      the model, the loss and the batch of a call, checked and bound
+``quantities``   what can be wanted of the gradients: rows, norms, clipped sums
+``sketch``       random projections
+``out``          given memory for rows
+``one_pass``     one call for one quantity: chunks, empty batches, processes
+``per_sample``   the functions that users call
 """

@@ -6,18 +6,17 @@ half of the free memory; a chunk that runs out of it is run again in halves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 
 from vmapsafe._draws import Draws
 from vmapsafe._errors import VmapSafeValueError, shown
 from vmapsafe._modes import Options
-from vmapsafe._torch import tree_map
 
-ChunkSize = int | str | None
+ChunkSize = int | Literal["auto"] | None
 
 
 def check_chunk_size(called: str, chunk_size: ChunkSize, options: Options) -> None:
@@ -84,13 +83,6 @@ def in_chunks(
             fitting = max(fitting, 2 * step) if 2 * step * taken < free else step
         start = stop
         step = max(1, min(most, fitting))
-
-
-def joined(parts: Sequence[Any]) -> Any:
-    """What all chunks gave, trees of tensors (samples, ...), as one tree."""
-    if len(parts) == 1:
-        return parts[0]
-    return tree_map(lambda *chunks: torch.cat(chunks), *parts)
 
 
 _FIRST = 4

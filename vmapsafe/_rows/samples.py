@@ -1,8 +1,8 @@
-"""What per-sample gradients are asked of: a loss of one sample, checked and bound."""
+"""The model, the loss and the batch of a call, checked and bound."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,18 +12,17 @@ from torch.func import grad, jacrev, vmap
 
 from vmapsafe._block.models import process_group, unwrapped
 from vmapsafe._block.vmap_safe import Block
-from vmapsafe._draws import Draws, check_randomness
+from vmapsafe._draws import check_randomness
 from vmapsafe._errors import (
-    VmapSafeRuntimeError,
     VmapSafeTypeError,
     VmapSafeValueError,
     a_kind,
     shown,
 )
 from vmapsafe._modes import Options
-from vmapsafe._rows.chunks import ChunkSize, in_chunks
 from vmapsafe._rows.copies import Copies, leaves_of
-from vmapsafe._rows.record import LEVEL, Collector, Recorded, Unrecordable
+from vmapsafe._rows.parameters import Parameters, Params
+from vmapsafe._rows.record import LEVEL, Recorded
 from vmapsafe._torch import (
     beyond_reverse_mode,
     current_level,
@@ -34,7 +33,6 @@ from vmapsafe._torch import (
 )
 
 Loss = Callable[..., Any]
-Params = Collection[str] | Mapping[str, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -43,25 +41,24 @@ class Samples:
 
     Attributes:
         called: the public function, for errors.
-        values: the parameters to differentiate by, by name; tied ones once.
-        known: the model's parameters, by all their names.
-        places: where in the model each of ``values`` goes, by its name: a module's
-            parameters, and the name there.
-        constants: what else of a state dict stands in the model meanwhile, and where.
-        batch: trees of tensors (size, ...), or, where the caller's batch is empty, of
-            made-up samples, whose results are thrown away.
+        model: what the caller passed.
+        net: the model, out of its wrappers.
+        loss_fn: of the model's output and the rest of the batch.
+        parameters: those to differentiate by, and where they are.
+        batch: trees of tensors (B, ...). If the caller's batch is empty, it is made-up
+            samples, whose results are thrown away.
         leaves: the tensors in it.
         size: of the caller's batch.
+        options: of the block.
+        randomness: as in vmap.
+        has_aux: whether the loss returns a pair.
     """
 
     called: str
     model: nn.Module
     net: nn.Module
     loss_fn: Loss
-    values: dict[str, Tensor]
-    known: dict[str, nn.Parameter]
-    places: list[tuple[dict[str, Any], str, str]]
-    constants: list[tuple[dict[str, Any], str, Tensor]]
+    parameters: Parameters
     batch: tuple[Any, ...]
     leaves: list[Tensor]
     size: int
@@ -71,7 +68,6 @@ class Samples:
 
     @staticmethod
     def of(
-        called: str,
         model: nn.Module,
         loss_fn: Loss,
         batch: tuple[Any, ...],
@@ -80,45 +76,46 @@ class Samples:
         randomness: str,
         has_aux: bool,
     ) -> Samples:
-        """All of it checked.
+        """Check the arguments of a call, and bind them.
+
+        Args:
+            model: what the caller passed, as all that follows.
+            loss_fn: of the model's output and the rest of the batch.
+            batch: the inputs, then what ``loss_fn`` takes after the output.
+            params: by which parameters to differentiate.
+            options: of the block, checked.
+            randomness: as in vmap.
+            has_aux: whether the loss returns a pair.
+
+        Returns:
+            The samples.
 
         Raises:
-            TypeError, ValueError: say what is wrong.
+            VmapSafeTypeError: an argument of another kind.
+            VmapSafeValueError: an argument that makes no sense with the others.
         """
+        called = options.called
         _check_model_and_loss(called, model, loss_fn)
         check_randomness(called, randomness)
         net = unwrapped(model)
-        places = _places(net)
-        known = {name: parameters[own] for parameters, own, name in places}
-        constants: dict[str, Tensor] = {}
-        if isinstance(params, Mapping) and _is_state_dict(net, known, params):
-            values, constants = _of_state_dict(called, net, known, params)
-            _refuse_updates(called, options)
-        else:
-            values = _chosen(called, net, known, params)
-        names = {known[name]: name for name in values}
+        parameters = Parameters.of(called, net, params)
+        if parameters.constants and options.update_running_stats:
+            raise VmapSafeValueError(
+                f"{called} with update_running_stats=True",
+                "params is a state dict, whose tensors are never written",
+                "Leave update_running_stats out, or pass the parameters alone",
+            )
         size = _batch_size(called, batch)
         if size == 0:
             _check_one_process(called, net, options)
             options = replace(options, update_running_stats=False)
-            batch = tree_map(lambda t: t.new_zeros(2, *t.shape[1:]), batch)
+            batch = tree_map(lambda t: t.new_zeros(_MADE_UP, *t.shape[1:]), batch)
         return Samples(
             called,
             model,
             net,
             loss_fn,
-            values,
-            known,
-            [
-                (parameters, own, names[known[name]])
-                for parameters, own, name in places
-                if known[name] in names
-            ],
-            [
-                (tensors, own, constants[name])
-                for tensors, own, name in (*places, *_places_of_buffers(net))
-                if name in constants
-            ],
+            parameters,
             batch,
             tree_flatten(batch)[0],
             size,
@@ -129,13 +126,25 @@ class Samples:
 
     @property
     def count(self) -> int:
-        """Of samples to run, made-up ones included."""
-        return self.size or 2
+        """How many samples run, made-up ones included."""
+        return self.size or _MADE_UP
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The tensors to differentiate by, by name."""
+        return self.parameters.values
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(iter(self.values.values())).device
+
+    def part(self, start: int, stop: int) -> tuple[Any, ...]:
+        """Some of the samples."""
+        if start == 0 and stop >= self.count:
+            return self.batch
+        part: tuple[Any, ...] = tree_map(lambda t: t[start:stop], self.batch)
+        return part
 
     def rows(self, batch: tuple[Any, ...]) -> tuple[dict[str, Tensor], Any]:
         """The rows, and aux, by ``vmap(grad)``; derivatives of them pass through."""
@@ -155,107 +164,47 @@ class Samples:
             and not any([leaf.is_inference() or leaf.is_complex() for leaf in leaves])
         )
 
-    def watched(self) -> bool:
-        """Whether plain autograd has an interest in the rows."""
-        if not torch.is_grad_enabled():
-            return False
-        chosen = {id(self.known[name]) for name in self.values}
-        others = [p for p in self.known.values() if id(p) not in chosen]
-        given = (*self.leaves, *self.values.values())
-        watched = (*given, *others, *self.net.buffers())
-        return any([tensor.requires_grad for tensor in watched])
-
     def recorded(self, batch: tuple[Any, ...]) -> Recorded:
-        """The forward, with what backward needs for rows or what becomes of them.
+        """Run the forward, and keep what backward needs for rows.
+
+        Args:
+            batch: some of the samples.
+
+        Returns:
+            The losses, and the way to the gradients.
 
         Raises:
             Unrecordable: the loss does what only :meth:`rows` can follow.
         """
         return Recorded(
             self.called,
-            {name: self.known[name] for name in self.values},
+            self.parameters.originals,
             self._loss,
             self.values,
             batch,
-            _length(batch),
+            len(tree_flatten(batch)[0][0]),
             self.randomness,
             self.has_aux,
             Block((self.model,), replace(self.options, copies_at=LEVEL)),
         )
 
-    def collect(
-        self, batch: tuple[Any, ...], into: Collector, derivatives: bool = False
-    ) -> Any:
-        """Hand what becomes of the rows to ``into``; returns aux.
+    def watched(self) -> bool:
+        """Whether plain autograd has an interest in the rows."""
+        if not torch.is_grad_enabled():
+            return False
+        known = self.parameters.known
+        chosen = {id(known[name]) for name in self.values}
+        others = [p for p in known.values() if id(p) not in chosen]
+        given = (*self.leaves, *self.values.values())
+        watched = (*given, *others, *self.net.buffers())
+        return any([tensor.requires_grad for tensor in watched])
 
-        Raises:
-            Unrecordable: with ``derivatives``, that somebody wants some of the rows, or
-                that the loss cannot be followed.
-        """
-        if self.recordable():
-            draws = Draws(self.randomness)
-            try:
-                recorded = self.recorded(batch)
-                if derivatives and recorded.watched():
-                    raise Unrecordable("a tensor that requires a gradient")
-            except Unrecordable as error:
-                if derivatives:
-                    raise
-                if self.options.update_running_stats:  # they have been
-                    raise VmapSafeRuntimeError(
-                        self.called,
-                        f"the loss calls {error}, and a second forward would "
-                        "update the running statistics twice",
-                        "Use torch.func.grad there, or per_sample_grads without "
-                        "out=",
-                    ) from None
-                draws.put_back()
-            else:
-                recorded.backward(into)
-                return recorded.aux
-        rows, aux = self.rows(batch)
-        for name, row in rows.items():
-            into.whole(name, row)
-        return aux
-
-    def by_chunk(
-        self, chunk_size: ChunkSize, function: Callable[[tuple[Any, ...]], Any]
-    ) -> list[Any]:
-        """What ``function`` makes of each chunk of the batch."""
-        parts: list[Any] = []
-
-        def run(start: int, stop: int) -> None:
-            parts.append(function(part_of(self.batch, start, stop)))
-
-        self.in_chunks(chunk_size, run)
-        return parts
-
-    def in_chunks(self, chunk_size: ChunkSize, run: Callable[[int, int], None]) -> None:
-        """Call ``run(start, stop)`` for one chunk after the other."""
-        in_chunks(self.count, chunk_size, self.device, self.randomness, run)
+    # -- One sample --------------------------------------------------------------------
 
     def _loss(self, values: Mapping[str, Tensor], inputs: Any, *rest: Any) -> Any:
         """Of one sample, handed to the model as a batch of one."""
         inputs, rest = tree_map(lambda t: t.unsqueeze(0), (inputs, rest))
-        args, kwargs = _as_call(inputs)
-        where = (*self.places, *self.constants)
-        before = [(tensors, own, tensors[own]) for tensors, own, _ in where]
-        done = False
-        try:
-            try:
-                for parameters, own, name in self.places:
-                    parameters[own] = values[name]
-                for tensors, own, tensor in self.constants:
-                    tensors[own] = tensor
-                # What torch.func.functional_call does, which takes 30 us to begin.
-                output = self.net(*args, **kwargs)
-                result = self.loss_fn(output, *rest)  # which may read parameters too
-            finally:
-                _put_back(before)
-                done = True
-        finally:
-            if not done:  # interrupted while it put them back
-                _put_back(before)
+        result = self.parameters.standing_in(values, self._called, inputs, rest)
         if not self.has_aux:
             return self._scalar(result)
         if not isinstance(result, (tuple, list)) or len(result) != 2:
@@ -267,11 +216,16 @@ class Samples:
         value, aux = result
         return self._scalar(value), tree_map(self._aux, aux)
 
+    def _called(self, inputs: Any, rest: tuple[Any, ...]) -> Any:
+        args, kwargs = _as_call(inputs)
+        output = self.net(*args, **kwargs)
+        return self.loss_fn(output, *rest)  # which may read parameters too
+
     def _loss_of_copies(self, values: Mapping[str, Tensor], *sample: Any) -> Any:
         """The same where no :class:`Recorded` sees to it that all is read of them."""
         if torch.compiler.is_compiling():
             return self._loss(values, *sample)
-        copies = Copies(self.called, {name: self.known[name] for name in values})
+        copies = Copies(self.called, self.parameters.originals)
         copies.stand_in(values)
         result = under(copies, self._loss, values, *sample)
         copies.check()
@@ -322,31 +276,27 @@ class Samples:
             return leaf.squeeze(0) if leaf.dim() else leaf
         raise VmapSafeValueError(
             f"{self.called} with has_aux=True",
-            f"aux holds {shown(leaf)} for one sample, which is no tensor with a "
+            f"aux holds {shown(leaf)} for one sample, which is not a tensor with a "
             "batch of one as its first dimension",
             "Let loss_fn return tensors (1, ...), as the output of the model is, "
             "or without dimensions: output and not output[0]",
         )
 
 
-def _put_back(before: list[tuple[dict[str, Any], str, Any]]) -> None:
-    for tensors, own, tensor in before:
-        tensors[own] = tensor
+_MADE_UP = 2  # samples in the place of an empty batch
 
 
-def part_of(batch: Any, start: int, stop: int) -> Any:
-    """Some of the samples."""
-    if start == 0 and stop >= _length(batch):
-        return batch
-    return tree_map(lambda t: t[start:stop], batch)
+def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
-def _length(batch: Any) -> int:
-    return len(tree_flatten(batch)[0][0])
+# -- Checks ----------------------------------------------------------------------------
 
 
 def _check_model_and_loss(called: str, model: Any, loss_fn: Any) -> None:
-    """Raise a TypeError unless they are that, and not one in the other's place."""
+    """Raise unless they are that, and not one in the other's place."""
     write = f"Write {called.replace('...', 'model, loss_fn, x, y')}"
     found = None
     if isinstance(model, type):
@@ -384,181 +334,6 @@ def _check_one_process(called: str, net: nn.Module, options: Options) -> None:
         )
 
 
-def _is_state_dict(
-    net: nn.Module, known: Mapping[str, nn.Parameter], params: Mapping[Any, Any]
-) -> bool:
-    """Whether it holds buffers, or all that the model's state dict does."""
-    names = {_without_wrapper(given, known) for given in params}
-    buffers = {name for name, _ in net.named_buffers(remove_duplicate=False)}
-    return not names.isdisjoint(buffers) or names == _state_names(net)
-
-
-def _state_names(net: nn.Module) -> set[str]:
-    return {name for name in net.state_dict() if not name.endswith("_extra_state")}
-
-
-def _of_state_dict(
-    called: str,
-    net: nn.Module,
-    known: Mapping[str, nn.Parameter],
-    params: Mapping[Any, Any],
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors to differentiate by, and the rest: frozen parameters, buffers."""
-    given = {_without_wrapper(name, known): params[name] for name in params}
-    own = net.state_dict(keep_vars=True)
-    names = _state_names(net)
-    missing, unknown = sorted(names - set(given)), sorted(set(given) - names)
-    if missing or unknown:
-        found = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r} besides"
-        raise VmapSafeValueError(
-            called,
-            f"params has buffers of {type(net).__name__} in it, as a state dict, "
-            f"but {found}",
-            "Pass parameters alone, or all that model.state_dict() holds",
-        )
-    values: dict[str, Tensor] = {}
-    constants: dict[str, Tensor] = {}
-    first: dict[int, str] = {}  # names of tied tensors
-    for name in names:
-        value, model = given[name], own[name]
-        if not isinstance(value, Tensor) or value.shape != model.shape:
-            raise VmapSafeValueError(
-                called,
-                f"params[{name!r}] is {shown(value)}, and the model has "
-                f"{shown(model)}",
-                "Pass a state dict of this model",
-            )
-    for name in own:
-        if name not in names:
-            continue
-        other = first.setdefault(id(own[name]), name)
-        if not own[name].requires_grad:
-            constants[name] = given[name]
-        elif other == name:
-            values[name] = given[name]
-        elif given[other] is not given[name] and not torch.equal(
-            given[other], given[name]
-        ):
-            raise VmapSafeValueError(
-                called,
-                f"params has different values for {other!r} and {name!r}, which "
-                f"are one parameter of {type(net).__name__}",
-                "Pass the same tensor for both",
-            )
-    if not values:
-        raise VmapSafeValueError(
-            called,
-            f"no parameter of {type(net).__name__} requires a gradient",
-            "Unfreeze some, or name the ones you want with params=",
-        )
-    return values, constants
-
-
-def _refuse_updates(called: str, options: Options) -> None:
-    if options.update_running_stats:
-        raise VmapSafeValueError(
-            f"{called} with update_running_stats=True",
-            "params is a state dict, whose tensors are never written",
-            "Leave update_running_stats out, or pass the parameters alone",
-        )
-
-
-def _places_of_buffers(net: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
-    return [
-        (module._buffers, own, f"{path}.{own}".lstrip("."))
-        for path, module in net.named_modules(remove_duplicate=False)
-        for own, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-
-
-def _chosen(
-    called: str, net: nn.Module, known: Mapping[str, nn.Parameter], params: Params
-) -> dict[str, Tensor]:
-    """The tensors to differentiate by, by name; tied ones once."""
-    if params is None:
-        first: dict[nn.Parameter, str] = {}
-        for name, p in known.items():
-            first.setdefault(p, name)
-        chosen = {n: p.detach() for p, n in first.items() if p.requires_grad}
-        if not chosen:
-            raise VmapSafeValueError(
-                called,
-                f"no parameter of {type(net).__name__} requires a gradient",
-                "Unfreeze some, or name the ones you want with params=",
-            )
-        return chosen
-    if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        raise VmapSafeTypeError(
-            called,
-            f"params is {shown(params)}",
-            "Pass names, or a dict from names to tensors",
-        )
-    names: dict[str, Any] = {}  # as the model has them: as they are given
-    for given in [params] if isinstance(params, str) else params:
-        name = _without_wrapper(given, known)
-        if name not in known:
-            raise VmapSafeValueError(
-                called,
-                f"{type(net).__name__} has no parameter {shown(given)}",
-                "Names are those of model.named_parameters()",
-            )
-        if names.setdefault(name, given) != given:
-            raise VmapSafeValueError(
-                called,
-                f"params names {given!r} and {names[name]!r}, which are one",
-                "Name one of them",
-            )
-    if not names:
-        raise VmapSafeValueError(
-            called, "params is empty", "Name at least one, or leave params out"
-        )
-    tied: dict[nn.Parameter, str] = {}
-    for name in names:
-        other = tied.setdefault(known[name], name)
-        if other != name:
-            raise VmapSafeValueError(
-                called,
-                f"params names {other!r} and {name!r}, which are one parameter of "
-                f"{type(net).__name__} with one gradient",
-                "Name one of them",
-            )
-    if not isinstance(params, Mapping):
-        return {name: known[name].detach() for name in names}
-    chosen = {name: params[given] for name, given in names.items()}
-    for name, value in chosen.items():
-        if not isinstance(value, Tensor) or value.shape != known[name].shape:
-            raise VmapSafeValueError(
-                called,
-                f"params[{names[name]!r}] is {shown(value)}, and the parameter is "
-                f"{shown(known[name])}",
-                "Pass tensors of the parameters' shapes",
-            )
-    return chosen  # outer derivatives pass through
-
-
-_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel, torch.compile
-
-
-def _without_wrapper(name: Any, known: Collection[str]) -> Any:
-    """The name in the model itself, of one in its wrapper."""
-    if not isinstance(name, str):
-        return None
-    while name not in known and name.startswith(_WRAPPERS):
-        name = name.partition(".")[2]
-    return name
-
-
-def _places(net: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
-    """Where the parameters are, and their names; one of several names several times."""
-    return [
-        (module._parameters, own, f"{path}.{own}".lstrip("."))
-        for path, module in net.named_modules(remove_duplicate=False)
-        for own, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-
-
 def _batch_size(called: str, batch: tuple[Any, ...]) -> int:
     """The first dimension of every tensor of the batch, which must agree."""
     shapes = []
@@ -587,9 +362,3 @@ def _batch_size(called: str, batch: tuple[Any, ...]) -> int:
             "torch.stack makes one tensor of a list of samples",
         )
     return int(shapes[0][1][0])
-
-
-def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, dict):
-        return (), inputs
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}

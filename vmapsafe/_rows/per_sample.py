@@ -1,0 +1,685 @@
+"""What users call for per-sample gradients: rows, norms, clipped sums, sketches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+
+from torch import Tensor, nn
+
+from vmapsafe._draws import Draws, Randomness
+from vmapsafe._errors import warn_user, worded
+from vmapsafe._modes import MODES, Also, ModeName, NumGroups, RowsName
+from vmapsafe._rows.chunks import ChunkSize
+from vmapsafe._rows.one_pass import (
+    Asked,
+    computed,
+    recorded_if_possible,
+    recorded_if_unwatched,
+    with_derivatives,
+)
+from vmapsafe._rows.out import check_out
+from vmapsafe._rows.parameters import Params
+from vmapsafe._rows.quantities import ClippedSum, Norms, Rows
+from vmapsafe._rows.record import Unrecordable
+from vmapsafe._rows.samples import Loss, Samples
+from vmapsafe._rows.sketch import Kind, Sketch
+from vmapsafe._rows.turns import in_turn
+
+A = TypeVar("A")
+
+
+class _Options(TypedDict, total=False):
+    """What all functions here take, for type checkers."""
+
+    mode: ModeName
+    rows: RowsName
+    params: Params
+    chunk_size: ChunkSize
+    randomness: Randomness
+    num_groups: NumGroups
+    update_running_stats: bool
+    sync_levels: int | None
+    also: Also
+    fast: bool
+
+
+@overload
+def per_sample_grads(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    *batch: Any,
+    out: Mapping[str, Tensor] | None = None,
+    has_aux: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> dict[str, Tensor]: ...
+
+
+@overload
+def per_sample_grads(
+    model: nn.Module,
+    loss_fn: Callable[..., tuple[Tensor, A]],
+    *batch: Any,
+    out: Mapping[str, Tensor] | None = None,
+    has_aux: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[dict[str, Tensor], A]: ...
+
+
+@in_turn
+def per_sample_grads(
+    model: nn.Module,
+    loss_fn: Loss,
+    *batch: Any,
+    mode: ModeName = "eval",
+    rows: RowsName = "contribution",
+    params: Params = None,
+    chunk_size: ChunkSize = None,
+    randomness: Randomness = "error",
+    has_aux: bool = False,
+    out: Mapping[str, Tensor] | None = None,
+    num_groups: NumGroups = 32,
+    update_running_stats: bool = False,
+    sync_levels: int | None = None,
+    also: Also = (),
+    fast: bool = True,
+) -> Any:
+    r"""Every sample's gradient of the loss with respect to the model's parameters.
+
+    Row i is :math:`\partial \ell_i / \partial \theta` with
+    :math:`\ell_i` = ``loss_fn(model(x[i:i+1]), y[i:i+1])``, x and y being the batch, so
+    a mean and a sum loss both mean "this sample's loss".
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from torch import nn
+    >>> from vmapsafe import per_sample_grads
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    >>> _ = model(torch.randn(16, 4))
+    >>> x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    >>> rows = per_sample_grads(model, F.cross_entropy, x, y)
+    >>> {name: tuple(row.shape) for name, row in rows.items() if "0" in name}
+    {'0.weight': (5, 8, 4), '0.bias': (5, 8)}
+
+    Args:
+        model: takes batches; it need not be in a block already.
+        loss_fn: of the model's output on a batch of one, and of the rest of the batch;
+            returns a tensor of one number, or ``(loss, aux)`` with ``has_aux``.
+        *batch: the inputs, then what ``loss_fn`` takes after the output: trees of
+            tensors (B, ...). Inputs that are a tuple are positional arguments of the
+            model, a dict is its keyword arguments.
+        mode: "eval", "no_running_stats", "group_norm" or "sync", as in ``vmap_safe``,
+            whose block the call enters.
+        rows: in "sync", where samples share their statistics, what a row is; see below.
+        params: the names to differentiate by, or a dict of tensors by name, at whose
+            values the gradients are taken and through which outer derivatives pass.
+            Exactly these count, frozen ones too. By default every parameter that
+            requires a gradient counts. A tied parameter appears once. Names may begin
+            with "module.", as in a wrapper. A dict with all keys of
+            ``model.state_dict()`` replaces buffers and frozen parameters too.
+        chunk_size: samples at a time, as in ``torch.func.vmap``; None for all; "auto"
+            for what fits into half of the free memory, found by trying. In "sync" each
+            chunk is a batch with statistics of its own, and "auto" is refused.
+        randomness: of dropout and the like: "error"; "different", a draw for each
+            sample, the same for the same seed and ``chunk_size``; "same", one draw for
+            all samples, whatever the chunks.
+        has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+        out: a dict such as an earlier call returned, to be filled and returned, as in
+            ``rows = per_sample_grads(..., out=rows)``. In small networks fresh memory
+            takes most of the time. The earlier rows are overwritten, also by a call
+            that raises half-way.
+        num_groups: in "group_norm", the number of groups, or a function of the number
+            of channels.
+        update_running_stats: in "sync", whether to update them, as a training step.
+        sync_levels: in "sync", how many nested vmaps to merge; None for all.
+        also: in "eval", classes of hand-made layers to put in eval mode too.
+        fast: False for ``vmap(grad)`` with torch's own batching rules.
+
+    Returns:
+        A dict from parameter names to tensors (B, *parameter.shape), in the dtype of
+        the parameter. With ``has_aux`` a pair: that, and aux with the leading 1 of its
+        tensors replaced by B.
+
+    Raises:
+        VmapSafeTypeError: ``model`` is not a module, or ``loss_fn`` is not callable.
+        VmapSafeValueError: batch sizes disagree; the loss has dimensions; a parameter
+            does not exist, is named twice or none requires a gradient; ``out`` has
+            other names, shapes, dtypes or devices, or tensors that share memory.
+
+    A loss that does not depend on a parameter has rows of zeros, as in torch.func.grad.
+    One backward pass gives the rows, layer by layer (``vmapsafe/_rows/record.py``).
+    ``vmap(grad)`` gives them where somebody could want their derivatives: under
+    transforms, and where the batch, a parameter that is not chosen, or a tensor that
+    the loss uses requires a gradient. Rows in ``out`` carry no derivatives.
+
+    In "eval", "no_running_stats" and "group_norm" samples are independent, and there is
+    one gradient of sample i. In "sync" there are three definitions. With
+    :math:`\theta^{(i)}` sample i's own copy of the parameters, and all statistics those
+    of the batch:
+
+    ================  ==============================================  ==================
+    rows              row i                                           sum of the rows
+    ================  ==============================================  ==================
+    "contribution"    :math:`\sum_j \partial \ell_j /                 training gradient
+                      \partial \theta^{(i)}`: all losses, through
+                      sample i's copy (what ``vmap(grad)`` gives,
+                      and BackPACK's BatchGrad)
+    "jacobian"        :math:`\partial \ell_i / \partial \theta`:      training gradient
+                      sample i's loss, through all copies
+    "detached"        :math:`\partial \ell_i / \partial \theta`       another vector
+                      with mean and variance held constant
+    ================  ==============================================  ==================
+
+    The training gradient is that of :math:`\sum_i \ell_i`. Jacobian rows take one
+    backward pass for each sample. In all three a row depends on other samples too.
+    Where SyncBatchNorm runs in several processes, the batch is that of all of them and
+    the sum is over the losses of all of them; Jacobian rows are refused there.
+
+    The formula is that of torch's tutorial on per-sample gradients
+    (https://pytorch.org/tutorials/intermediate/per_sample_grads.html). The rows are
+    not clipped (:func:`clipped_grad_sum` does that, :func:`per_sample_grad_norms` gives
+    their norms), and clipping them is not differentially private by itself. The call
+    writes nothing on the model, ``.grad`` included.
+    """
+    asked = Asked(
+        _GRADS,
+        model,
+        loss_fn,
+        batch,
+        params,
+        chunk_size,
+        randomness,
+        has_aux,
+        {
+            "mode": mode,
+            "rows": rows,
+            "num_groups": num_groups,
+            "update_running_stats": update_running_stats,
+            "sync_levels": sync_levels,
+            "also": also,
+            "fast": fast,
+        },
+    )
+    samples = asked.samples()
+    if out is not None:
+        check_out(_GRADS, out, samples)
+        wanted = Rows(out)
+        filled = computed(samples, wanted, chunk_size, recorded_if_possible)
+        return asked.shown((out, filled[1]))
+    return asked.shown(_rows(samples, chunk_size))
+
+
+def _rows(samples: Samples, chunk_size: ChunkSize) -> tuple[dict[str, Tensor], Any]:
+    """The rows and aux. Whether somebody could want derivatives of the rows may show
+    only when the loss has been computed."""
+    options = samples.options
+    if (
+        options.fast
+        and not options.update_running_stats
+        and samples.recordable()
+        and not samples.watched()
+    ):
+        draws = Draws(samples.randomness)
+        try:
+            return computed(samples, Rows(), chunk_size, recorded_if_unwatched)
+        except Unrecordable:
+            draws.put_back()
+    return with_derivatives(samples, chunk_size)
+
+
+_GRADS = "per_sample_grads(...)"
+
+
+@overload
+def per_sample_grad_norms(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    *batch: Any,
+    per_parameter: Literal[False] = False,
+    gather: Literal["all"] | None = None,
+    has_aux: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+
+
+@overload
+def per_sample_grad_norms(
+    model: nn.Module,
+    loss_fn: Callable[..., tuple[Tensor, A]],
+    *batch: Any,
+    per_parameter: Literal[False] = False,
+    gather: Literal["all"] | None = None,
+    has_aux: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, A]: ...
+
+
+@overload
+def per_sample_grad_norms(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    *batch: Any,
+    per_parameter: Literal[True],
+    gather: Literal["all"] | None = None,
+    has_aux: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> dict[str, Tensor]: ...
+
+
+@overload
+def per_sample_grad_norms(
+    model: nn.Module,
+    loss_fn: Callable[..., tuple[Tensor, A]],
+    *batch: Any,
+    per_parameter: Literal[True],
+    gather: Literal["all"] | None = None,
+    has_aux: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[dict[str, Tensor], A]: ...
+
+
+@in_turn
+def per_sample_grad_norms(
+    model: nn.Module,
+    loss_fn: Loss,
+    *batch: Any,
+    per_parameter: bool = False,
+    gather: Literal["all"] | None = None,
+    mode: ModeName = "eval",
+    rows: RowsName = "contribution",
+    params: Params = None,
+    chunk_size: ChunkSize = None,
+    randomness: Randomness = "error",
+    has_aux: bool = False,
+    num_groups: NumGroups = 32,
+    update_running_stats: bool = False,
+    sync_levels: int | None = None,
+    also: Also = (),
+    fast: bool = True,
+) -> Any:
+    """The Euclidean norm of every row of :func:`per_sample_grads`.
+
+    One forward and one backward pass for the activations give them. The rows themselves
+    are not made, or only a few at a time.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from torch import nn
+    >>> from vmapsafe import per_sample_grad_norms
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    >>> _ = model(torch.randn(16, 4))
+    >>> x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    >>> per_sample_grad_norms(model, F.cross_entropy, x, y).shape
+    torch.Size([5])
+    >>> names = {"per_parameter": True, "params": ["0.weight", "2.bias"]}
+    >>> by_name = per_sample_grad_norms(model, F.cross_entropy, x, y, **names)
+    >>> {name: tuple(norms.shape) for name, norms in by_name.items()}
+    {'0.weight': (5,), '2.bias': (5,)}
+
+    Args:
+        model: takes batches; it need not be in a block already.
+        loss_fn: of the model's output on a batch of one, and of the rest of the batch.
+        *batch: the inputs, then what ``loss_fn`` takes after the output: trees of
+            tensors (B, ...).
+        per_parameter: whether to give a norm for each parameter, and not one of all.
+        gather: "all" gives the norms of all processes of torch.distributed's default
+            group, those of rank 0 first; their batches may differ in size. Every
+            process has to make the call; if one fails, all raise.
+        mode: "eval", "no_running_stats", "group_norm" or "sync", as in ``vmap_safe``.
+        rows: in "sync", what a row is: "contribution", "jacobian" or "detached".
+        params: names of parameters, a dict of tensors by name, or a whole state dict.
+        chunk_size: samples at a time; None for all, "auto" for what fits the memory.
+        randomness: "error", "different" or "same", as in vmap.
+        has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+        num_groups: in "group_norm", the number of groups, or a function of the number
+            of channels.
+        update_running_stats: in "sync", whether to update them, as a training step.
+        sync_levels: in "sync", how many nested vmaps to merge; None for all.
+        also: in "eval", classes of hand-made layers to put in eval mode too.
+        fast: whether faster batching rules may take the place of torch's own.
+
+    Returns:
+        (B,), or with ``per_parameter`` a dict from parameter names to (B,), in the
+        dtype of the parameters, and in float32 for those in half precision. With
+        ``has_aux`` a pair: that, and aux of this process.
+
+    Raises:
+        VmapSafeValueError: as :func:`per_sample_grads`; an unknown ``gather``.
+        VmapSafeRuntimeError: ``gather`` without a process group; another process
+            failed; the loss cannot be followed, and a second forward would update the
+            running statistics twice.
+
+    A parameter takes little or no memory for its rows if one linear layer, convolution,
+    embedding or normalisation layer uses it, once. A parameter that is used otherwise
+    (twice, tied, or by another operation) takes the memory of its rows; its norm is
+    that of their sum, cross terms included. The formulas, with their sources, stand in
+    ``vmapsafe/rules/``. The result carries no derivatives, except under transforms of
+    torch.func. A sample with NaN has the norm NaN, and the others have theirs.
+    """
+    asked = Asked(
+        _NORMS,
+        model,
+        loss_fn,
+        batch,
+        params,
+        chunk_size,
+        randomness,
+        has_aux,
+        {
+            "mode": mode,
+            "rows": rows,
+            "num_groups": num_groups,
+            "update_running_stats": update_running_stats,
+            "sync_levels": sync_levels,
+            "also": also,
+            "fast": fast,
+        },
+    )
+    return asked.found_in_all(
+        "gather", gather, "the norms", lambda: Norms(per_parameter)
+    )
+
+
+_NORMS = "per_sample_grad_norms(...)"
+
+
+@overload
+def clipped_grad_sum(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    *batch: Any,
+    max_grad_norm: float,
+    reduce: Literal["all"] | None = None,
+    has_aux: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> dict[str, Tensor]: ...
+
+
+@overload
+def clipped_grad_sum(
+    model: nn.Module,
+    loss_fn: Callable[..., tuple[Tensor, A]],
+    *batch: Any,
+    max_grad_norm: float,
+    reduce: Literal["all"] | None = None,
+    has_aux: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[dict[str, Tensor], A]: ...
+
+
+@in_turn
+def clipped_grad_sum(
+    model: nn.Module,
+    loss_fn: Loss,
+    *batch: Any,
+    max_grad_norm: float,
+    reduce: Literal["all"] | None = None,
+    mode: ModeName = "eval",
+    rows: RowsName = "contribution",
+    params: Params = None,
+    chunk_size: ChunkSize = None,
+    randomness: Randomness = "error",
+    has_aux: bool = False,
+    num_groups: NumGroups = 32,
+    update_running_stats: bool = False,
+    sync_levels: int | None = None,
+    also: Also = (),
+    fast: bool = True,
+) -> Any:
+    r"""The sum of the rows of :func:`per_sample_grads`, each clipped to a norm.
+
+    With :math:`g_i` row i over all parameters,
+
+    .. math:: \sum_i g_i \min(1, c / \|g_i\|), \quad c = \text{max\_grad\_norm}
+
+    (Abadi et al., https://arxiv.org/abs/1607.00133, algorithm 1, without its noise).
+    The factor of a row that is 0 is 1. Opacus adds 1e-6 to the norm; nothing is added
+    here.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from torch import nn
+    >>> from vmapsafe import clipped_grad_sum
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    >>> _ = model(torch.randn(16, 4))
+    >>> x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    >>> total = clipped_grad_sum(model, F.cross_entropy, x, y, max_grad_norm=1.0)
+    >>> total["0.weight"].shape
+    torch.Size([8, 4])
+
+    Args:
+        model: takes batches; it need not be in a block already.
+        loss_fn: of the model's output on a batch of one, and of the rest of the batch.
+        *batch: the inputs, then what ``loss_fn`` takes after the output: trees of
+            tensors (B, ...).
+        max_grad_norm: the largest norm that a row keeps, above 0.
+        reduce: "all" adds up the sums of all processes of torch.distributed's default
+            group, each with its own samples. Every process has to make the call, with
+            a model of the same parameters; if one fails, all raise.
+        mode: "eval", "no_running_stats", "group_norm" or "sync", as in ``vmap_safe``.
+        rows: in "sync", what a row is: "contribution", "jacobian" or "detached".
+        params: names of parameters, a dict of tensors by name, or a whole state dict.
+        chunk_size: samples at a time; None for all, "auto" for what fits the memory.
+        randomness: "error", "different" or "same", as in vmap.
+        has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+        num_groups: in "group_norm", the number of groups, or a function of the number
+            of channels.
+        update_running_stats: in "sync", whether to update them, as a training step.
+        sync_levels: in "sync", how many nested vmaps to merge; None for all.
+        also: in "eval", classes of hand-made layers to put in eval mode too.
+        fast: whether faster batching rules may take the place of torch's own.
+
+    Returns:
+        A dict from parameter names to tensors of the parameters' shape and dtype. With
+        ``has_aux`` a pair: that, and aux of this process.
+
+    Raises:
+        VmapSafeValueError: as :func:`per_sample_grads`; ``max_grad_norm`` is not above
+            0; an unknown ``reduce``.
+        VmapSafeRuntimeError: ``reduce`` without a process group; another process
+            failed; the loss cannot be followed, and a second forward would update the
+            running statistics twice.
+
+    Warns:
+        UserWarning: in "sync", where clipping a row does not bound what a sample does.
+
+    A row with NaN, or with a norm that is not finite, makes the whole sum NaN: it is
+    not left out in silence. Chunks change nothing but in "sync". The result carries no
+    derivatives, except under transforms of torch.func.
+
+    It is not differentially private by itself: it adds no noise, and draws no batch at
+    random. Such a scheme cannot use it where a row depends on more than its sample: in
+    "sync", and in "eval" unless the running statistics come from public data.
+    """
+    if MODES.get(mode) is not None and MODES[mode].merges:
+        _warn_of_shared_statistics(mode)
+    asked = Asked(
+        _CLIPPED,
+        model,
+        loss_fn,
+        batch,
+        params,
+        chunk_size,
+        randomness,
+        has_aux,
+        {
+            "mode": mode,
+            "rows": rows,
+            "num_groups": num_groups,
+            "update_running_stats": update_running_stats,
+            "sync_levels": sync_levels,
+            "also": also,
+            "fast": fast,
+        },
+    )
+    return asked.found_in_all(
+        "reduce", reduce, "the sum", lambda: ClippedSum(_CLIPPED, max_grad_norm)
+    )
+
+
+_CLIPPED = "clipped_grad_sum(...)"
+
+
+def _warn_of_shared_statistics(mode: str) -> None:
+    warn_user(
+        worded(
+            f'{_CLIPPED} in mode "{mode}"',
+            "samples share their statistics there, so that a row depends on all "
+            "samples and clipping it bounds no sample's influence",
+            "Use another mode if that is what clipping is for",
+        ),
+        UserWarning,
+    )
+
+
+@overload
+def per_sample_sketch(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    *batch: Any,
+    k: int,
+    kind: Kind = "rademacher",
+    seed: int = 0,
+    gather: Literal["all"] | None = None,
+    has_aux: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+
+
+@overload
+def per_sample_sketch(
+    model: nn.Module,
+    loss_fn: Callable[..., tuple[Tensor, A]],
+    *batch: Any,
+    k: int,
+    kind: Kind = "rademacher",
+    seed: int = 0,
+    gather: Literal["all"] | None = None,
+    has_aux: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, A]: ...
+
+
+@in_turn
+def per_sample_sketch(
+    model: nn.Module,
+    loss_fn: Loss,
+    *batch: Any,
+    k: int,
+    kind: Kind = "rademacher",
+    seed: int = 0,
+    gather: Literal["all"] | None = None,
+    mode: ModeName = "eval",
+    rows: RowsName = "contribution",
+    params: Params = None,
+    chunk_size: ChunkSize = None,
+    randomness: Randomness = "error",
+    has_aux: bool = False,
+    num_groups: NumGroups = 32,
+    update_running_stats: bool = False,
+    sync_levels: int | None = None,
+    also: Also = (),
+    fast: bool = True,
+) -> Any:
+    r"""A random projection of every row of :func:`per_sample_grads` to k numbers.
+
+    With G (B, P) the rows, all parameters side by side, it is :math:`G R / \sqrt k`,
+    and products of sketches estimate products of rows:
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from torch import nn
+    >>> from vmapsafe import per_sample_grad_norms, per_sample_sketch
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    >>> _ = model(torch.randn(16, 4))
+    >>> x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    >>> sketch = per_sample_sketch(model, F.cross_entropy, x, y, k=4096)
+    >>> sketch.shape
+    torch.Size([5, 4096])
+    >>> norms = per_sample_grad_norms(model, F.cross_entropy, x, y)
+    >>> torch.allclose(sketch.norm(dim=1), norms, rtol=0.05)
+    True
+
+    Args:
+        model: takes batches; it need not be in a block already.
+        loss_fn: of the model's output on a batch of one, and of the rest of the batch.
+        *batch: the inputs, then what ``loss_fn`` takes after the output: trees of
+            tensors (B, ...).
+        k: how many numbers to give for each sample.
+        kind: what the matrix holds: "rademacher", signs, or "gaussian" numbers.
+        seed: an int that decides the matrix.
+        gather: "all" gives the sketches of all processes of torch.distributed's default
+            group, those of rank 0 first; their batches may differ in size. Every
+            process has to make the call; if one fails, all raise.
+        mode: "eval", "no_running_stats", "group_norm" or "sync", as in ``vmap_safe``.
+        rows: in "sync", what a row is: "contribution", "jacobian" or "detached".
+        params: names of parameters, a dict of tensors by name, or a whole state dict.
+        chunk_size: samples at a time; None for all, "auto" for what fits the memory.
+        randomness: "error", "different" or "same", as in vmap.
+        has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+        num_groups: in "group_norm", the number of groups, or a function of the number
+            of channels.
+        update_running_stats: in "sync", whether to update them, as a training step.
+        sync_levels: in "sync", how many nested vmaps to merge; None for all.
+        also: in "eval", classes of hand-made layers to put in eval mode too.
+        fast: whether faster batching rules may take the place of torch's own.
+
+    Returns:
+        (B, k), in the dtype of the parameters, and in float32 for those in half
+        precision. With ``has_aux`` a pair: that, and aux of this process.
+
+    Raises:
+        VmapSafeValueError: as :func:`per_sample_grads`; ``k`` below 1; an unknown
+            ``kind`` or ``gather``; a ``seed`` that is not an int.
+        VmapSafeRuntimeError: ``gather`` without a process group; another process
+            failed; the loss cannot be followed, and a second forward would update the
+            running statistics twice.
+
+    The matrix depends on ``seed``, ``kind``, ``k`` and the names and shapes of the
+    parameters alone. So sketches of other batches, chunks and devices, and of other
+    models with these names, can be compared, and the sketch by two sets of parameters
+    is the sum of the sketches by each. The part of a parameter of n numbers is
+
+    .. code-block:: python
+
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+        many = -(-n // 64) * 64  # rows: n, up to a multiple of 64
+        # kind="gaussian"
+        R = torch.randn(many, k, generator=generator)[:n]
+        # kind="rademacher": a bit a sign, the lowest first
+        words = torch.empty(many * k // 64, dtype=torch.int64)
+        words.random_(-(2**63), None, generator=generator)
+        R = 1.0 - 2 * ((words[:, None] >> torch.arange(64)) & 1).view(many, k)[:n]
+
+    The call holds one block of the matrix at a time, and the rows by one parameter of
+    64 samples where the layer allows it (:func:`per_sample_grad_norms` says where).
+    Another version of torch may draw other numbers. Each chunk draws the matrix again.
+    The result carries no derivatives, except under transforms of torch.func.
+    """
+    asked = Asked(
+        _SKETCH,
+        model,
+        loss_fn,
+        batch,
+        params,
+        chunk_size,
+        randomness,
+        has_aux,
+        {
+            "mode": mode,
+            "rows": rows,
+            "num_groups": num_groups,
+            "update_running_stats": update_running_stats,
+            "sync_levels": sync_levels,
+            "also": also,
+            "fast": fast,
+        },
+    )
+    return asked.found_in_all(
+        "gather", gather, "the sketches", lambda: Sketch(_SKETCH, k, kind, seed)
+    )
+
+
+_SKETCH = "per_sample_sketch(...)"

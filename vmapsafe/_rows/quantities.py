@@ -1,0 +1,285 @@
+"""What can be wanted of every sample's gradient, and how it comes from one pass.
+
+Backward meets the parameters one by one. Of each it hands a quantity either a formula
+with the layer's input and output gradient, from which the rows could be made, or the
+rows themselves. Few quantities need the rows of more than one parameter at a time, and
+many need none: a norm follows from two Gram matrices.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from vmapsafe._errors import VmapSafeValueError
+from vmapsafe._rows.formulas import Formula, Memory, norms_of, weighted_sum
+from vmapsafe._rows.processes import gathered, summed
+from vmapsafe._torch import tree_map, without_autocast
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one call, as much as a quantity needs to know.
+
+    Attributes:
+        parameters: the tensors at which gradients are taken, by name.
+        count: how many samples run.
+        in_chunks: whether they run a few at a time.
+        made_up: whether the caller's batch is empty, and these samples only show which
+            shapes and dtypes the result has.
+    """
+
+    parameters: Mapping[str, Tensor]
+    count: int
+    in_chunks: bool
+    made_up: bool
+
+
+class Part(ABC):
+    """Collects a quantity of some of the samples, parameter by parameter."""
+
+    def storage(self, name: str) -> Memory | None:
+        """What gives memory (B, *shape) for rows that ``whole`` will be given."""
+        return None
+
+    @abstractmethod
+    def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
+        """Take the only use of a parameter: the layer's input and output gradient."""
+
+    @abstractmethod
+    def whole(self, name: str, rows: Tensor) -> None:
+        """Take the rows (B, *shape) of a parameter."""
+
+    @abstractmethod
+    def finished(self) -> Any:
+        """What these samples give; all parameters have been met."""
+
+
+class Quantity(ABC, Generic[T]):
+    """Something that follows from every sample's gradient."""
+
+    def begin(self, batch: Batch) -> Quantity[T]:
+        """The quantity of one call: another object if it keeps something meanwhile."""
+        return self
+
+    @abstractmethod
+    def part(self, batch: Batch, start: int, stop: int) -> Part:
+        """A collector for the samples from ``start`` to ``stop``."""
+
+    @abstractmethod
+    def joined(self, batch: Batch, parts: Sequence[Any]) -> T:
+        """The result, from what the parts gave, in the order of the samples."""
+
+    @abstractmethod
+    def of_all_processes(self, found: T) -> T:
+        """The result of all processes of torch.distributed's default group."""
+
+
+class PerSample(Quantity[T]):
+    """A quantity with a number, or several, for each sample: a tree of (B, ...)."""
+
+    def joined(self, batch: Batch, parts: Sequence[Any]) -> T:
+        found: T = joined(batch, parts)
+        return found
+
+    def of_all_processes(self, found: T) -> T:
+        together: T = tree_map(gathered, found)
+        return together
+
+
+def joined(batch: Batch, parts: Sequence[Any]) -> Any:
+    """Trees of tensors (samples, ...) as one tree, of the caller's samples."""
+    if batch.made_up:
+        return tree_map(lambda t: t[:0], parts[0])
+    if len(parts) == 1:
+        return parts[0]
+    return tree_map(lambda *chunks: torch.cat(chunks), *parts)
+
+
+# -- Norms -----------------------------------------------------------------------------
+
+
+class Norms(PerSample[Any]):
+    """The Euclidean norm of every row.
+
+    Args:
+        per_parameter: whether to give a norm for each parameter, and not one of all.
+    """
+
+    def __init__(self, per_parameter: bool = False) -> None:
+        self._per_parameter = per_parameter
+
+    def part(self, batch: Batch, start: int, stop: int) -> Part:
+        return _NormsPart(batch, self._per_parameter)
+
+
+class _NormsPart(Part):
+    def __init__(self, batch: Batch, per_parameter: bool) -> None:
+        self._names, self._per_parameter = list(batch.parameters), per_parameter
+        self.norms: dict[str, Tensor] = {}
+
+    def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
+        self.norms[name] = formula.norms(x, grad)
+
+    def whole(self, name: str, rows: Tensor) -> None:
+        self.norms[name] = norms_of(rows)
+
+    def finished(self) -> Any:
+        if self._per_parameter:
+            return {name: self.norms[name] for name in self._names}
+        return self.total()
+
+    def total(self) -> Tensor:
+        """(B,): the norm over all parameters."""
+        return norms_of(torch.stack(list(self.norms.values()), 1))
+
+
+# -- Clipped sums ----------------------------------------------------------------------
+
+
+class ClippedSum(Quantity[dict[str, Tensor]]):
+    """The sum of the rows, each clipped to a norm.
+
+    Args:
+        called: the public function, for errors.
+        max_grad_norm: the largest norm that a row keeps, above 0.
+
+    Raises:
+        VmapSafeValueError: ``max_grad_norm`` is not above 0.
+    """
+
+    def __init__(self, called: str, max_grad_norm: float) -> None:
+        if not max_grad_norm > 0:
+            raise VmapSafeValueError(
+                called,
+                f"max_grad_norm is {max_grad_norm!r}",
+                "Pass the largest norm a row may keep, above 0",
+            )
+        self._most = max_grad_norm
+
+    def part(self, batch: Batch, start: int, stop: int) -> Part:
+        return _ClippedPart(batch, self._most)
+
+    def joined(self, batch: Batch, parts: Sequence[Any]) -> dict[str, Tensor]:
+        first, *rest = parts
+        return {name: sum([p[name] for p in rest], first[name]) for name in first}
+
+    def of_all_processes(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        return summed(found)
+
+
+class _ClippedPart(_NormsPart):
+    """Keeps what the rows come from until the norm of all parameters is known."""
+
+    def __init__(self, batch: Batch, most: float) -> None:
+        super().__init__(batch, per_parameter=False)
+        self._made_up, self._most = batch.made_up, most
+        self._uses: dict[str, tuple[Formula, Tensor, Tensor]] = {}
+        self._rows: dict[str, Tensor] = {}
+
+    def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
+        if formula.shape.numel() * len(grad) <= x.numel() + grad.numel():
+            self.whole(name, formula.rows(x, grad))  # made once, and no larger
+        else:
+            super().streamed(name, formula, x, grad)
+            self._uses[name] = formula, x, grad
+
+    def whole(self, name: str, rows: Tensor) -> None:
+        super().whole(name, rows)
+        self._rows[name] = rows
+
+    def finished(self) -> dict[str, Tensor]:
+        norms = self.total()
+        with without_autocast(norms.device):
+            factors = (self._most / norms).clamp(max=1)
+            factors = torch.where(norms.isfinite(), factors, torch.nan)
+            if self._made_up:
+                factors = torch.zeros_like(factors)
+            return {name: self._weighted(name, factors) for name in self._names}
+
+    def _weighted(self, name: str, factors: Tensor) -> Tensor:
+        if name in self._rows:
+            return weighted_sum(self._rows.pop(name), factors)
+        formula, x, grad = self._uses.pop(name)
+        return formula.weighted(x, grad, factors)
+
+
+# -- Rows ------------------------------------------------------------------------------
+
+
+class Rows(PerSample[dict[str, Tensor]]):
+    """The rows themselves, B x P numbers.
+
+    Args:
+        out: a tensor (B, *shape) for each parameter, to be filled; without it each
+            parameter's rows get their memory in backward, where the memory of
+            activations has become free.
+    """
+
+    def __init__(self, out: Mapping[str, Tensor] | None = None) -> None:
+        self._out = out
+
+    def begin(self, batch: Batch) -> Rows:
+        return _RowsOfCall(self._out, batch)
+
+    def part(self, batch: Batch, start: int, stop: int) -> Part:
+        raise NotImplementedError("a call begins the quantity first")
+
+
+class _RowsOfCall(Rows):
+    """The rows of one call: all chunks write into the same memory."""
+
+    def __init__(self, out: Mapping[str, Tensor] | None, batch: Batch) -> None:
+        super().__init__(out)
+        self.batch = batch
+        given = None if batch.made_up else out  # whose tensors have no rows
+        self.memory: dict[str, Tensor] = dict(given or {})
+        if batch.in_chunks:  # at once: "auto" measures what a chunk takes besides
+            for name in batch.parameters:
+                self.rows(name)
+
+    def part(self, batch: Batch, start: int, stop: int) -> Part:
+        return _RowsPart(self, slice(start, stop))
+
+    def joined(self, batch: Batch, parts: Sequence[Any]) -> dict[str, Tensor]:
+        if batch.made_up and self._out is not None:
+            return dict(self._out)
+        return super().joined(batch, [{n: self.rows(n) for n in batch.parameters}])
+
+    def rows(self, name: str) -> Tensor:
+        """(B, *shape): the memory of a parameter's rows, made when it is needed."""
+        if name not in self.memory:
+            self.memory[name] = self._fresh(name)
+        return self.memory[name]
+
+    def _fresh(self, name: str) -> Tensor:
+        value = self.batch.parameters[name]
+        return value.new_empty(self.batch.count, *value.shape)
+
+
+class _RowsPart(Part):
+    def __init__(self, call: _RowsOfCall, part: slice) -> None:
+        self._call, self._part = call, part
+
+    def storage(self, name: str) -> Memory:
+        return lambda: self._call.rows(name)[self._part]
+
+    def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
+        rows = formula.rows(x, grad, self.storage(name))
+        self._call.memory.setdefault(name, rows)
+        self.whole(name, rows)
+
+    def whole(self, name: str, rows: Tensor) -> None:
+        into = self._call.rows(name)[self._part]
+        if rows.data_ptr() != into.data_ptr():
+            into.copy_(rows)
+
+    def finished(self) -> None:
+        """They are in the memory of the call."""
