@@ -11,25 +11,34 @@ import torch
 
 
 class VmapSafeError(Exception):
-    """An error that this package raises, with the parts of its text.
+    """An error that this package raises: what was called, what was found, what to do.
 
     Each is also the built-in error that a caller would expect: a ``ValueError``, a
     ``TypeError``, a ``RuntimeError`` or a ``ModuleNotFoundError``.
-
-    Attributes:
-        called: what was called.
-        found: what was found.
-        do: what to do.
     """
 
     __module__ = "vmapsafe"
 
-    def __init__(self, called: str, found: str, do: str) -> None:
-        super().__init__(worded(called, found, do))
-        self.called, self.found, self.do = called, found, do
+    # Without an __init__ of its own: torch.compile could not trace one.
+    args: tuple[str, str, str]
 
-    def __reduce__(self) -> Any:
-        return type(self), (self.called, self.found, self.do), self.__dict__
+    def __str__(self) -> str:
+        return worded(*self.args)
+
+    @property
+    def called(self) -> str:
+        """What was called."""
+        return self.args[0]
+
+    @property
+    def found(self) -> str:
+        """What was found."""
+        return self.args[1]
+
+    @property
+    def do(self) -> str:
+        """What to do."""
+        return self.args[2]
 
 
 class VmapSafeValueError(VmapSafeError, ValueError):

@@ -462,7 +462,7 @@ def test_entry_that_fails_half_way():
     assert_same_state(a, before)
 
 
-@pytest.mark.parametrize("step", ["listen", "switch", "install", "_push_mode"])
+@pytest.mark.parametrize("step", ["listen", "switch", "install", "put_on"])
 def test_entry_that_is_interrupted(step, monkeypatch):
     """KeyboardInterrupt in the middle of entering: all of it is taken back."""
 

@@ -60,7 +60,7 @@ def test_all_are_here():
     """Every file of the folder is run above."""
     folder = examples.__path__[0]
     files = pkgutil.iter_modules([folder])
-    assert {file.name for file in files} == {"digits", *FOUND}
+    assert {file.name for file in files} == {"digits", "wrong_labels", *FOUND}
 
 
 def test_without_scikit_learn(monkeypatch):

@@ -232,7 +232,8 @@ def _look_at(root: nn.Module, options: Options) -> Model:
             if child is not None and child not in seen:
                 seen.add(child)
                 waiting.append((child, f"{path}.{name}" if path else name))
-        if type(module) not in _harmless:
+        # torch.compile would guard every class that was ever met.
+        if _compiling() or type(module) not in _harmless:
             refuse(module, mode, root)
         if module._forward_pre_hooks and not _compiling():
             tensors = {n: t for n, t in vars(module).items() if isinstance(t, Tensor)}
@@ -406,6 +407,8 @@ def refuse(module: nn.Module, mode: Mode, root: nn.Module) -> None:
             "training flag can be switched",
             'Use mode="eval", or the module before it was scripted',
         )
+    if _compiling():
+        return
     if not isinstance(module, (LazyModuleMixin, torch.jit.ScriptModule)):
         _harmless.add(type(module))
 
