@@ -223,6 +223,15 @@ def seconds_in_turn(runs, rounds, budget, device):
     return times
 
 
+def now(device):
+    """Seconds; a neighbour on the core does not count, where one thread computes."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
 def _seconds(run, number, device):
     """Of one call; the result is let go after the clock has stopped."""
     if hasattr(run, "seconds"):
@@ -238,11 +247,10 @@ def _seconds(run, number, device):
         torch.cuda.synchronize()
         taken = start.elapsed_time(end) / 1e3
     else:
-        now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        started = now()
+        started = now(device)
         for _ in range(number):
             result = run()
-        taken = now() - started
+        taken = now(device) - started
     del result
     return taken / number
 

@@ -2,17 +2,19 @@
 
 Prints the time of vmapsafe's rule as a multiple of torch's own. What
 vmapsafe/rules/regimes.py says was read off these tables: a rule may hold where all
-ratios are below 1.
+ratios are below 1. From bench/::
+
+    python -m thresholds.layers
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from dataclasses import replace
 
 import torch
+from measuring import now
 from torch.func import vmap
 
 from vmapsafe._block import operators
@@ -131,13 +133,6 @@ def compare(ours, torchs):
     for one, other in pairs:
         largest = float(other.abs().max())
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * largest)
-
-
-def now(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()  # a neighbour on the core does not count
 
 
 def main():

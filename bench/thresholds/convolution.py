@@ -2,7 +2,9 @@
 
 Each algorithm of vmapsafe/rules/convolution.py takes its turn under vmap with torch's
 own batching rule; a line of the table is a shape, its numbers are multiples of torch's
-own. At the end come the rows for vmapsafe/rules/regimes.py.
+own. At the end come the rows for vmapsafe/rules/regimes.py. From bench/::
+
+    python -m thresholds.convolution
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ import argparse
 import itertools
 import math
 import statistics
-import time
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
+from measuring import now
 from torch.func import vmap
 
 from vmapsafe._block import operators
@@ -168,13 +170,6 @@ def ratios(shape, batch, rounds, device, dtype):
                 taken = (now(device) - started) / repeats[name]
                 best[name] = min(taken, best.get(name, taken))
     return {name: value / best["torch"] for name, value in best.items()}
-
-
-def now(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()  # a neighbour on the core does not count
 
 
 # -- From numbers to rows -------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 It prints, for numbers of values per sample and channel, plain operations by the fused
 kernel, and vmapsafe's choice by torch's own rule. ``batch_norm`` in
-vmapsafe/rules/regimes.py is where the first column passes 1 for good.
+vmapsafe/rules/regimes.py is where the first column passes 1 for good. From bench/::
+
+    python -m thresholds.batch_norm
 """
 
 from __future__ import annotations
