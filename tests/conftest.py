@@ -21,3 +21,8 @@ def nothing_left():
     assert torch._C._len_torch_function_stack() == 0
     assert dict(torch_module._global_forward_pre_hooks) == hooks
     assert not open_blocks.blocks() and not open_blocks.everywhere()
+
+
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request):
+    return request.param

@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 import torch
+from blocks import EACH_ALONE
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
@@ -22,7 +23,6 @@ from vmapsafe._convert import convert, norm_layer
 from vmapsafe._modes import groups_for
 
 CHANNELS, EPS, GROUPS = 6, 1e-2, 3
-MODES = ("eval", "no_running_stats", "group_norm")
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE_NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -198,7 +198,7 @@ def assert_untouched(before, model: nn.Module) -> None:
 @pytest.mark.parametrize("then", ["train", "eval"])
 @pytest.mark.parametrize("affine", AFFINE)
 @pytest.mark.parametrize("dims", BATCH_NORM)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_batch_norm_computes_the_formula_after_train_and_eval(mode, dims, affine, then):
     model = net(BATCH_NORM[dims](CHANNELS, eps=EPS, **AFFINE[affine]), dims)
     before = snapshot(model)
@@ -219,13 +219,13 @@ def test_instance_norm_with_statistics_computes_the_formula(mode, dims, affine, 
     assert_computes(converted, model, meaning, slices(dims))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_sync_batch_norm_is_a_batch_norm(mode):
     model = net(nn.SyncBatchNorm(CHANNELS, eps=EPS))
     assert_computes(convert(model, mode, num_groups=GROUPS), model, mode, slices())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_a_model_that_is_the_layer_itself(mode):
     layer = net(nn.BatchNorm2d(CHANNELS, eps=EPS))[1]
     converted = convert(layer, mode, num_groups=GROUPS)
@@ -312,7 +312,7 @@ def test_a_layer_of_no_torch_class_is_steered_by_its_flags(mode):
 # Layers frozen by their owner.
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_a_layer_frozen_in_a_training_model_stays_frozen_for_good(mode):
     model = nn.Sequential(TanhNorm(CHANNELS), nn.BatchNorm2d(CHANNELS))
     randomised(model)[0].eval()
@@ -369,7 +369,7 @@ COPIES = {
 
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, TanhNorm, nn.SyncBatchNorm])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_a_copy_of_the_copy_is_the_same(mode, norm, how):
     if (mode, norm) == ("group_norm", TanhNorm):
         norm = NamedOnly
@@ -387,7 +387,7 @@ def test_a_copy_of_the_copy_is_the_same(mode, norm, how):
     assert state.keys() == converted.state_dict().keys()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_tied_weights_shared_layers_and_other_references_stay_shared(mode):
     model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
     model[1].weight = model[0].weight
@@ -404,7 +404,7 @@ def test_tied_weights_shared_layers_and_other_references_stay_shared(mode):
     assert_untouched(before, model)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_hooks_dtypes_devices_and_flags_are_kept(mode):
     model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Dropout())
     model[1] = nn.BatchNorm2d(4, device="meta", dtype=torch.bfloat16)
@@ -424,7 +424,7 @@ def test_hooks_dtypes_devices_and_flags_are_kept(mode):
         assert parameter.device == original.device
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_a_pruned_layer_keeps_its_mask(mode):
     """Pruning computes the weight in a hook, which reads the layer's own names."""
     model = net(nn.BatchNorm2d(CHANNELS, eps=EPS))
@@ -441,7 +441,7 @@ def test_a_pruned_layer_keeps_its_mask(mode):
     torch.testing.assert_close(converted(x), written_out(model, mode, params, x))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_a_compiled_model_is_converted_and_its_original_is_not(mode):
     model = net(nn.BatchNorm2d(CHANNELS, eps=EPS))
     compiled = torch.compile(model, backend="eager")
@@ -481,7 +481,7 @@ def test_lazy_layers_that_are_no_norm_layers_may_wait():
     assert converted(torch.rand(2, 3)).shape == (2, 4)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_converting_twice_changes_nothing_more(mode):
     once = convert(net(TanhNorm(4) if mode == "eval" else nn.BatchNorm2d(4)), mode)
     twice = convert(once, mode)
@@ -492,7 +492,7 @@ def test_converting_twice_changes_nothing_more(mode):
 # Builders.
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_norm_layer_builds_what_convert_makes(mode):
     maker = pickle.loads(pickle.dumps(norm_layer(mode, num_groups=32)))
     built = TinyResNet(maker)

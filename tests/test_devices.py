@@ -8,6 +8,7 @@ the CPU by mistake, wherever the tests run.
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import MODES
 from torch import nn
 
 from vmapsafe import (
@@ -17,8 +18,6 @@ from vmapsafe import (
     per_sample_sketch,
     vmap_safe,
 )
-
-MODES = ("eval", "no_running_stats", "group_norm", "sync")
 
 
 def convolutions():

@@ -13,10 +13,12 @@ import warnings
 from datetime import timedelta
 
 import pytest
+import slow
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from plain import ByFormula, assert_same_state, everything, switched
+from plain import ByFormula, switched
+from state import assert_same_state, everything
 from torch import nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.multiprocessing import start_processes
@@ -230,32 +232,15 @@ def transforms_inside_the_vmap(rank, device):
     assert_same(forward, jvp(written(net), (x,), (t,))[1][SHARES[rank]])
 
 
-def with_copies(copies, x):
-    """The network with each sample's own copy of the parameters, on the whole batch."""
-
-    def norm(h):
-        centred = h - h.mean(0)
-        return centred / (centred.square().mean(0) + 1e-5).sqrt()
-
-    h = torch.einsum("bi,boi->bo", x, copies["0.weight"]) + copies["0.bias"]
-    h = torch.tanh(norm(h) * copies["1.weight"] + copies["1.bias"])
-    return norm(torch.einsum("bi,boi->bo", h, copies["3.weight"]) + copies["3.bias"])
-
-
 @check
 def contributions(rank, device):
     """Row i: the losses of all processes, through sample i's copy of the parameters."""
     net, (x, t) = small(device), [v[:, 0] for v in batch(device)]
-    copies = {
-        name: p.detach().expand(7, *p.shape).clone().requires_grad_()
-        for name, p in net.named_parameters()
-    }
-    total = (with_copies(copies, x) - t).square().sum()
-    expected = torch.autograd.grad(total, list(copies.values()))
 
     def loss_fn(out, t):
         return (out - t).square().sum()
 
+    expected = slow.contributions(net, loss_fn, x, t)
     for update in (False, True):
         rows = per_sample_grads(
             net,
@@ -264,7 +249,7 @@ def contributions(rank, device):
             mode="sync",
             update_running_stats=update,
         )
-        for name, wanted in zip(copies, expected):
+        for name, wanted in expected.items():
             assert_same(rows[name], wanted[SHARES[rank]])
     plain, _ = plain_step(small(device), x[:, None])
     assert_same(dict(net.named_buffers()), dict(plain.named_buffers()))
@@ -285,12 +270,8 @@ def detached_rows(rank, device):
     rows = per_sample_grads(
         net, F.mse_loss, *share(rank, x, t), mode="sync", rows="detached"
     )
-    for row, i in enumerate(range(7)[SHARES[rank]]):
-        loss = F.mse_loss(frozen(x[i : i + 1]), t[i : i + 1])
-        for found, g in zip(
-            rows.values(), torch.autograd.grad(loss, frozen.parameters())
-        ):
-            assert_same(found[row], g)
+    for name, expected in slow.rows(frozen, F.mse_loss, x, t).items():
+        assert_same(rows[name], expected[SHARES[rank]])
 
 
 @check

@@ -89,3 +89,9 @@ def test_private_names_of_torch():
     for name, path in files().items():
         if name != "_torch":
             assert not private.search(path.read_text()), name
+
+
+def test_tests_do_not_import_tests():
+    """What several of them use is in tests/support."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        assert not re.search(r"(?m)^\s*(from|import) test_", path.read_text()), path

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from plain import assert_same_state, everything
+from state import assert_same_state, everything
 from torch import nn
 from torch.func import vmap
 from torch.utils.checkpoint import checkpoint

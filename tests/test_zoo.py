@@ -11,14 +11,14 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import EACH_ALONE, block
 from torch import nn
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from vmapsafe import per_sample_grads, vmap_safe
+from vmapsafe import per_sample_grads
 
-MODES = ("eval", "no_running_stats", "group_norm")
 GROUPS = 2
 SLICES, SAMPLES = 4, 3
 IMAGE = (3, 6, 6)
@@ -448,10 +448,6 @@ def assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-def block(model, mode):
-    return vmap_safe(model, mode=mode, num_groups=GROUPS)
-
-
 def assert_agrees(net, x, mode, model=None, called=None):
     """The block equals the loop, and leaves the network as it was."""
     expected = loop(by_hand(net, mode), x)
@@ -469,21 +465,21 @@ def assert_agrees(net, x, mode, model=None, called=None):
 IN_EVAL = [name for name in NETS if name != "attention"]  # which fills its cache there
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("name", NETS)
 def test_slices_of_several(name, mode):
     """Outputs and gradients of every slice are those of the loop."""
     assert_agrees(built(NETS[name]), batch(name), mode)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("name", IN_EVAL)
 def test_slices_of_several_with_a_model_in_eval_mode(name, mode):
     """The mode asked for holds all the same."""
     assert_agrees(built(NETS[name]).eval(), batch(name), mode)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("name", NETS)
 def test_per_sample_gradients(name, mode):
     """Rows of batches of one, where torch's own batch norm on CPU goes wrong."""
@@ -501,7 +497,7 @@ def test_per_sample_gradients(name, mode):
 
 @pytest.mark.parametrize("counter", [0, 3])
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_cumulative_average(mode, layer, counter):
     """momentum=None divides by the counter, which a block must not move."""
     net = built(lambda: after_conv(layer(4, momentum=None)), counter)
@@ -509,14 +505,14 @@ def test_cumulative_average(mode, layer, counter):
     assert net[1].num_batches_tracked.item() == counter
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_cumulative_instance_norm(mode):
     """Instance norm with momentum=None, which counts nothing in torch itself."""
     layer = functools.partial(nn.InstanceNorm2d, 4, momentum=None, **KEPT)
     assert_agrees(built(lambda: after_conv(layer())), batch(""), mode)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("lazy", [nn.LazyBatchNorm2d, nn.LazyInstanceNorm2d])
 def test_lazy_layer_without_a_batch(lazy, mode):
     """It is refused at entry, by name, and nothing is switched."""
@@ -551,7 +547,7 @@ INSIDE = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("inside", INSIDE)
 def test_frozen_layers_stay_frozen(inside, mode):
     """They use their running statistics in every mode, whatever is set inside."""
@@ -572,7 +568,7 @@ def test_frozen_layers_stay_frozen(inside, mode):
     assert [m.training for m in net.modules()] == [m.training for m in asked.modules()]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_in_an_eval_model_no_layer_counts_as_frozen(mode):
     """The mode asked for holds for all layers, also those set to eval before."""
     net = built(partly_frozen).eval()
@@ -775,7 +771,7 @@ def test_stacked_buffers_are_not_written(update):
     assert_same(found, torch.stack([net(one) for net, one in zip(silent, x)]))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("update", UPDATES)
 def test_hand_made_numbers(update, mode):
     """The layer does what it does without its update."""
@@ -810,7 +806,7 @@ def in_place_by_usual_names(layer, mean, var):
     layer.running_var.mul_(0.9).add_(var, alpha=0.1)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_hand_made_by_the_usual_names(mode):
     """Buffers running_mean and running_var: "eval" switches the layer."""
 
@@ -895,7 +891,7 @@ FROM_OUTSIDE = {
 
 
 @pytest.mark.parametrize("write", FROM_OUTSIDE)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_writes_from_outside_a_forward_happen(mode, write):
     """And they stay after the block."""
     net = built(lambda: after_conv(HandMade(in_place), nn.BatchNorm2d(4)))
@@ -927,7 +923,7 @@ class Rotary(nn.Module):
         return x * self.table[: x.size(-1)]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_a_table_that_grew_in_a_block_fits_afterwards(mode):
     """The network works after the block as one that was never in it."""
     net = built(lambda: after_conv(nn.BatchNorm2d(4), Rotary()))
@@ -987,7 +983,7 @@ class StochasticDepth(nn.Module):
         return x * self.draw(x, 0.5, shape)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("row", [True, False], ids=["row", "batch"])
 @pytest.mark.parametrize("draw", DRAWS)
 def test_stochastic_depth(draw, row, mode):
@@ -1036,7 +1032,7 @@ def test_no_draw_under_randomness_error(draw):
     assert state(net) == before
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_dropout_stays_live(mode):
     """Every slice drops entries of its own; those it keeps are the loop's, doubled."""
     net, x = built(lambda: after_conv(BatchNormAct2d(4), nn.Dropout(0.5))), batch("")
@@ -1052,7 +1048,7 @@ def test_dropout_stays_live(mode):
     assert not (kept == kept[0]).all()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_a_cache_filled_in_eval_mode_stays_empty(mode):
     """The network itself stays in training, so its biases have a gradient."""
     net = built(Attention)
@@ -1072,7 +1068,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("name", ["resnet", "batch norm and activation"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrapped_models(wrapper, name, mode):
@@ -1082,7 +1078,7 @@ def test_wrapped_models(wrapper, name, mode):
     assert_agrees(net, batch(""), mode, model=wrapped, called=wrapped)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrapped_model_without_vmap(wrapper, mode):
     """A plain call of the wrapped model inside a block, before and after it as ever."""
@@ -1103,7 +1099,7 @@ def test_one_compiled_model_in_all_modes():
     net = built(lambda: after_conv(nn.BatchNorm2d(4), HandMade(in_place)))
     x = batch("")[0]
     compiled = torch.compile(net, backend="eager")
-    for mode in (*MODES, *reversed(MODES)):
+    for mode in (*EACH_ALONE, *reversed(EACH_ALONE)):
         never_in_a_block = copy.deepcopy(net)
         assert_same(compiled(x), never_in_a_block(x))
         assert_same(net.state_dict(), never_in_a_block.state_dict())
@@ -1132,7 +1128,7 @@ PARTS = {
 
 # torch's own, when the input of a compiled part has a history.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("parts", PARTS)
 def test_models_with_compiled_parts(parts, mode):
     """As compiled by regions: the same numbers, plain and under vmap."""

@@ -2,19 +2,19 @@
 
 import functools
 import gc
-import threading
 import weakref
 
 import pytest
 import torch
-from plain import assert_same_state, everything, switched
+from blocks import MODES, block
+from plain import switched
+from state import assert_same_state, everything
+from threads import in_a_thread
 from torch import nn
 from torch.func import functional_call, grad, vjp, vmap
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from vmapsafe import BlockError, vmap_safe
-
-MODES = ["eval", "no_running_stats", "group_norm", "sync"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*requires_grad=True:UserWarning")
 
@@ -33,10 +33,6 @@ def body():
 
 X = torch.randn(5, 4, 3, 3).double()
 WEIGHTS = torch.randn(5, 4, 3, 3).double()
-
-
-def block(model, mode):
-    return vmap_safe(model, mode=mode, num_groups=2)
 
 
 def by_hand(model, mode):
@@ -250,72 +246,85 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("way", WAYS)
-def test_a_forward_again(way, mode):
+@pytest.fixture(params=MODES)
+def mode(request):
+    return request.param
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    return request.param
+
+
+class Problem:
+    """A model, a batch, and the gradients that the block promises."""
+
+    def __init__(self, model, mode, written_out=plainly):
+        self.model, self.mode = model, mode
+        self.before = everything(model)
+        self.x = X.clone().requires_grad_()
+        reference = by_hand(model, mode)
+        self.expected = gradients(written_out(reference, self.x), reference, self.x)
+
+    def block(self):
+        return block(self.model, self.mode)
+
+    def another_block(self):
+        return block(self.model, MODES[MODES.index(self.mode) - 1])
+
+    def gradients(self, output):
+        return gradients(output, self.model, self.x)
+
+
+@pytest.fixture
+def problem(mode, way):
+    again, written_out = WAYS[way]
+    problem = Problem(body(), mode, written_out)
+    problem.output = lambda: again(problem.model, problem.x)
+    yield problem
+    assert_same_state(problem.model, problem.before)
+
+
+def refused():
+    return pytest.raises(BlockError, match="Call backward inside the block")
+
+
+def test_a_forward_again(problem):
     """Its numbers inside the block, an error after it; buffers as they were."""
-    again, written_out = WAYS[way]
-    model = body()
-    before = everything(model)
-    x = X.clone().requires_grad_()
-    reference = by_hand(model, mode)
-    expected = gradients(written_out(reference, x), reference, x)
-    with block(model, mode):
-        found = gradients(again(model, x), model, x)
-        later = again(model, x)
-    torch.testing.assert_close(found, expected)
-    assert_same_state(model, before)
-    with pytest.raises(RuntimeError, match="Call backward inside the block"):
-        gradients(later, model, x)
-    assert_same_state(model, before)
+    with problem.block():
+        found = problem.gradients(problem.output())
+        later = problem.output()
+    torch.testing.assert_close(found, problem.expected)
+    assert_same_state(problem.model, problem.before)
+    with refused():
+        problem.gradients(later)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("way", WAYS)
-def test_in_another_block(way, mode):
+def test_in_another_block(problem):
     """One of the same meaning will do; in one of another mode it is an error."""
-    again, written_out = WAYS[way]
-    model = body()
-    before = everything(model)
-    x = X.clone().requires_grad_()
-    reference = by_hand(model, mode)
-    expected = gradients(written_out(reference, x), reference, x)
-    with block(model, mode):
-        first, second = again(model, x), again(model, x)
-    with block(model, mode):
-        torch.testing.assert_close(gradients(first, model, x), expected)
-    other = MODES[MODES.index(mode) - 1]
-    with block(model, other):
-        with pytest.raises(RuntimeError, match="Call backward inside the block"):
-            gradients(second, model, x)
-    assert_same_state(model, before)
+    with problem.block():
+        first, second = problem.output(), problem.output()
+    with problem.block():
+        torch.testing.assert_close(problem.gradients(first), problem.expected)
+    with problem.another_block(), refused():
+        problem.gradients(second)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("way", WAYS)
-def test_in_an_inner_block(way, mode):
+def test_in_an_inner_block(problem):
     """A backward in a block inside is that of the block the graph was made in; and of
     a graph made in the inner block, after it, an error."""
-    again, written_out = WAYS[way]
-    model = body()
-    x = X.clone().requires_grad_()
-    reference = by_hand(model, mode)
-    expected = gradients(written_out(reference, x), reference, x)
-    other = MODES[MODES.index(mode) - 1]
-    with block(model, mode):
-        output = again(model, x)
-        with block(model, other):
-            torch.testing.assert_close(gradients(output, model, x), expected)
-            inner = again(model, x)
-        with pytest.raises(RuntimeError, match="Call backward inside the block"):
-            gradients(inner, model, x)
+    with problem.block():
+        output = problem.output()
+        with problem.another_block():
+            torch.testing.assert_close(problem.gradients(output), problem.expected)
+            inner = problem.output()
+        with refused():
+            problem.gradients(inner)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("way", WAYS)
 def test_a_graph_made_outside(way, mode):
     """Is as without any block, inside one and after one."""
-    again, written_out = WAYS[way]
+    again, _ = WAYS[way]
     x = X.clone().requires_grad_()
 
     def found(inside):
@@ -329,26 +338,12 @@ def test_a_graph_made_outside(way, mode):
     torch.testing.assert_close(found(True), found(False))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("way", WAYS)
-def test_backward_in_another_thread(way, mode):
+def test_backward_in_another_thread(problem):
     """Is that of the block, which is open in the thread that made the graph."""
-    again, written_out = WAYS[way]
-    model = body()
-    before = everything(model)
-    x = X.clone().requires_grad_()
-    reference = by_hand(model, mode)
-    expected = gradients(written_out(reference, x), reference, x)
-    found = []
-    with block(model, mode):
-        output = again(model, x)
-        thread = threading.Thread(
-            target=lambda: found.append(gradients(output, model, x))
-        )
-        thread.start()
-        thread.join()
-    torch.testing.assert_close(found, [expected])
-    assert_same_state(model, before)
+    with problem.block():
+        output = problem.output()
+        found = in_a_thread(lambda: problem.gradients(output))
+    torch.testing.assert_close(found, problem.expected)
 
 
 # -- Under vmap(grad) ------------------------------------------------------------------
@@ -383,7 +378,6 @@ def stand_in(model, parameters, x):
     return functional_call(model, dict(zip(names, parameters)), (x,))
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_a_forward_again_in_rows(mode):
     """Rows of a Function whose backward runs the model again are those of the model."""
     model = body()
@@ -419,26 +413,27 @@ def test_a_forward_again_in_rows(mode):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("mode", MODES)
 def test_dropout_is_drawn_again(reentrant, mode):
     """The same masks, as ``preserve_rng_state`` says."""
-    model = nn.Sequential(*body(), nn.Dropout(0.5))
-    reference = by_hand(model, mode)
-    x = X.clone().requires_grad_()
-    torch.manual_seed(3)
-    expected = gradients(reference(x), reference, x)
-    with block(model, mode):
+
+    def seeded(model, x):
         torch.manual_seed(3)
-        output = checkpoint(model, x, use_reentrant=reentrant, preserve_rng_state=True)
+        return model(x)
+
+    problem = Problem(nn.Sequential(*body(), nn.Dropout(0.5)), mode, seeded)
+    with problem.block():
+        torch.manual_seed(3)
+        output = checkpoint(
+            problem.model, problem.x, use_reentrant=reentrant, preserve_rng_state=True
+        )
         torch.rand(7)
-        found = gradients(output, model, x)
-    torch.testing.assert_close(found, expected)
+        found = problem.gradients(output)
+    torch.testing.assert_close(found, problem.expected)
 
 
 # -- Hooks -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("where", ["tensor", "leaf", "accumulated"])
 def test_a_hook_that_runs_the_model(where, mode):
     """In the block it computes what the block says, after it an error is raised."""
@@ -468,7 +463,7 @@ def test_a_hook_that_runs_the_model(where, mode):
         hooked().backward()
         later = hooked()
     torch.testing.assert_close(found, [expected])
-    with pytest.raises(BlockError, match="Call backward inside the block"):
+    with refused():
         later.backward()
     assert_same_state(model, before)
 
@@ -493,7 +488,6 @@ def test_hooks_that_run_no_model():
 # -- Double backward -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_double_backward(mode):
     """Of a graph that holds a checkpoint, inside the block."""
     model = body()
@@ -521,24 +515,19 @@ def saved_in_halves():
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t / 2, lambda t: t * 2)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "hooks", [torch.autograd.graph.save_on_cpu, saved_in_halves], ids=["cpu", "halves"]
 )
 def test_hooks_of_saved_tensors(hooks, mode):
     """Keep working after the block, opened outside and inside."""
-    model = body()
-    before = everything(model)
-    reference = by_hand(model, mode)
-    x = X.clone().requires_grad_()
-    expected = gradients(reference(x), reference, x)
-    with hooks(), block(model, mode):
-        first = model(x)
-    with block(model, mode), hooks():
-        second = model(x)
-    torch.testing.assert_close(gradients(first, model, x), expected)
-    torch.testing.assert_close(gradients(second, model, x), expected)
-    assert_same_state(model, before)
+    problem = Problem(body(), mode)
+    with hooks(), problem.block():
+        first = problem.model(problem.x)
+    with problem.block(), hooks():
+        second = problem.model(problem.x)
+    for output in (first, second):
+        torch.testing.assert_close(problem.gradients(output), problem.expected)
+    assert_same_state(problem.model, problem.before)
 
 
 # -- Memory ----------------------------------------------------------------------------
@@ -594,12 +583,9 @@ def test_an_unused_graph_dies():
 # -- Solvers ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_torchdiffeq(mode):
     """The adjoint method of the library that people use."""
     torchdiffeq = pytest.importorskip("torchdiffeq")
-    model = body()
-    reference = by_hand(model, mode)
 
     class Field(nn.Module):
         def __init__(self, model):
@@ -615,14 +601,13 @@ def test_torchdiffeq(mode):
     def solved(model, x):
         return torchdiffeq.odeint_adjoint(Field(model), x, times, **options)[-1]
 
-    x = X.clone().requires_grad_()
-    expected = gradients(solved(reference, x), reference, x)
-    with block(model, mode):
-        found = gradients(solved(model, x), model, x)
-        later = solved(model, x)
-    torch.testing.assert_close(found, expected)
-    with pytest.raises(BlockError, match="Call backward inside the block"):
-        gradients(later, model, x)
+    problem = Problem(body(), mode, solved)
+    with problem.block():
+        found = problem.gradients(solved(problem.model, problem.x))
+        later = solved(problem.model, problem.x)
+    torch.testing.assert_close(found, problem.expected)
+    with refused():
+        problem.gradients(later)
 
 
 def test_a_block_object_that_is_kept():
@@ -632,7 +617,7 @@ def test_a_block_object_that_is_kept():
     x = X.clone().requires_grad_()
     with block:
         output = checkpoint(model, x, use_reentrant=False)
-    with pytest.raises(BlockError, match="Call backward inside the block"):
+    with refused():
         output.sum().backward()
     with block:
         checkpoint(model, x, use_reentrant=False).sum().backward()

@@ -7,10 +7,10 @@ import warnings
 import weakref
 
 import pytest
+import slow
 import torch
 import torch.nn.functional as F
-from plain import assert_same_state, everything
-from plain import per_sample_grads as plain_rows
+from state import assert_same_state, everything
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
@@ -127,12 +127,10 @@ FUNCTIONS = {
 
 def expected(name, rows, net):
     """The same from rows; of a sketch, by the block-free function on the net."""
-    norms = sum([row.flatten(1).square().sum(1) for row in rows.values()]).sqrt()
     if "norms" in name:
-        return norms
+        return slow.norms(rows)
     if "clipped" in name:
-        factors = (0.3 / norms).clamp(max=1)
-        return {n: torch.einsum("b,b...->...", factors, r) for n, r in rows.items()}
+        return slow.clipped(rows, 0.3)
     if "sketch" in name:
         return per_sample_sketch(net, F.cross_entropy, X, Y, k=3)
     return rows
@@ -144,8 +142,7 @@ def expected(name, rows, net):
 def test_rows_are_those_of_a_layer_in_eval(name, kind):
     net = built(kind)
     hand = by_hand(net)
-    names = [n for n, _ in net.named_parameters()]
-    rows = plain_rows(hand, F.cross_entropy, X, Y, names)
+    rows = slow.rows(hand, F.cross_entropy, X, Y)
     before = everything(net)
     found = FUNCTIONS[name](net, F.cross_entropy, X, Y, also=(kind,))
     torch.testing.assert_close(found, expected(name, rows, hand.eval()))

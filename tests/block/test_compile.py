@@ -5,7 +5,8 @@ import copy
 
 import pytest
 import torch
-from plain import assert_same_state, everything
+from blocks import MODES, block
+from state import assert_same_state, everything
 from torch import nn
 from torch.func import (
     functional_call,
@@ -18,8 +19,6 @@ from torch.func import (
 )
 
 from vmapsafe import batched, per_sample_grads, vmap_safe
-
-MODES = ["eval", "no_running_stats", "group_norm", "sync"]
 
 # torch's own, at its first use
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -51,10 +50,6 @@ def rows(net, params, x):
         return functional_call(net, params, (x,)).square().sum()
 
     return vmap(grad(loss), (None, 0))(params, x)
-
-
-def block(net, mode):
-    return vmap_safe(net, mode=mode, num_groups=2)
 
 
 @pytest.mark.parametrize("mode", MODES)

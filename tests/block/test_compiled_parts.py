@@ -5,13 +5,13 @@ import threading
 
 import pytest
 import torch
-from plain import assert_same_state, everything, switched
+from blocks import MODES, block
+from plain import switched
+from state import assert_same_state, everything
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from vmapsafe import BlockError, vmap_safe
-
-MODES = ["eval", "no_running_stats", "group_norm", "sync"]
+from vmapsafe import BlockError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -23,10 +23,6 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def fresh_cache():
     torch._dynamo.reset()
-
-
-def block(model, mode, **options):
-    return vmap_safe(model, mode=mode, num_groups=2, **options)
 
 
 def quietly(module, x):

@@ -5,8 +5,10 @@ import itertools
 
 import pytest
 import torch
+from blocks import EACH_ALONE, block
 from cases import CASES, Case
-from plain import assert_same_state, everything, switched
+from plain import switched
+from state import assert_same_state, everything
 from torch.func import (
     functional_call,
     grad,
@@ -21,17 +23,9 @@ from torch.func import (
 
 from vmapsafe import vmap_safe
 
-MODES = ["eval", "no_running_stats", "group_norm"]
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
-
-@pytest.fixture(params=MODES)
+@pytest.fixture(params=EACH_ALONE)
 def mode(request):
-    return request.param
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
     return request.param
 
 
@@ -43,10 +37,6 @@ def case(request):
 @pytest.fixture(params=[c for c in CASES if c.name != "no affine"], ids=str)
 def case_with_parameters(request):
     return request.param
-
-
-def block(model, mode):
-    return vmap_safe(model, mode=mode, num_groups=2)
 
 
 def close(a, b):
@@ -99,7 +89,7 @@ def test_the_modes_differ(case):
     """Otherwise the other tests could not tell one from another."""
     model, x = case.model(), case.slices()
     outs = []
-    for mode in MODES:
+    for mode in EACH_ALONE:
         with block(model, mode):
             outs.append(vmap(model)(x))
     if case.name == "no statistics":  # "eval" takes those of the slice

@@ -8,17 +8,17 @@ import threading
 
 import pytest
 import torch
+from blocks import EACH_ALONE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain import assert_same_state, everything
+from state import assert_same_state, everything
+from threads import in_a_thread
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
 from vmapsafe import BlockError, per_sample_grads, vmap_safe
 from vmapsafe._block import scope
-
-MODES = ["eval", "no_running_stats", "group_norm"]
 
 
 def small():
@@ -129,8 +129,8 @@ def leave(model, mode, inner, way, disturbance):
 @settings(max_examples=300, deadline=None)
 @given(
     model=trees(),
-    mode=st.sampled_from(MODES),
-    inner=st.lists(st.sampled_from(MODES), max_size=3),
+    mode=st.sampled_from(EACH_ALONE),
+    inner=st.lists(st.sampled_from(EACH_ALONE), max_size=3),
     way=st.sampled_from(["return", "exception", "interrupt", "generator close"]),
     disturbance=st.sampled_from([None, "train", "eval", "copy"]),
 )
@@ -144,7 +144,7 @@ def test_exit_puts_everything_back(model, mode, inner, way, disturbance):
 
 
 @settings(max_examples=100, deadline=None)
-@given(model=trees(), mode=st.sampled_from(MODES), threads=st.integers(2, 4))
+@given(model=trees(), mode=st.sampled_from(EACH_ALONE), threads=st.integers(2, 4))
 @pytest.mark.filterwarnings("ignore::vmapsafe.NeverUpdatedWarning")
 def test_threads_with_the_same_options(model, mode, threads):
     """The last of several threads to leave puts the model back, whatever the order."""
@@ -174,7 +174,7 @@ def test_threads_with_the_same_options(model, mode, threads):
 # -- Inside ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_state_dict_copy_pickle_and_save_inside(mode):
     """Keys and values of state_dict are those outside; copies need nothing of us."""
     model = small()
@@ -197,7 +197,7 @@ def test_state_dict_copy_pickle_and_save_inside(mode):
         assert other[1].num_batches_tracked == 2
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_a_train_inside_does_not_change_what_layers_compute(mode):
     """The mode is enforced at each call, and frozen layers stay frozen."""
     model = small().train()
@@ -233,7 +233,7 @@ def test_what_the_user_does_inside_survives():
     assert not torch.equal(model[0].weight, other[0].weight)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 def test_an_error_in_the_forward(mode):
     """A forward that raises, caught inside the block, leaves it in working order."""
 
@@ -418,23 +418,6 @@ def test_the_same_model_closed_in_the_wrong_order():
     assert_same_state(model, before)
 
 
-def in_a_thread(work):
-    """Run ``work`` in another thread and raise here what it raised."""
-    errors = []
-
-    def run():
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-
-
 def test_another_thread_with_other_options():
     """An error that names the layer and both options; nothing changes."""
     model = small()
@@ -525,7 +508,7 @@ def test_default_device_inside():
 # -- Activation checkpointing ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_backward(mode, reentrant):
     """Inside the block the plain numbers; after it an error, not wrong ones."""

@@ -14,19 +14,16 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from plain import assert_same_state, everything, switched
+from blocks import MODES, block
+from plain import switched
+from state import assert_same_state, everything
+from threads import in_a_thread
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import _pop_mode, _push_mode
 
 from vmapsafe import BlockError, LeftOutWarning, vmap_safe
-
-MODES = ["eval", "no_running_stats", "group_norm", "sync"]
-
-
-def block(model, mode, **options):
-    return vmap_safe(model, mode=mode, num_groups=2, **options)
 
 
 def seen(model, *shape):
@@ -873,21 +870,6 @@ def test_updates_of_hand_made_layers(update):
 # -- Threads ---------------------------------------------------------------------------
 
 
-def in_a_thread(function):
-    found = []
-
-    def run():
-        try:
-            found.append(function())
-        except BaseException as error:
-            found.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return found[0]
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_flags_in_another_thread(mode):
     """Are the owner's."""
@@ -937,8 +919,8 @@ def test_other_options_in_another_thread():
     before = everything(model)
     with block(model, "eval"):
         for mode in MODES[1:]:
-            error = in_a_thread(lambda: block(model, mode).__enter__())
-            assert isinstance(error, BlockError) and "another thread" in str(error)
+            with pytest.raises(BlockError, match="another thread"):
+                in_a_thread(lambda: block(model, mode).__enter__())
         x = torch.randn(2, 6, 4).double()
         found = in_a_thread(lambda: block(model, "eval").run(vmap(model), x))
         torch.testing.assert_close(found, vmap(model)(x))

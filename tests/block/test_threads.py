@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import faulthandler
 import gc
 import os
 import signal
@@ -14,6 +13,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import MODES
+from threads import in_a_thread, together
 from torch import nn
 from torch.func import vmap
 
@@ -32,7 +33,6 @@ pytestmark = [
     # A fork while other threads run is what is tried here.
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
-MODES = ["eval", "no_running_stats", "group_norm", "sync"]
 
 
 def small(layers=1):
@@ -79,40 +79,11 @@ def eager_switches():
         sys.setswitchinterval(before)
 
 
-def together(*works, timeout=60):
-    """Run them in threads that start at once; raise the first error."""
-    barrier, errors = threading.Barrier(len(works)), []
-
-    def run(work):
-        try:
-            barrier.wait(timeout)
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(w,), daemon=True) for w in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout)
-    if any(thread.is_alive() for thread in threads):
-        faulthandler.dump_traceback()
-        raise AssertionError("a thread hangs")
-    if errors:
-        raise errors[0]
-
-
 def close(a, b):
     """torch.testing.assert_close spends its first second on imports."""
     if isinstance(b, dict):
         return a.keys() == b.keys() and all(close(a[k], b[k]) for k in b)
     return torch.allclose(a, b, rtol=1e-9, atol=1e-12)
-
-
-def in_a_thread(work):
-    result = []
-    together(lambda: result.append(work()))
-    return result[0]
 
 
 def for_seconds(seconds):

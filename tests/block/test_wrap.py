@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from plain import assert_same_state, everything
+from state import assert_same_state, everything
 from torch import nn
 from torch.func import vmap
 

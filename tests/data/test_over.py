@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy
 import pytest
+import small_data
 import torch
 import torch.nn.functional as F
-from plain import assert_same_state, everything
+from small_data import Stops, X, Y, make_mlp
+from state import assert_same_state, everything
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from vmapsafe import (
     clipped_grad_sum,
@@ -31,22 +33,12 @@ from vmapsafe.testing import assert_same
 # Python 3.12 on, where anything has left a thread; tqdm does.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
-X = torch.randn(10, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-Y = torch.arange(10) % 3
 PAIRS = list(zip(X.split(4), Y.split(4)))
-
-
-def make():
-    torch.manual_seed(0)
-    layers = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)
-    model = nn.Sequential(*layers).double()
-    model(X)
-    return model
 
 
 @pytest.fixture
 def mlp():
-    return make()
+    return make_mlp()
 
 
 def loader(**options):
@@ -166,23 +158,6 @@ def test_progress(mlp, capsys):
 
 
 # -- Interruptions ---------------------------------------------------------------------
-
-
-class Stops(Dataset):
-    """Raises, once, when asked for a sample; counts those it has given."""
-
-    def __init__(self, at=None, error=KeyboardInterrupt):
-        self.at, self.error, self.given = at, error, []
-
-    def __len__(self):
-        return 10
-
-    def __getitem__(self, i):
-        if i == self.at:
-            self.at = None
-            raise self.error
-        self.given.append(i)
-        return X[i], Y[i]
 
 
 @pytest.mark.parametrize("mode", ["eval", "sync"])
@@ -374,9 +349,9 @@ def _dies_at(moment, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-sys.path += {folders!r}
+sys.path.append({support!r})
 import torch, torch.nn.functional as F
-from test_over import Stops, make
+from small_data import Stops, make_mlp
 from torch.utils.data import DataLoader
 from vmapsafe import over, per_sample_grads
 from vmapsafe._data import folder as files
@@ -390,16 +365,15 @@ class Killed(Stops):
 torch.set_num_threads(1)
 files._SECONDS = files._TIMES = 0
 loader = DataLoader(Killed(), batch_size=4)
-over(loader, per_sample_grads, make(), F.cross_entropy).save({folder!r})
+over(loader, per_sample_grads, make_mlp(), F.cross_entropy).save({folder!r})
 """
 
 
 def test_a_process_that_is_killed(mlp, tmp_path):
     """Another process goes on with rows, to the bit."""
     folder = tmp_path / "killed"
-    here = Path(__file__).parent
-    folders = [str(here), str(here.parent / "support")]
-    script = KILLED.format(folders=folders, folder=str(folder))
+    support = str(Path(small_data.__file__).parent)
+    script = KILLED.format(support=support, folder=str(folder))
     ended = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     assert json.loads(contents(folder)["state.json"])["samples"] == 8
@@ -427,25 +401,25 @@ def test_half_precision_and_a_slash(tmp_path):
 
 
 def other_weights():
-    model = make()
+    model = make_mlp()
     model[0].bias.data[0] += 1e-9
     return model
 
 
 def other_statistics():
-    model = make()
+    model = make_mlp()
     model[1].running_var[0] += 1e-9
     return model
 
 
 def frozen():
-    model = make()
+    model = make_mlp()
     model[1].eval()
     return model
 
 
 def without_a_gradient():
-    model = make()
+    model = make_mlp()
     model[0].bias.requires_grad_(False)
     return model
 
@@ -488,7 +462,7 @@ def test_another_question_is_refused(mlp, tmp_path, text, complete):
     """It says what differs, and nothing is written."""
 
     def save(
-        model=make,
+        model=make_mlp,
         batches=loader,
         loss_fn=F.cross_entropy,
         function=per_sample_sketch,
@@ -587,7 +561,11 @@ MAKING = [
     ({"loader": TensorDataset(X, Y)}, TypeError, "the loader is a TensorDataset. Give"),
     ({"loader": X}, TypeError, "the loader is a Tensor"),
     ({"loader": 3}, TypeError, "over(...): the loader is an int. Give batches, e.g. "),
-    ({"function": make()}, TypeError, "function is a Sequential. Write over(loader"),
+    (
+        {"function": make_mlp()},
+        TypeError,
+        "function is a Sequential. Write over(loader",
+    ),
     ({"loss_fn": Y}, TypeError, "loss_fn is a Tensor"),
     ({"model": F.mse_loss}, TypeError, "model is a function, not an nn.Module"),
     (

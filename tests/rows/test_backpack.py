@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from plain import assert_same_state, everything
+from state import assert_same_state, everything
 from torch import nn
 
 from vmapsafe import per_sample_grads

@@ -4,13 +4,12 @@ import copy
 import gc
 
 import pytest
+import slow
 import torch
 import torch.nn.functional as F
-from plain import assert_same_state, everything
-from plain import per_sample_grads as slow_rows
-from plain import switched
+from nets import CASES, NETS, SYNC, conv, image, mse, net, problem
+from state import assert_same_state, everything
 from torch import nn
-from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from vmapsafe import (
@@ -23,296 +22,6 @@ from vmapsafe._rows import formulas
 from vmapsafe.rules import convolution
 from vmapsafe.rules.regimes import REGIMES, Regimes
 from vmapsafe.testing import assert_same
-
-# -- Networks: everything a parameter may go through -----------------------------------
-
-
-class Twice(nn.Module):
-    """One weight used twice, once through F.linear and once by an operator."""
-
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(4, 4)
-        self.out = nn.Linear(4, 3)
-
-    def forward(self, x):
-        x = torch.tanh(self.a(x))
-        return self.out(torch.tanh(self.a(x)) @ self.a.weight + x * self.a.bias)
-
-
-class Tied(nn.Module):
-    """An embedding whose weight is also the last layer's."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(7, 4, padding_idx=2)
-        self.mix = nn.Linear(4, 4)
-        self.out = nn.Linear(4, 7, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, x):
-        return self.out(torch.tanh(self.mix(self.embed(x)))).mean(1)
-
-
-class Direct(nn.Module):
-    """A module that uses its parameters without any layer, and one unused."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.randn(4))
-        self.matrix = nn.Parameter(torch.randn(4, 3))
-        self.idle = nn.Parameter(torch.randn(2))
-
-    def forward(self, x):
-        return torch.einsum("ni,ij->nj", x.sin() * self.scale, self.matrix)
-
-
-class Attends(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.norm = nn.LayerNorm(4)
-        self.out = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.out(self.norm(x + self.attend(x, x, x)[0])).mean(1)
-
-
-class Places(nn.Module):
-    """Embeddings of input and position, the latter the same for all samples."""
-
-    def __init__(self, tokens=5, words=30):
-        super().__init__()
-        self.words = nn.Embedding(words, 4, padding_idx=-1)
-        self.places = nn.Embedding(tokens, 4)
-        self.out = nn.Linear(4, 3)
-
-    def forward(self, x):
-        h = self.words(x) + self.places(torch.arange(x.size(1)))
-        return self.out(torch.tanh(h)).mean(1)
-
-
-class Folded(nn.Module):
-    """Makes several rows of one sample before a convolution and batch norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
-        self.out = nn.Linear(4, 3)
-
-    def forward(self, x):
-        n = len(x)
-        h = torch.tanh(self.norm(self.conv(x.flatten(0, 1))))
-        return self.out(h.mean((2, 3)).view(n, -1, 4).mean(1))
-
-
-class Halves(nn.Module):
-    """Two branches, of which the second part of a sample goes through one only."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
-        self.unused = nn.Linear(3, 3)
-
-    def forward(self, x):
-        self.unused(self.a(x[:, :4]))
-        return self.a(x[:, :4]) * self.b(x[:, 4:].detach())
-
-
-def net(*layers):
-    return nn.Sequential(*layers)
-
-
-def image(*layers, channels, classes=3):
-    return net(*layers, nn.Tanh(), nn.Flatten(2), Mean(), nn.Linear(channels, classes))
-
-
-class Mean(nn.Module):
-    def forward(self, x):
-        return x.mean(2)
-
-
-def conv(dims, channels, outputs, kernel, **options):
-    return getattr(nn, f"Conv{dims}d")(channels, outputs, kernel, **options)
-
-
-def normed():
-    layer = nn.Linear(4, 3)
-    return net(parametrizations.weight_norm(layer), nn.Tanh(), nn.Linear(3, 3))
-
-
-def frozen():
-    model = net(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
-    model[0].weight.requires_grad_(False)
-    model[1].bias.requires_grad_(False)
-    return model
-
-
-def batch(*shape):
-    return lambda: torch.randn(5, *shape, dtype=torch.float64)
-
-
-def words(count, *shape):
-    return lambda: torch.randint(count, (5, *shape))
-
-
-# name: (network, inputs)
-NETS = {
-    "conv2d": (
-        lambda: image(conv(2, 2, 3, 3), nn.BatchNorm2d(3), channels=3),
-        batch(2, 6, 5),
-    ),
-    "conv2d, stride and padding": (
-        lambda: image(
-            conv(2, 2, 8, 3, stride=2, padding=1),
-            *(nn.BatchNorm2d(8), nn.ReLU(inplace=True)),
-            conv(2, 8, 9, (2, 3), padding="valid"),
-            channels=9,
-        ),
-        batch(2, 7, 6),
-    ),
-    "conv2d, same, dilation": (
-        lambda: image(
-            conv(2, 2, 4, 3, padding="same"),
-            conv(2, 4, 4, 2, padding="same", dilation=2, bias=False),
-            channels=4,
-        ),
-        batch(2, 5, 5),
-    ),
-    "conv2d, few positions": (
-        lambda: image(conv(2, 8, 16, 3, stride=2), channels=16),
-        batch(8, 5, 5),
-    ),
-    "conv2d, 1 x 1": (
-        lambda: image(
-            conv(2, 6, 8, 1, stride=2), conv(2, 8, 4, 1, padding=1), channels=4
-        ),
-        batch(6, 5, 5),
-    ),
-    "conv2d, groups": (
-        lambda: image(
-            conv(2, 4, 8, 3, groups=2), conv(2, 8, 8, 2, groups=8), channels=8
-        ),
-        batch(4, 5, 5),
-    ),
-    "conv2d, groups, few positions": (
-        lambda: image(conv(2, 8, 32, 3, groups=2, stride=2), channels=32),
-        batch(8, 5, 5),
-    ),
-    "conv2d, dilation, few positions": (
-        lambda: image(conv(2, 8, 16, 3, dilation=2), channels=16),
-        batch(8, 6, 6),
-    ),
-    "conv1d": (
-        lambda: image(
-            conv(1, 2, 4, 3, stride=2, padding=1), nn.BatchNorm1d(4), channels=4
-        ),
-        batch(2, 9),
-    ),
-    "conv3d": (
-        lambda: image(conv(3, 1, 4, 2), nn.BatchNorm3d(4), channels=4),
-        batch(1, 4, 3, 3),
-    ),
-    "transposed": (
-        lambda: image(nn.ConvTranspose2d(2, 4, 3), nn.BatchNorm2d(4), channels=4),
-        batch(2, 4, 4),
-    ),
-    "mlp": (
-        lambda: net(
-            nn.Linear(4, 5), nn.BatchNorm1d(5), nn.SiLU(), nn.Linear(5, 3, bias=False)
-        ),
-        batch(4),
-    ),
-    "linear on tokens": (
-        lambda: net(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3), nn.Flatten(1, 2)),
-        batch(3, 4),
-    ),
-    "linear on many tokens": (
-        lambda: net(nn.Linear(2, 3), nn.Tanh(), nn.Flatten(1)),
-        batch(9, 2),
-    ),
-    "norms": (
-        lambda: image(
-            *(conv(2, 2, 4, 2), nn.GroupNorm(2, 4), nn.ReLU(inplace=True)),
-            *(nn.LayerNorm([4, 4, 4]), nn.BatchNorm2d(4, affine=False)),
-            nn.InstanceNorm2d(4, affine=True),
-            channels=4,
-        ),
-        batch(2, 5, 5),
-    ),
-    "embedding": (lambda: Places(), words(30, 5)),
-    "embedding, many words": (lambda: Places(9, 2), words(2, 9)),
-    "used twice": (Twice, batch(4)),
-    "tied": (Tied, words(7, 3)),
-    "direct": (Direct, batch(4)),
-    "weight norm": (normed, batch(4)),
-    "attention": (Attends, batch(3, 4)),
-    "frozen": (frozen, batch(4)),
-    "several rows a sample": (Folded, batch(3, 2, 5, 4)),
-    "branches": (Halves, batch(8)),
-}
-# Batch norm with more than one value a channel.
-NORMED = [
-    *("conv2d", "conv2d, stride and padding", "conv1d", "conv3d", "norms"),
-    *("transposed", "several rows a sample"),
-]
-CASES = [
-    *((name, "eval") for name in NETS),
-    *((name, mode) for name in NORMED for mode in ("no_running_stats", "group_norm")),
-]
-
-
-def problem(name):
-    torch.manual_seed(3)
-    make, inputs = NETS[name]
-    model = make().double()
-    for _ in range(2):
-        model(inputs())
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    x = inputs()
-    return model, x, torch.randn_like(model(x)).detach()
-
-
-def mse(output, target):
-    return F.mse_loss(output, target, reduction="sum")
-
-
-def slow(model, mode, x, y):
-    """{name: (B, *shape)} by a loop, of what the parameters are called in ``model``."""
-    plain = switched(model, mode, 2)
-    for module in plain.modules():  # torch's kernel is wrong for one sample else
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_hook(contiguous_gradient)
-    wanted = [n for n, p in plain.named_parameters() if p.requires_grad]
-    named = dict(plain.named_parameters())
-    rows = []
-    for i in range(len(x)):
-        loss = mse(plain(x[i : i + 1]), y[i : i + 1])
-        grads = torch.autograd.grad(loss, [named[n] for n in wanted], allow_unused=True)
-        zeros = [torch.zeros_like(named[n]) for n in wanted]
-        rows.append([z if g is None else g for g, z in zip(grads, zeros)])
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    return {n: torch.stack(column) for n, column in zip(names, zip(*rows))}
-
-
-def contiguous_gradient(module, args, output):
-    if output.requires_grad:
-        output.register_hook(lambda g: g.contiguous())
-
-
-def norm_of(rows):
-    return sum([r.flatten(1).square().sum(1) for r in rows.values()]).sqrt()
-
-
-def clipped(rows, most):
-    total = {name: torch.zeros_like(r[0]) for name, r in rows.items()}
-    for i, norm in enumerate(norm_of(rows)):
-        factor = 1.0 if norm <= most else float(most / norm)
-        for name, r in rows.items():
-            total[name] += factor * r[i]
-    return total
 
 
 # torch's weight norm, under vmap
@@ -328,20 +37,22 @@ def test_against_the_loop(name, mode, table, monkeypatch):
     else:
         monkeypatch.setitem(REGIMES, "cpu", table)
     model, x, y = problem(name)
-    expected = slow(model, mode, x, y)
+    expected = slow.rows_in(model, mode, mse, x, y)
     before = everything(model)
     options = {"mode": mode, "num_groups": 2}
-    assert_same(per_sample_grad_norms(model, mse, x, y, **options), norm_of(expected))
+    assert_same(
+        per_sample_grad_norms(model, mse, x, y, **options), slow.norms(expected)
+    )
     by_name = per_sample_grad_norms(model, mse, x, y, per_parameter=True, **options)
     assert list(by_name) == list(expected)
     for key, rows in expected.items():
         assert_same(by_name[key], rows.flatten(1).norm(dim=1))
-    most = float(norm_of(expected).median())
+    most = float(slow.norms(expected).median())
     for chunk_size in (None, 2):
         total = clipped_grad_sum(
             model, mse, x, y, max_grad_norm=most, chunk_size=chunk_size, **options
         )
-        assert_same(total, clipped(expected, most))
+        assert_same(total, slow.clipped(expected, most))
         assert not any(t.requires_grad for t in total.values())
     out = {key: torch.full_like(rows, torch.nan) for key, rows in expected.items()}
     for chunk_size in (2, None):
@@ -352,50 +63,6 @@ def test_against_the_loop(name, mode, table, monkeypatch):
         assert_same(found, expected)
     assert_same(per_sample_grads(model, mse, x, y, **options), expected)
     assert_same_state(model, before)
-
-
-# -- "sync": every sample's own copy, statistics of the batch --------------------------
-
-
-def by_copies(model, copies, x):
-    """A Sequential on the batch with parameters (B, ...), one copy a sample, written
-    out; batch norm by the statistics of all samples."""
-    for index, layer in enumerate(model):
-        own = {n: copies[f"{index}.{n}"] for n, _ in layer.named_parameters()}
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            rows = []
-            for i in range(len(x)):
-                one = F.linear if isinstance(layer, nn.Linear) else F.conv2d
-                rows.append(one(x[i : i + 1], own["weight"][i], own["bias"][i]))
-            x = torch.cat(rows)
-        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            dims = [d for d in range(x.dim()) if d != 1]
-            centred = x - x.mean(dims, keepdim=True)
-            x = centred / (centred.square().mean(dims, keepdim=True) + 1e-5).sqrt()
-            if own:
-                ones = [1] * (x.dim() - 2)
-                x = x * own["weight"].view(len(x), -1, *ones)
-                x = x + own["bias"].view(len(x), -1, *ones)
-        else:
-            x = layer(x)
-    return x
-
-
-SYNC = {
-    "images": (
-        lambda: net(
-            *(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 3, 2)),
-            *(nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.Linear(18, 3)),
-        ),
-        (5, 2, 5, 6),
-    ),
-    "rows": (
-        lambda: net(
-            nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3, bias=True)
-        ),
-        (5, 4),
-    ),
-}
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -477,29 +144,23 @@ def test_contributions(name, update):
     torch.manual_seed(3)
     model, x = make().double(), torch.randn(shape, dtype=torch.float64)
     y = torch.randn(5, 3, dtype=torch.float64)
-    copies = {
-        n: p.detach().expand(5, *p.shape).clone().requires_grad_()
-        for n, p in model.named_parameters()
-    }
-    loss = mse(by_copies(model, copies, x), y)
-    grads = torch.autograd.grad(loss, list(copies.values()))
-    expected = dict(zip(copies, grads))
+    expected = slow.contributions(model, mse, x, y)
     plain = copy.deepcopy(model)
     plain(x)
     options = {"mode": "sync", "update_running_stats": update}
     for call in (
         lambda m: per_sample_grad_norms(m, mse, x, y, **options),
         lambda m: per_sample_grads(m, mse, x, y, out=like(expected), **options),
-        lambda m: clip_in_sync(m, x, y, norm_of(expected).median(), **options),
+        lambda m: clip_in_sync(m, x, y, slow.norms(expected).median(), **options),
     ):
         fresh = copy.deepcopy(model)
         found = call(fresh)
         if isinstance(found, torch.Tensor):
-            assert_same(found, norm_of(expected))
+            assert_same(found, slow.norms(expected))
         elif found["0.weight"].dim() > model[0].weight.dim():
             assert_same(found, expected)
         else:
-            assert_same(found, clipped(expected, norm_of(expected).median()))
+            assert_same(found, slow.clipped(expected, slow.norms(expected).median()))
         if update:
             assert_same(dict(fresh.named_buffers()), dict(plain.named_buffers()))
         else:
@@ -525,9 +186,13 @@ def test_other_rows_in_sync(rows):
     y = torch.randn(5, 3, dtype=torch.float64)
     options = {"mode": "sync", "rows": rows}
     expected = per_sample_grads(model, mse, x, y, fast=False, **options)
-    assert_same(per_sample_grad_norms(model, mse, x, y, **options), norm_of(expected))
-    most = norm_of(expected).median()
-    assert_same(clip_in_sync(model, x, y, most, **options), clipped(expected, most))
+    assert_same(
+        per_sample_grad_norms(model, mse, x, y, **options), slow.norms(expected)
+    )
+    most = slow.norms(expected).median()
+    assert_same(
+        clip_in_sync(model, x, y, most, **options), slow.clipped(expected, most)
+    )
     out = like(expected)
     assert_same(per_sample_grads(model, mse, x, y, out=out, **options), expected)
 
@@ -610,7 +275,7 @@ def test_dropout():
     rows = per_sample_grads(
         model, F.cross_entropy, x, y, randomness="different", fast=False
     )
-    assert_same(different, norm_of(rows))
+    assert_same(different, slow.norms(rows))
     same = norms(randomness="same")
     assert_same(same, same[:1].expand(5))
     with pytest.raises(RuntimeError, match="randomness"):
@@ -677,13 +342,13 @@ def test_autocast():
         total = clipped_grad_sum(model, mse, x, y, max_grad_norm=1e6)
         rows = per_sample_grads(model, mse, x, y, out=like(exact))
     assert norms.dtype == torch.float32
-    assert_same(norms, norm_of(exact), rtol=0.05, atol=0.0)
+    assert_same(norms, slow.norms(exact), rtol=0.05, atol=0.0)
     for name, row in exact.items():
         assert rows[name].dtype == total[name].dtype == torch.float32
         size = float(row.abs().max())
         assert_same(rows[name], row, rtol=0.05, atol=0.05 * size)
         assert_same(total[name], row.sum(0), rtol=0.05, atol=0.2 * size)
-    assert_same(norms, norm_of(rows), rtol=1e-4)  # products in full precision
+    assert_same(norms, slow.norms(rows), rtol=1e-4)  # products in full precision
 
 
 def test_convolutions_without_products_of_lower_precision(monkeypatch):
@@ -691,7 +356,7 @@ def test_convolutions_without_products_of_lower_precision(monkeypatch):
     torch.manual_seed(0)
     model = image(conv(2, 2, 8, 3), conv(2, 8, 16, 3, stride=2), channels=16)
     x, y = torch.randn(5, 2, 20, 20), torch.randn(5, 3)
-    expected = {n: r.float() for n, r in slow(model, "eval", x, y).items()}
+    expected = {n: r.float() for n, r in slow.rows_in(model, "eval", mse, x, y).items()}
 
     def rounded(*args, **kwargs):
         raise AssertionError("a matrix product")
@@ -711,7 +376,7 @@ def test_convolutions_without_products_of_lower_precision(monkeypatch):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert_same(rows, expected, rtol=1e-4, atol=1e-6)
-    assert_same(norms, norm_of(expected), rtol=1e-4)
+    assert_same(norms, slow.norms(expected), rtol=1e-4)
 
 
 def test_half_precision():
@@ -723,7 +388,7 @@ def test_half_precision():
     total = clipped_grad_sum(half, F.cross_entropy, X.bfloat16(), Y, max_grad_norm=1e6)
     assert norms.dtype == torch.float32
     assert all(t.dtype == torch.bfloat16 for t in total.values())
-    assert_same(norms, norm_of(exact), rtol=0.05, atol=0.05)
+    assert_same(norms, slow.norms(exact), rtol=0.05, atol=0.05)
 
 
 # -- Around it and inside it -----------------------------------------------------------
@@ -739,12 +404,7 @@ def test_complex_numbers():
     def power(output, target):
         return (output.abs() ** 2).sum() + output.real.sum()
 
-    expected = {name: [] for name, _ in model.named_parameters()}
-    for i in range(5):
-        grads = torch.autograd.grad(power(model(x[i : i + 1]), 0), model.parameters())
-        for rows, gradient in zip(expected.values(), grads):
-            rows.append(gradient)
-    expected = {name: torch.stack(rows) for name, rows in expected.items()}
+    expected = slow.rows(model, power, x, y)
     assert_same(per_sample_grads(model, power, x, y), expected)
     norms = torch.cat([r.flatten(1) for r in expected.values()], 1).abs().square()
     norms = norms.sum(1).sqrt()
@@ -764,7 +424,8 @@ def test_batch_norm_far_from_zero_in_half_precision(size, fast):
     model[0].running_mean.fill_(100)
     x = (100 + torch.randint(-4, 5, (5, 2, size, size)) / 2).bfloat16()
     y = torch.randn(5, 3).bfloat16()
-    expected = slow(copy.deepcopy(model).double(), "eval", x.double(), y.double())
+    exact = copy.deepcopy(model).double()
+    expected = slow.rows_in(exact, "eval", mse, x.double(), y.double())
     found = per_sample_grads(model, mse, x, y, fast=fast)
     norms = per_sample_grad_norms(model, mse, x, y, per_parameter=True)
     for name in ("0.weight", "0.bias"):
@@ -789,7 +450,7 @@ def test_transforms_around(mlp):
 
     def slow_energy(x):
         rows = per_sample_grads(mlp, F.cross_entropy, x, Y, fast=False)
-        return norm_of(rows).square().sum()
+        return slow.norms(rows).square().sum()
 
     assert_same(torch.func.grad(energy)(X), torch.func.grad(slow_energy)(X))
 
@@ -802,7 +463,7 @@ def test_no_grad_and_inference_mode(mlp):
         with mode():
             assert_same(per_sample_grad_norms(mlp, F.cross_entropy, X, Y), expected)
             rows = per_sample_grads(mlp, F.cross_entropy, X, Y)
-        assert_same(norm_of(rows), expected)
+        assert_same(slow.norms(rows), expected)
 
 
 def test_derivatives_stay_where_somebody_wants_them(mlp):
@@ -880,7 +541,7 @@ def test_derivatives_by_what_a_layer_was_lent(name):
     assert_same(*found, *expected)
     norms = per_sample_grad_norms(model, mse, x, x.new_zeros(5, 3))
     rows = per_sample_grads(model, mse, x, x.new_zeros(5, 3), fast=False)
-    assert_same(norms, norm_of(rows).detach())
+    assert_same(norms, slow.norms(rows).detach())
 
 
 def test_in_a_block_and_beside_one(mlp):
@@ -898,7 +559,7 @@ def test_in_a_block_and_beside_one(mlp):
     teacher.eval()
     assert_same(found, per_sample_grad_norms(mlp, taught, X, X, Y, fast=False))
     rows = per_sample_grads(mlp, taught, X, X, Y, fast=False)
-    assert_same(found, norm_of(rows))
+    assert_same(found, slow.norms(rows))
 
 
 class Forces(nn.Module):
@@ -919,10 +580,10 @@ def test_autograd_inside():
     """What autograd takes inside the forward is followed, as by vmap(grad)."""
     model = Forces().double()
     y = torch.randn(5, 3, dtype=torch.float64)
-    rows = slow_rows(model, mse, X, y, ["a.weight", "a.bias", "b.weight"])
+    rows = slow.rows(model, mse, X, y, names=["a.weight", "a.bias", "b.weight"])
     params = list(rows)
     norms = per_sample_grad_norms(model, mse, X, y, params=params)
-    assert_same(norms, norm_of(rows))
+    assert_same(norms, slow.norms(rows))
     found = per_sample_grads(model, mse, X, y, params=params, out=like(rows))
     assert_same(found, rows)
     with pytest.raises(RuntimeError, match="calls torch.autograd.grad, and a second"):
@@ -951,7 +612,7 @@ def test_functional_transforms_inside():
     model = Inner().double()
     y = torch.randn(5, 3, dtype=torch.float64)
     rows = per_sample_grads(model, mse, X, y, fast=False)
-    assert_same(per_sample_grad_norms(model, mse, X, y), norm_of(rows))
+    assert_same(per_sample_grad_norms(model, mse, X, y), slow.norms(rows))
     assert_same(per_sample_grads(model, mse, X, y, out=like(rows)), rows)
 
 
@@ -969,7 +630,7 @@ class Asks(nn.Module):
 def test_what_a_slice_says_of_itself():
     """A network that asks whether tensors require a gradient is told the truth."""
     model, y = Asks().double(), torch.randn(5, 3, dtype=torch.float64)
-    rows = slow_rows(model, mse, X, y, ["a.weight", "b.weight"])
+    rows = slow.rows(model, mse, X, y, names=["a.weight", "b.weight"])
     by_name = per_sample_grad_norms(model, mse, X, y, per_parameter=True)
     for name, row in rows.items():
         assert_same(by_name[name], row.flatten(1).norm(dim=1))
@@ -1010,7 +671,7 @@ def test_a_gradient_that_is_not_contiguous():
         per_sample_grad_norms(model, mse, x[i, None], y[i, None]) for i in range(4)
     ]
     assert_same(torch.cat(single), whole)
-    assert_same(whole, norm_of(slow(model, "eval", x, y)))
+    assert_same(whole, slow.norms(slow.rows_in(model, "eval", mse, x, y)))
 
 
 class WritesOver(nn.Module):

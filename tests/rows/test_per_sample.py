@@ -1,18 +1,16 @@
 """per_sample_grads: rows against one plain backward a sample."""
 
 import pytest
+import slow
 import torch
 import torch.nn.functional as F
+from blocks import EACH_ALONE
 from cases import CASES
-from plain import assert_same_state, everything
-from plain import per_sample_grads as slow_rows
-from plain import switched
+from state import assert_same_state, everything
 from torch import nn
 
 from vmapsafe import per_sample_grads, vmap_safe
 from vmapsafe.testing import assert_same
-
-MODES = ["eval", "no_running_stats", "group_norm"]
 
 
 def mse(output, target):
@@ -34,7 +32,7 @@ ONE_VALUE = {"mlp", "tied weights"}
 SLOW = [
     (case, mode)
     for case in CASES
-    for mode in MODES
+    for mode in EACH_ALONE
     if case.name != "no affine" and (mode == "eval" or case.name not in ONE_VALUE)
 ]
 
@@ -44,17 +42,11 @@ SLOW = [
 def test_rows(case, mode, loss_fn):
     """Row i is the gradient of sample i's loss, for a mean and for a sum."""
     model, x, y = problem(case)
-    # the plain rows: contiguous gradients, as torch's batch norm needs for one sample
-    plain = switched(model, mode, num_groups=2)
-    names = [name for name, _ in model.named_parameters()]
-    slow_names = [name for name, _ in plain.named_parameters()]
     before = everything(model)
     rows = per_sample_grads(model, loss_fn, x, y, mode=mode, num_groups=2)
     assert_same_state(model, before)
-    slow = slow_rows(plain, loss_fn, x, y, slow_names)
-    assert list(rows) == names
-    for name, slow_name in zip(names, slow_names):
-        assert_same(rows[name], slow[slow_name])
+    assert list(rows) == [name for name, _ in model.named_parameters()]
+    assert_same(rows, slow.rows_in(model, mode, loss_fn, x, y))
 
 
 @pytest.fixture
@@ -116,7 +108,7 @@ def test_frozen_parameters_are_left_out_and_tied_ones_appear_once(net):
     tied[2].weight = tied[0].weight
     rows = per_sample_grads(tied, F.cross_entropy, X, Y)
     assert list(rows) == ["0.weight", "0.bias", "2.bias"]
-    assert_same(rows, slow_rows(tied, F.cross_entropy, X, Y, list(rows)))
+    assert_same(rows, slow.rows(tied, F.cross_entropy, X, Y))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 7])

@@ -5,9 +5,9 @@ import copy
 import functools
 
 import pytest
+import slow
 import torch
 import torch.nn.functional as F
-from test_sketch import matrix
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,39 +22,13 @@ from vmapsafe._rows import formulas
 from vmapsafe.testing import assert_same
 
 
-def by_loop(model, loss_fn, *batch, params=None):
-    params = params or dict(model.named_parameters())
-    rows = []
-    for i in range(len(batch[0])):
-        output = model(batch[0][i : i + 1])
-        loss = loss_fn(output, *[part[i : i + 1] for part in batch[1:]])
-        grads = torch.autograd.grad(loss.sum(), params.values(), allow_unused=True)
-        zeros = map(torch.zeros_like, params.values())
-        rows.append([z if g is None else g for g, z in zip(grads, zeros)])
-    return {name: torch.stack(column) for name, column in zip(params, zip(*rows))}
-
-
-def norms_of(rows):
-    squares = [row.reshape(len(row), -1).square().sum(1) for row in rows.values()]
-    return sum(squares).sqrt()
-
-
-def sketch_of(rows, k):
-    parts = [
-        row.reshape(len(row), -1) @ matrix(name, row[0].numel(), k, "rademacher", 0)
-        for name, row in rows.items()
-    ]
-    return sum(parts) / k**0.5
-
-
 def check_all(model, loss_fn, *batch, want=None, fast=(True, False), **options):
     """All four functions, at once and in chunks."""
-    want = want or by_loop(model, loss_fn, *batch)
+    want = want or slow.rows(model, loss_fn, *batch)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    norms = norms_of(want)
+    norms = slow.norms(want)
     most = float(norms.median()) or 1.0
-    factors = (most / norms).clamp(max=1)
-    total = {n: torch.tensordot(factors, row, 1) for n, row in want.items()}
+    total = slow.clipped(want, most)
     for way in fast:
         for chunk_size in (None, 1, 2):
             given = {"chunk_size": chunk_size, "fast": way, **options}
@@ -64,7 +38,7 @@ def check_all(model, loss_fn, *batch, want=None, fast=(True, False), **options):
             assert_same(per_sample_grads(*call, out=out, **given), want)
             assert_same(per_sample_grad_norms(*call, **given), norms)
             assert_same(clipped_grad_sum(*call, max_grad_norm=most, **given), total)
-            assert_same(per_sample_sketch(*call, k=4, **given), sketch_of(want, 4))
+            assert_same(per_sample_sketch(*call, k=4, **given), slow.sketch(want, 4))
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]), f"{name} was written"
 
@@ -190,7 +164,7 @@ def test_a_loss_that_holds_parameters():
 def test_chosen_parameters_in_lists():
     """Frozen ones, and others' values in their place, too."""
     model, (x, y) = Listed().double(), data()
-    want = by_loop(model, F.cross_entropy, x, y)
+    want = slow.rows(model, F.cross_entropy, x, y)
     model.requires_grad_(False)
     names = ["a.weight", "b.bias"]
     for fast in (True, False):
@@ -207,8 +181,7 @@ def test_chosen_parameters_in_lists():
         ], model.log_scale
         with torch.no_grad():
             moved.a.weight.copy_(other["a.weight"])
-        named = {"a.weight": moved.a.weight}
-        expected = by_loop(moved, F.cross_entropy, x, y, params=named)
+        expected = slow.rows(moved, F.cross_entropy, x, y)
         assert_same(rows, expected)
 
 
@@ -306,7 +279,7 @@ def test_embedding_with_max_norm(norm_type):
     with torch.no_grad():
         embedding.weight.mul_(torch.linspace(0, 10, 6).view(-1, 1).double())
     x, y = torch.tensor([[0, 1, 2], [5, 5, 4], [3, 1, 1]]), torch.tensor([0, 2, 1])
-    want = by_loop(renormalised(model), F.cross_entropy, x, y)
+    want = slow.rows(renormalised(model), F.cross_entropy, x, y)
     check_all(model, F.cross_entropy, x, y, want=want)
 
 
@@ -319,7 +292,7 @@ def test_embedding_bag(mode, max_norm):
     model = nn.Sequential(embedding, nn.Linear(4, 3)).double()
     x, y = torch.tensor([[0, 1, 2], [5, 5, 4], [3, 1, 1]]), torch.tensor([0, 2, 1])
     same = model if max_norm is None else renormalised(model)
-    want = by_loop(same, F.cross_entropy, x, y)
+    want = slow.rows(same, F.cross_entropy, x, y)
     check_all(model, F.cross_entropy, x, y, want=want)
 
 
@@ -340,7 +313,7 @@ class Renormalises(nn.Module):
 def test_a_renormalised_weight_that_is_read_otherwise(fast):
     x, y = torch.tensor([[0, 1], [4, 4], [2, 0]]), torch.tensor([0, 2, 1])
     model = Renormalises(tied=False).double()
-    want = by_loop(renormalised(model, "words"), F.cross_entropy, x, y)
+    want = slow.rows(renormalised(model, "words"), F.cross_entropy, x, y)
     check_all(model, F.cross_entropy, x, y, want=want)
     model.tied = True
     with pytest.raises(RuntimeError, match="max_norm renormalises 'words.weight'"):
@@ -543,7 +516,7 @@ def test_a_layer_that_is_reached_past_its_call(layer):
     w = torch.randn(3, 48).double()
     images = torch.randn(3, 3, 4, 4).double()
     for x in (images, images.contiguous(memory_format=torch.channels_last)):
-        rows = by_loop(written, lambda o, w: (o * w).sum(), x, w)
+        rows = slow.rows(written, lambda o, w: (o * w).sum(), x, w)
         want = {f"layer.{name}": row for name, row in rows.items()}
         check_all(model, lambda o, w: (o * w).sum(), x, w, want=want)
     assert torch.equal(layer.running_mean, mean)
@@ -581,7 +554,7 @@ def test_batch_norm_by_statistics_that_are_handed_over():
     w = torch.randn(3, 48).double()
     images = torch.randn(3, 3, 4, 4).double()
     for x in (images, images.contiguous(memory_format=torch.channels_last)):
-        want = by_loop(written, lambda o, w: (o * w).sum(), x, w)
+        want = slow.rows(written, lambda o, w: (o * w).sum(), x, w)
         check_all(model, lambda o, w: (o * w).sum(), x, w, want=want)
 
 
@@ -626,7 +599,7 @@ def test_norms_over_the_range_of_numbers(exponent, dtype):
     exact = {n: row.double() for n, row in rows.items()}
     largest = max([float(row.abs().max()) for row in exact.values()])
     # In units in which float64 can square them.
-    want = norms_of({n: row / largest for n, row in exact.items()}) * largest
+    want = slow.norms({n: row / largest for n, row in exact.items()}) * largest
     # What a sum of products rounds to differs from the rows' own rounding.
     rtol = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
     norms = per_sample_grad_norms(*call)
@@ -634,7 +607,7 @@ def test_norms_over_the_range_of_numbers(exponent, dtype):
     torch.testing.assert_close(norms.double(), want, rtol=rtol, atol=0)
     by_name = per_sample_grad_norms(*call, per_parameter=True)
     for n, row in exact.items():
-        wanted = norms_of({n: row / largest}) * largest
+        wanted = slow.norms({n: row / largest}) * largest
         torch.testing.assert_close(
             by_name[n].double(), wanted, rtol=rtol, atol=rtol * float(want.max())
         )
@@ -667,7 +640,9 @@ def test_norms_of_rows_that_are_small_differences():
 
     rows = per_sample_grads(layer, loss_fn, x)["weight"].double()
     norms = per_sample_grad_norms(layer, loss_fn, x)
-    torch.testing.assert_close(norms.double(), norms_of({"": rows}), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        norms.double(), slow.norms({"": rows}), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("tokens", [(), (2,)])
@@ -684,7 +659,7 @@ def test_norms_of_large_times_small(of_input, reads, tokens, monkeypatch):
     x = x / x.abs().amax() * of_input
     rows = per_sample_grads(layer, lambda o, w: (o * w).sum(), x, w)["weight"]
     norms = per_sample_grad_norms(layer, lambda o, w: (o * w).sum(), x, w)
-    want = norms_of({"": rows.double()})
+    want = slow.norms({"": rows.double()})
     torch.testing.assert_close(norms.double(), want, rtol=1e-4, atol=0)
 
 
@@ -771,7 +746,7 @@ class Watches(TorchDispatchMode):
 @pytest.mark.parametrize("mode", [Watches, lambda: FlopCounterMode(display=False)])
 def test_modes_that_watch_operators(mode):
     model, batch = mlp(), data()
-    want = by_loop(model, F.cross_entropy, *batch)
+    want = slow.rows(model, F.cross_entropy, *batch)
     with mode():
         check_all(model, F.cross_entropy, *batch, want=want)
 

@@ -1,13 +1,13 @@
 """Sketches: rows of a Python loop times a matrix rebuilt from its recipe."""
 
-import hashlib
 import math
 
 import pytest
+import slow
 import torch
 import torch.nn.functional as F
-from plain import assert_same_state, everything
-from test_norms import CASES, SYNC, by_copies, mse, problem, slow
+from nets import CASES, SYNC, mse, problem
+from state import assert_same_state, everything
 from torch import nn
 
 from vmapsafe import per_sample_grads, per_sample_sketch
@@ -17,35 +17,13 @@ from vmapsafe.testing import assert_same
 KINDS = ["rademacher", "gaussian"]
 
 
-def matrix(name, numbers, k, kind, seed):
-    """A parameter's part of R, (numbers, k), in one piece."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-    many = math.ceil(numbers / 64) * 64
-    if kind == "gaussian":
-        return torch.randn(many, k, generator=generator)[:numbers].double()
-    words = torch.empty(many * k // 64, dtype=torch.int64)
-    words.random_(-(2**63), None, generator=generator)
-    bits = torch.stack([(words >> i) & 1 for i in range(64)], 1)
-    return 1.0 - 2.0 * bits.flatten().view(many, k)[:numbers].double()
-
-
-def sketched(rows, k, kind="rademacher", seed=0):
-    """What the sketch of ``rows`` {name: (B, *shape)} must be."""
-    total = 0.0
-    for name, row in rows.items():
-        flat = row.flatten(1)
-        total = total + flat @ matrix(name, flat.size(1), k, kind, seed)
-    return total / math.sqrt(k)
-
-
 # torch's weight norm, under vmap
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("name,mode", CASES)
 def test_against_the_loop(name, mode):
     """Whatever a parameter goes through, in chunks too; the model is left alone."""
     model, x, y = problem(name)
-    expected = slow(model, mode, x, y)
+    expected = slow.rows_in(model, mode, mse, x, y)
     before, drawn = everything(model), torch.get_rng_state()
     options = {"mode": mode, "num_groups": 2, "k": 5}
     for kind in KINDS:
@@ -54,7 +32,7 @@ def test_against_the_loop(name, mode):
                 model, mse, x, y, kind=kind, seed=7, chunk_size=chunk_size, **options
             )
             assert found.dtype == torch.float64
-            assert_same(found, sketched(expected, 5, kind, 7))
+            assert_same(found, slow.sketch(expected, 5, kind, 7))
     assert_same_state(model, before)
     assert torch.equal(torch.get_rng_state(), drawn)
 
@@ -66,19 +44,14 @@ def test_contributions(name):
     torch.manual_seed(3)
     model, x = make().double(), torch.randn(shape, dtype=torch.float64)
     y = torch.randn(5, 3, dtype=torch.float64)
-    copies = {
-        n: p.detach().expand(5, *p.shape).clone().requires_grad_()
-        for n, p in model.named_parameters()
-    }
-    loss = mse(by_copies(model, copies, x), y)
-    rows = dict(zip(copies, torch.autograd.grad(loss, list(copies.values()))))
+    rows = slow.contributions(model, mse, x, y)
     found = per_sample_sketch(model, mse, x, y, k=70, mode="sync")
-    assert_same(found, sketched(rows, 70))
+    assert_same(found, slow.sketch(rows, 70))
     for kind in ("jacobian", "detached"):
         options = {"mode": "sync", "rows": kind}
         rows = per_sample_grads(model, mse, x, y, fast=False, **options)
         found = per_sample_sketch(model, mse, x, y, k=70, **options)
-        assert_same(found, sketched(rows, 70))
+        assert_same(found, slow.sketch(rows, 70))
 
 
 # -- The matrix ------------------------------------------------------------------------
@@ -103,7 +76,7 @@ def sketch(model, k=6, x=X, y=Y, **options):
 @pytest.mark.parametrize("k", [1, 3, 64, 100])
 def test_blocks(mlp, k, kind, monkeypatch):
     """A block at a time, a few samples at a time: the matrix in one piece."""
-    expected = sketched(per_sample_grads(mlp, F.cross_entropy, X, Y), k, kind)
+    expected = slow.sketch(per_sample_grads(mlp, F.cross_entropy, X, Y), k, kind)
     assert_same(sketch(mlp, k, kind=kind), expected)
     monkeypatch.setattr(module, "_BLOCK", 1)
     monkeypatch.setattr(module, "_MANY", 2)
@@ -197,7 +170,7 @@ def test_half_precision_and_autocast(mlp):
     with torch.autocast("cpu", torch.bfloat16):
         rows = per_sample_grads(mlp, F.cross_entropy, X.float(), Y, **options)
         found = sketch(mlp, x=X.float(), **options)
-    exact = sketched({name: row.double() for name, row in rows.items()}, 6)
+    exact = slow.sketch({name: row.double() for name, row in rows.items()}, 6)
     assert_same(found.double(), exact, rtol=1e-5, atol=1e-5)
     found = sketch(mlp.bfloat16(), x=X.bfloat16())
     assert found.dtype == torch.float32

@@ -7,6 +7,7 @@ and of the gradient differ; a loop over samples would be a wrong reference.
 import copy
 
 import pytest
+import slow
 import torch
 import torch.nn.functional as F
 from plain import ByFormula, BySample
@@ -128,14 +129,6 @@ def written_out(model, mode):
     return model
 
 
-def by_loop(model, x, y):
-    rows = []
-    for i in range(len(x)):
-        loss = F.cross_entropy(model(x[i : i + 1].contiguous()), y[i : i + 1])
-        rows.append(torch.autograd.grad(loss, list(model.parameters())))
-    return [torch.stack(column) for column in zip(*rows)]
-
-
 def problem(name, mode, channels_last):
     torch.manual_seed(2)
     make, shape = NETS[name]
@@ -143,8 +136,8 @@ def problem(name, mode, channels_last):
     for _ in range(3):
         model(1 + 2 * torch.randn(9, *shape).double())
     x, y = torch.randn(3, *shape).double(), torch.tensor([0, 2, 1])
-    rows = by_loop(written_out(model, mode), x, y)
-    want = dict(zip([name for name, _ in model.named_parameters()], rows))
+    rows = slow.rows(written_out(model, mode), F.cross_entropy, x, y)
+    want = dict(zip([name for name, _ in model.named_parameters()], rows.values()))
     if channels_last:
         formats = {3: torch.channels_last, 4: torch.channels_last_3d}
         memory_format = formats[len(shape)]

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from operator_rules import take_any_memory
 from torch import nn
 
 from vmapsafe._modes import MODES
 from vmapsafe._rule import Rule, registered, slice_by_slice
 from vmapsafe._torch import batched_levels
-from vmapsafe.rules import convolution, memory, regimes
+from vmapsafe.rules import convolution, regimes
 from vmapsafe.testing import check_rule
 
 
@@ -424,8 +425,7 @@ def force(monkeypatch, algorithm):
         linear=0,
     )
     monkeypatch.setitem(regimes.REGIMES, "cpu", table)
-    monkeypatch.setattr(memory, "LARGE", 0)
-    monkeypatch.setattr(memory, "pays", lambda shape, like, writes: True)
+    take_any_memory(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,14 @@ them outside a block."""
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from operator_rules import TRANSFORMS, X, change_regimes, rows, tensors, watch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmapsafe import per_sample_grads, vmap_safe
@@ -34,8 +34,7 @@ pytestmark = [
 def force(monkeypatch, algorithm):
     """For all shapes; windows are copied in several parts."""
     rows = (regimes.Convolution(algorithm),)
-    table = replace(TABLE, convolutions=rows, columns=100)
-    monkeypatch.setitem(regimes.REGIMES, "cpu", table)
+    change_regimes(monkeypatch, convolutions=rows, columns=100)
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +47,7 @@ def every_size(monkeypatch):
 def taken(monkeypatch):
     """The calls that the rule took while a block was open."""
     calls = []
-
-    def noted(call):
-        calls.append(call)
-        return RULE.batched(call)
-
-    rules = {convolution._backward: (replace(RULE, batched=noted),)}
-    monkeypatch.setattr(operators, "speed_rules", lambda: rules)
+    watch(monkeypatch, [RULE], lambda rule, call: calls.append(call))
     return calls
 
 
@@ -92,98 +85,6 @@ def kinds():
     return net
 
 
-SEEDED = torch.Generator().manual_seed(1)
-# Three slices of two samples.
-X = torch.randn(3, 2, 2, 4, 4, generator=SEEDED, dtype=torch.float64)
-
-
-def tensors(net):
-    return {name: p.detach() for name, p in net.named_parameters()}
-
-
-def loss_of(net):
-    return lambda params, x: functional_call(net, params, (x,)).square().sum()
-
-
-def rows(net, params, x, **options):
-    return vmap(grad(loss_of(net), (0, 1)), (None, 0), **options)(params, x)
-
-
-def squares(net, params, x):
-    return sum(row.square().sum() for row in rows(net, params, x)[0].values())
-
-
-def like(tree):
-    torch.manual_seed(3)
-    return {name: torch.randn_like(t) for name, t in tree.items()}
-
-
-def plain_double_backward(net, params, x):
-    leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
-    x = x.clone().requires_grad_()
-    return torch.autograd.grad(squares(net, leaves, x), [*leaves.values(), x])
-
-
-def forward_over_reverse(net, params, x):
-    derive, tangent = grad(loss_of(net)), like(params)
-    return vmap(lambda x: jvp(lambda p: derive(p, x), (params,), (tangent,))[1])(x)
-
-
-def reverse_over_reverse(net, params, x):
-    derive, cotangent = grad(loss_of(net)), like(params)
-    return vmap(lambda x: vjp(lambda p: derive(p, x), params)[1](cotangent))(x)
-
-
-def ensemble(net, params, x):
-    members = {n: torch.stack([p, p + 0.1, p - 0.2]) for n, p in params.items()}
-    each = vmap(grad(loss_of(net)), (None, 0))
-    return vmap(each, (0, None))(members, x), vmap(grad(loss_of(net)))(members, x)
-
-
-def nested(net, params, x):
-    x = torch.stack([x, 2 * x], 1)
-    return vmap(vmap(grad(loss_of(net)), (None, 0)), (None, 1))(params, x)
-
-
-TRANSFORMS = {
-    "vmap(grad)": rows,
-    "chunk_size": lambda net, p, x: rows(net, p, x, chunk_size=2),
-    "in_dims": lambda net, p, x: vmap(grad(loss_of(net)), (None, 3))(
-        p, x.movedim(0, 3)
-    ),
-    "channels_last": lambda net, p, x: rows(
-        net,
-        {
-            n: t.contiguous(memory_format=CL) if t.dim() == 4 else t
-            for n, t in p.items()
-        },
-        x.flatten(0, 1).contiguous(memory_format=CL).unflatten(0, (3, 2)),
-    ),
-    "grad(vmap(grad))": lambda net, p, x: grad(lambda p, x: squares(net, p, x), (0, 1))(
-        p, x
-    ),
-    "autograd(vmap(grad))": plain_double_backward,
-    "jvp(vmap(grad))": lambda net, p, x: jvp(
-        lambda p: rows(net, p, x)[0], (p,), (like(p),)
-    ),
-    "vmap(hvp), forward over reverse": forward_over_reverse,
-    "vmap(hvp), reverse over reverse": reverse_over_reverse,
-    "jacrev(vmap(grad))": lambda net, p, x: jacrev(
-        lambda x: rows(net, p, x)[0]["0.weight"].sum((0, 3, 4))
-    )(x),
-    "vmap(jacrev)": lambda net, p, x: vmap(
-        jacrev(lambda p, x: functional_call(net, p, (x,))), (None, 0)
-    )(p, x),
-    "vmap(jacfwd)": lambda net, p, x: vmap(
-        jacfwd(lambda p, x: functional_call(net, p, (x,))), (None, 0)
-    )(p, x),
-    "vmap(hessian)": lambda net, p, x: vmap(
-        hessian(lambda w, x: loss_of(net)({**p, "3.weight": w}, x)), (None, 0)
-    )(p["3.weight"], x),
-    "ensemble": ensemble,
-    "nested vmap": nested,
-}
-CL = torch.channels_last
 UNUSED = {"vmap(jacfwd)"}
 
 

@@ -1,16 +1,14 @@
 """Batch norm's operators: the same numbers with the rules and without, everywhere."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_speed import TRANSFORMS, X, rows, tensors
+from operator_rules import TRANSFORMS, X, change_regimes, rows, tensors, watch
 from torch import nn
 
 from vmapsafe import per_sample_grads, vmap_safe
-from vmapsafe._block import operators
 from vmapsafe._rule import registered
 from vmapsafe.rules import group_norm, native_batch_norm
 from vmapsafe.rules.regimes import REGIMES
@@ -32,24 +30,8 @@ NO_BACKWARD = {"vmap(jacfwd)", "vmap(hvp), forward over reverse", "vmap(hessian)
 def taken(monkeypatch):
     """The names of the rules that took a call while a block was open."""
     names = []
-
-    def noting(rule):
-        def batched(call):
-            names.append(rule.name)
-            return rule.batched(call)
-
-        return replace(rule, batched=batched)
-
-    rules = {}
-    for rule in RULES:
-        (operator,) = rule.functions
-        rules[operator] = (*rules.get(operator, ()), noting(rule))
-    monkeypatch.setattr(operators, "speed_rules", lambda: rules)
+    watch(monkeypatch, RULES, lambda rule, call: names.append(rule.name))
     return names
-
-
-def fused_from(values, monkeypatch):
-    monkeypatch.setitem(REGIMES, "cpu", replace(REGIMES["cpu"], batch_norm=values))
 
 
 def net(affine=True):
@@ -71,7 +53,7 @@ def net(affine=True):
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_same_as_torchs_own(name, mode, taken, monkeypatch):
     """fast=True and fast=False give the same in float64, and the rules were there."""
-    fused_from(9, monkeypatch)
+    change_regimes(monkeypatch, batch_norm=9)
     model = net()
     with vmap_safe(model, mode=mode, fast=False):
         expected = TRANSFORMS[name](model, tensors(model), X)
@@ -100,7 +82,7 @@ def test_without_weights(mode, taken):
 @pytest.mark.parametrize("mode", MODES)
 def test_gradient_in_another_layout(mode, taken, monkeypatch):
     """torch's fused backward is wrong for a batch of one and such a gradient."""
-    fused_from(1, monkeypatch)
+    change_regimes(monkeypatch, batch_norm=1)
     layer = nn.BatchNorm2d(3).double()
     layer(torch.randn(6, 3, 4, 4, dtype=torch.float64))
     layer.requires_grad_(False)
@@ -162,7 +144,7 @@ def by_layer_norm(monkeypatch):
         layer_norm=layer_norm, batch_norm=F.batch_norm, group_norm=F.group_norm
     )
     monkeypatch.setattr(group_norm, "F", spied)
-    monkeypatch.setitem(REGIMES, "cpu", replace(REGIMES["cpu"], group_norm=2))
+    change_regimes(monkeypatch, group_norm=2)
     return calls
 
 

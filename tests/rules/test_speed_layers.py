@@ -2,17 +2,25 @@
 transform what the same layers, written out in plain operations, give."""
 
 import mmap
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_speed import TRANSFORMS, X, like, loss_of, rows, tensors
+from operator_rules import (
+    TRANSFORMS,
+    X,
+    change_regimes,
+    like,
+    loss_of,
+    rows,
+    take_any_memory,
+    tensors,
+    watch,
+)
 from torch import nn
 from torch.func import grad, jvp, vmap
 
 from vmapsafe import per_sample_grads, vmap_safe
-from vmapsafe._block import operators
 from vmapsafe._block.operators import only
 from vmapsafe._rule import registered
 from vmapsafe.rules import attention, embedding, layer_norm, linear, memory
@@ -50,16 +58,7 @@ EMBEDDING = {"embedding_dense_backward, into memory of zeros"}
 def taken(monkeypatch):
     """The names of the rules that took a call while a block was open."""
     names = set()
-
-    def noting(rule):
-        def batched(call):
-            names.add(rule.name)
-            return rule.batched(call)
-
-        return replace(rule, batched=batched)
-
-    rules = {operator: (noting(rule),) for rule in RULES for operator in rule.functions}
-    monkeypatch.setattr(operators, "speed_rules", lambda: rules)
+    watch(monkeypatch, RULES, lambda rule, call: names.add(rule.name))
     return names
 
 
@@ -67,9 +66,8 @@ def taken(monkeypatch):
 def every_size(request, monkeypatch):
     """Small calls are taken too; both ways of layer norm's backward."""
     small = {"layer_norm": 0, "layer_norm_slice": request.param, "linear": 0}
-    monkeypatch.setitem(REGIMES, "cpu", replace(REGIMES["cpu"], **small))
-    monkeypatch.setattr(memory, "LARGE", 0)
-    monkeypatch.setattr(memory, "pays", lambda shape, like, writes: True)
+    change_regimes(monkeypatch, **small)
+    take_any_memory(monkeypatch)
 
 
 class PlainLayerNorm(nn.LayerNorm):

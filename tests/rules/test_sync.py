@@ -4,10 +4,11 @@ import copy
 import itertools
 
 import pytest
+import slow
 import torch
 import torch.nn.functional as F
 from cases import CASES
-from plain import assert_same_state, everything
+from state import assert_same_state, everything
 from torch import nn
 from torch.func import (
     functional_call,
@@ -23,16 +24,9 @@ from torch.func import (
 from vmapsafe import per_sample_grads, vmap_safe
 from vmapsafe.testing import assert_same
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-
 
 @pytest.fixture(params=CASES, ids=str)
 def case(request):
-    return request.param
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
     return request.param
 
 
@@ -482,23 +476,6 @@ def test_a_hessian_inside_is_refused(transform):
 # -- Rows ------------------------------------------------------------------------------
 
 
-def contributions(net, loss_fn, x, y):
-    """Autograd of the summed loss with one copy of the parameters a sample: the plain
-    network, layer by layer."""
-    copies = {
-        name: p.detach().expand(len(x), *p.shape).clone().requires_grad_()
-        for name, p in net.named_parameters()
-    }
-    h = torch.einsum("bi,boi->bo", x, copies["0.weight"]) + copies["0.bias"]
-    centred = h - h.mean(0)
-    h = centred / (centred.square().mean(0) + net[1].eps).sqrt()
-    h = torch.tanh(h * copies["1.weight"] + copies["1.bias"])
-    out = torch.einsum("bi,boi->bo", h, copies["3.weight"]) + copies["3.bias"]
-    total = sum(loss_fn(out[i : i + 1], y[i : i + 1]) for i in range(len(x)))
-    grads = torch.autograd.grad(total, list(copies.values()))
-    return dict(zip(copies, grads))
-
-
 def jacobian_rows(net, loss_fn, x, y):
     """Sample by sample, the loss of the merged batch's row derived by all of theta."""
     rows = []
@@ -516,16 +493,11 @@ def detached_rows(net, loss_fn, x, y):
     frozen[1].running_mean = h.mean(0)
     frozen[1].running_var = h.var(0, unbiased=False)
     frozen.eval()
-    rows = []
-    for i in range(len(x)):
-        loss = loss_fn(frozen(x[i : i + 1]), y[i : i + 1])
-        rows.append(torch.autograd.grad(loss, list(frozen.parameters())))
-    names = [name for name, _ in net.named_parameters()]
-    return {name: torch.stack(parts) for name, parts in zip(names, zip(*rows))}
+    return slow.rows(frozen, loss_fn, x, y)
 
 
 ROWS = {
-    "contribution": contributions,
+    "contribution": slow.contributions,
     "jacobian": jacobian_rows,
     "detached": detached_rows,
 }

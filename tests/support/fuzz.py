@@ -24,7 +24,7 @@ import warnings
 import torch
 from fuzz_cases import FIRST_ORDER, OF_ONE, OUTS, SHORT, Case
 from fuzz_reference import Reference, Refused, derivative, directional, jacobian
-from plain import assert_same_state, everything
+from state import assert_same_state, everything
 from torch.nn.modules.batchnorm import _NormBase
 
 # Of the largest entry: what may differ. In lower precision also some times the error

@@ -8,6 +8,7 @@ import random
 
 import torch
 import torch.nn.functional as F
+from blocks import MODES
 from fuzz_nets import Builder, HandMade
 from torch.func import (
     functional_call,
@@ -26,7 +27,6 @@ import vmapsafe
 from vmapsafe import batched, vmap_safe
 from vmapsafe.rules.regimes import REGIMES, Convolution, Regimes
 
-MODES = ("eval", "no_running_stats", "group_norm", "sync")
 OUTS = 3
 
 # What is asked, and how often.

@@ -1,0 +1,132 @@
+"""Rows, their norms, clipped sums and sketches, by a loop of plain backward passes."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from plain import switched
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+# {name of a parameter: (B, *shape)}
+Rows = dict[str, Tensor]
+Loss = Callable[..., Tensor]
+
+
+def rows(
+    model: nn.Module,
+    loss_fn: Loss,
+    *batch: Tensor,
+    names: Iterable[str] | None = None,
+) -> Rows:
+    """Of the parameters that require gradients, or of those named; zeros where a loss
+    does not use one."""
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if names is not None:
+        params = {name: params[name] for name in names}
+    columns = []
+    for i in range(len(batch[0])):
+        x, *rest = [part[i : i + 1] for part in batch]
+        loss = loss_fn(model(x), *rest).sum()
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        zeros = map(torch.zeros_like, params.values())
+        columns.append([z if g is None else g for g, z in zip(grads, zeros)])
+    return {name: torch.stack(column) for name, column in zip(params, zip(*columns))}
+
+
+def rows_in(model: nn.Module, mode: str, loss_fn: Loss, *batch: Tensor) -> Rows:
+    """Rows in a mode without "sync", by the names that parameters have in ``model``."""
+    plain = switched(model, mode)
+    for module in plain.modules():  # torch's kernel is wrong for one sample else
+        if isinstance(module, _BatchNorm):
+            module.register_forward_hook(_contiguous_gradient)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    return dict(zip(names, rows(plain, loss_fn, *batch).values(), strict=True))
+
+
+def _contiguous_gradient(module: nn.Module, args: object, output: Tensor) -> None:
+    if output.requires_grad:
+        output.register_hook(lambda g: g.contiguous())
+
+
+def norms(rows: Rows) -> Tensor:
+    """(B,)"""
+    return torch.cat([_flat(row) for row in rows.values()], 1).square().sum(1).sqrt()
+
+
+def _flat(row: Tensor) -> Tensor:
+    return row.unsqueeze(-1).flatten(1)
+
+
+def clipped(rows: Rows, most: float) -> Rows:
+    """The sum of the rows, each at most ``most`` long."""
+    total = {name: torch.zeros_like(row[0]) for name, row in rows.items()}
+    for i, norm in enumerate(norms(rows)):
+        factor = 1.0 if norm <= most else float(most / norm)
+        for name, row in rows.items():
+            total[name] += factor * row[i]
+    return total
+
+
+# -- Sketches --------------------------------------------------------------------------
+
+
+def sketch(rows: Rows, k: int, kind: str = "rademacher", seed: int = 0) -> Tensor:
+    """(B, k): the rows times a matrix that is drawn in one piece."""
+    flat = {name: _flat(row) for name, row in rows.items()}
+    parts = [f @ _matrix(n, f.size(1), k, kind, seed) for n, f in flat.items()]
+    return torch.stack(parts).sum(0) / math.sqrt(k)
+
+
+def _matrix(name: str, numbers: int, k: int, kind: str, seed: int) -> Tensor:
+    """A parameter's part of the matrix, (numbers, k), rebuilt from its recipe."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    many = math.ceil(numbers / 64) * 64
+    if kind == "gaussian":
+        return torch.randn(many, k, generator=generator)[:numbers].double()
+    words = torch.empty(many * k // 64, dtype=torch.int64)
+    words.random_(-(2**63), None, generator=generator)
+    bits = torch.stack([(words >> i) & 1 for i in range(64)], 1)
+    return 1.0 - 2.0 * bits.flatten().view(many, k)[:numbers].double()
+
+
+# -- "sync" ----------------------------------------------------------------------------
+
+
+def contributions(model: nn.Sequential, loss_fn: Loss, x: Tensor, y: Tensor) -> Rows:
+    """The summed loss of all samples, derived by each sample's own copy of the
+    parameters."""
+    copies = {
+        name: p.detach().expand(len(x), *p.shape).clone().requires_grad_()
+        for name, p in model.named_parameters()
+    }
+    output = _by_copies(model, copies, x)
+    losses = [loss_fn(output[i : i + 1], y[i : i + 1]) for i in range(len(x))]
+    grads = torch.autograd.grad(torch.stack(losses).sum(), list(copies.values()))
+    return dict(zip(copies, grads))
+
+
+def _by_copies(model: nn.Sequential, copies: Rows, x: Tensor) -> Tensor:
+    """A Sequential on the batch with parameters (B, ...), one copy a sample, written
+    out; batch norm by the statistics of all samples."""
+    for index, layer in enumerate(model):
+        own = {n: copies[f"{index}.{n}"] for n, _ in layer.named_parameters()}
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            one = F.linear if isinstance(layer, nn.Linear) else F.conv2d
+            each = zip(x.split(1), own["weight"], own["bias"])
+            x = torch.cat([one(x_, weight, bias) for x_, weight, bias in each])
+        elif isinstance(layer, _BatchNorm):
+            dims = [d for d in range(x.dim()) if d != 1]
+            centred = x - x.mean(dims, keepdim=True)
+            var = centred.square().mean(dims, keepdim=True)
+            x = centred / (var + layer.eps).sqrt()
+            if own:
+                ones = [1] * (x.dim() - 2)
+                x = x * own["weight"].view(len(x), -1, *ones)
+                x = x + own["bias"].view(len(x), -1, *ones)
+        else:
+            x = layer(x)
+    return x
