@@ -2,14 +2,16 @@
 
 from typing import Any
 
+from plain import ModeName
 from torch import nn
 
 from vmapsafe import vmap_safe
+from vmapsafe._block.vmap_safe import Block
 
-MODES = ["eval", "no_running_stats", "group_norm", "sync"]
+MODES: list[ModeName] = ["eval", "no_running_stats", "group_norm", "sync"]
 # Those in which a slice is computed as if it were alone.
 EACH_ALONE = MODES[:3]
 
 
-def block(model: nn.Module, mode: str, **options: Any) -> Any:
+def block(model: nn.Module, mode: ModeName, **options: Any) -> Block:
     return vmap_safe(model, mode=mode, num_groups=2, **options)

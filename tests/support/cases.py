@@ -5,19 +5,21 @@ slices of N samples, N and the rest large enough for every mode.
 """
 
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Case:
     name: str
     make: Callable[[], nn.Module]
-    shape: tuple
+    shape: tuple[int, ...]
 
-    def model(self, device="cpu", dtype=torch.float64):
+    def model(
+        self, device: str = "cpu", dtype: torch.dtype = torch.float64
+    ) -> nn.Module:
         torch.manual_seed(1)
         model = self.make().to(device, dtype)
         for _ in range(2):
@@ -30,61 +32,75 @@ class Case:
                     buffer.add_(0.1)
         return model.train()
 
-    def slices(self, b=3, n=2, device="cpu", dtype=torch.float64):
+    def slices(
+        self,
+        b: int = 3,
+        n: int = 2,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
         torch.manual_seed(2)
         return torch.randn(b, n, *self.shape, device=device, dtype=dtype)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.name
 
 
-def _net(*layers):
+def _net(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _without_bias():
+def _without_bias() -> nn.BatchNorm2d:
     layer = nn.BatchNorm2d(4)
-    layer.bias = None  # bias=False, which older versions of torch do not have
+    layer.register_parameter(
+        "bias", None
+    )  # bias=False, which older versions of torch do not have
+    return layer
+
+
+def _without_momentum() -> nn.InstanceNorm2d:
+    layer = nn.InstanceNorm2d(4, track_running_stats=True)
+    layer.momentum = None  # torch's docstring allows it, the type of __init__ does not
     return layer
 
 
 class Twice(nn.Module):
     """One batch norm layer, used twice in a forward."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(4, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(torch.tanh(self.norm(self.conv(x)))))
 
 
 class Tied(nn.Module):
     """Two batch norm layers that share one weight."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
         self.linear = nn.Linear(4, 4)
         self.b.weight = self.a.weight
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.b(torch.tanh(self.linear(self.a(x))))
 
 
 class PartlyFrozen(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.stem = _net(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh())
         self.head = _net(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.stem.eval()
         return self
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.head(self.stem(x))
 
 
@@ -143,7 +159,7 @@ CASES = [
         "instance norm, momentum None",
         lambda: _net(
             nn.Conv2d(2, 4, 2),
-            nn.InstanceNorm2d(4, momentum=None, track_running_stats=True),
+            _without_momentum(),
         ),
         (2, 5, 5),
     ),

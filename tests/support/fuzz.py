@@ -12,7 +12,6 @@ import argparse
 import collections
 import contextlib
 import copy
-import hashlib
 import itertools
 import math
 import multiprocessing
@@ -20,11 +19,25 @@ import multiprocessing.pool
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
-from fuzz_cases import FIRST_ORDER, OF_ONE, OUTS, SHORT, Case
-from fuzz_reference import Reference, Refused, derivative, directional, jacobian
-from state import assert_same_state, everything
+from fuzz_cases import FIRST_ORDER, OF_ONE, OUTS, SHORT, Case, Values
+from fuzz_reference import (
+    Own,
+    Reference,
+    Refused,
+    Slices,
+    derivative,
+    directional,
+    jacobian,
+    total_of,
+)
+from slow import matrix
+from state import State, assert_same_state, everything
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 # Of the largest entry: what may differ. In lower precision also some times the error
@@ -32,6 +45,10 @@ from torch.nn.modules.batchnorm import _NormBase
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 0.05}
 # What is added to the largest entry: smaller numbers are as good as 0.
 FLOORS = {torch.float64: 1e-6, torch.float32: 0.05, torch.bfloat16: 0.5}
+
+
+# Seed, how it ended, what was asked, what was said.
+Ending = tuple[int, str, str, str]
 
 
 class Mismatch(Exception):
@@ -46,7 +63,9 @@ class World:
 
     ``shaken``: with the last digits of float64 changed, to see what they decide."""
 
-    def __init__(self, case, dtype, aux, shaken=False):
+    def __init__(
+        self, case: Case, dtype: torch.dtype, aux: Any, shaken: bool = False
+    ) -> None:
         self.case, self.dtype, self.shaken = case, dtype, shaken
         self.net = copy.deepcopy(case.net).to(dtype)
         self.ids = {n: id(p) for n, p in self.net.named_parameters()}
@@ -63,7 +82,7 @@ class World:
         self.merged = False
         self.masks = [self.cast(m) for m in aux[1]] if case.dropout else []
 
-    def cast(self, t):
+    def cast(self, t: Tensor) -> Tensor:
         t = t.detach().clone(memory_format=torch.contiguous_format)
         if not t.is_floating_point():
             return t
@@ -72,7 +91,14 @@ class World:
             t = t * (1 + 1e-13 * last.reshape(t.shape))
         return t.to(self.dtype)
 
-    def run(self, xs, values, scales=None, which=(), buffers=None):
+    def run(
+        self,
+        xs: Slices,
+        values: Sequence[Values],
+        scales: Slices | None = None,
+        which: Sequence[int] = (),
+        buffers: list[Own] | None = None,
+    ) -> Slices:
         """Outputs of slices, each with ``values`` of its own, by name. ``which`` are
         their places among the masks."""
         case = self.case
@@ -88,7 +114,7 @@ class World:
         self.merged |= net.merged
         return outs
 
-    def groups(self):
+    def groups(self) -> list[list[int]]:
         """Places of the samples that a call sees together."""
         case = self.case
         if case.mode != "sync":
@@ -97,24 +123,28 @@ class World:
         places = list(range(case.size))
         return [places[i : i + step] for i in range(0, case.size, step)]
 
-    def slices(self, where, tensor):
+    def slices(self, where: Sequence[int], tensor: Tensor) -> Slices:
         part = [tensor[i] for i in where]
         return [t.unsqueeze(0) for t in part] if self.case.what in OF_ONE else part
 
-    def loss_of(self, out, i, values, extra):
+    def loss_of(
+        self, out: Tensor, i: int, values: Values, extra: Tensor | None
+    ) -> Tensor:
         case = self.case
         y = self.slices([i], self.y)[0]
         value = case.base_loss(out, y).sum()
         value = value * (0.7 if case.heated else 1)
         if case.regularised:
             all_of = {**self.values, **values}
-            penalty = 0.1 * sum(p.square().sum() for p in all_of.values())
+            penalty = 0.1 * total_of(p.square().sum() for p in all_of.values())
             value = value + penalty
         if extra is not None:
             value = value + (out * extra).sum()
         return value
 
-    def row_parts(self, shared=None, by_input=False):
+    def row_parts(
+        self, shared: Values | None = None, by_input: bool = False
+    ) -> tuple[Values, Tensor, Tensor]:
         """Rows, gradients by the inputs, and outputs, sample by sample."""
         case = self.case
         rows, inputs, outs = [], [], []
@@ -136,14 +166,14 @@ class World:
             if case.inputs != "x":
                 scales = self.slices(where, self.scale)
             found = self.run(xs, copies, scales, where)
-            extra = [None] * len(where)
+            extra: Sequence[Tensor | None] = [None] * len(where)
             if case.twice:
                 extra = self.run(self.slices(where, self.another), copies, None, where)
             parts = zip(found, where, copies, extra)
             losses = [self.loss_of(o, i, c, e) for o, i, c, e in parts]
             outs += found
             for j, own in enumerate(copies):
-                total = losses[j] if case.rows == "jacobian" else sum(losses)
+                total = losses[j] if case.rows == "jacobian" else total_of(losses)
                 leaves = [own[n] for n in names] + ([xs[j]] if by_input else [])
                 grads = derivative(total, leaves)
                 rows.append(dict(zip(names, grads)))
@@ -151,7 +181,7 @@ class World:
         stacked = {n: torch.stack([r[n] for r in rows]) for n in case.names}
         return stacked, torch.stack(inputs), torch.stack(outs)
 
-    def answer(self):
+    def answer(self) -> tuple[object, object]:
         """What the library should have given: (found, aux's outputs or None)."""
         case, what = self.case, self.case.what
         if what in SHORT:
@@ -166,22 +196,20 @@ class World:
             return self.made_of(rows), outs if case.has_aux else None
         if what == "vmap of grad":
             rows, inputs, outs = self.row_parts(by_input=case.by_input)
-            if case.by_input:
-                rows = rows, inputs
-            return rows, outs if case.dropout else None
+            found = (rows, inputs) if case.by_input else rows
+            return found, outs if case.dropout else None
         if what == "batched grad":
             return self.row_parts()[0], None
         if what in ("grad of rows", "backward of rows"):
             leaves = {n: self.values[n].clone().requires_grad_() for n in case.names}
             rows = self.row_parts(leaves)[0]
-            total = sum(r.square().sum() for r in rows.values())
+            total = total_of(r.square().sum() for r in rows.values())
             if what == "backward of rows" and case.by_input:
                 leaves["the input"] = self.x
-            found = derivative(total, list(leaves.values()))
-            return dict(zip(leaves, found)), None
+            return dict(zip(leaves, derivative(total, list(leaves.values())))), None
         return getattr(self, "of_" + what.replace(" ", "_"))(), None
 
-    def made_of(self, rows):
+    def made_of(self, rows: Values) -> object:
         case = self.case
         flat = {n: r.reshape(len(r), r[:1].numel()) for n, r in rows.items()}
         squares = {n: r.square().sum(1) for n, r in flat.items()}
@@ -190,7 +218,7 @@ class World:
         # The rows are those of a loss that is smaller by ``factor``.
         if case.what == "norms" and case.per_parameter:
             return {n: s.sqrt() * case.factor for n, s in squares.items()}
-        norms = sum(squares.values()).sqrt()
+        norms = total_of(squares.values()).sqrt()
         if case.what == "norms":
             return norms * case.factor
         if case.what == "clipped":
@@ -199,34 +227,25 @@ class World:
                 n: (r * factors.reshape([-1] + [1] * (r.dim() - 1))).sum(0)
                 for n, r in rows.items()
             }
-        parts = [r @ self.matrix(n, r.shape[1]).to(r.dtype) for n, r in flat.items()]
-        return sum(parts) / math.sqrt(case.k)
-
-    def matrix(self, name, n):
-        """The part of the sketch's matrix, as its docstring writes it."""
-        case = self.case
-        digest = hashlib.sha256(f"{case.seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-        many, k = -(-n // 64) * 64, case.k
-        if case.kind == "gaussian":
-            return torch.randn(many, k, generator=generator, dtype=torch.float32)[:n]
-        words = torch.empty(many * k // 64, dtype=torch.int64)
-        words.random_(-(2**63), None, generator=generator)
-        return 1.0 - 2 * ((words[:, None] >> torch.arange(64)) & 1).view(many, k)[:n]
+        parts = [
+            r @ matrix(n, r.shape[1], case.k, case.kind, case.seed).to(r.dtype)
+            for n, r in flat.items()
+        ]
+        return total_of(parts) / math.sqrt(case.k)
 
     # -- Transforms --------------------------------------------------------------------
 
-    def all_slices(self, values, x=None):
+    def all_slices(self, values: Values, x: Tensor | None = None) -> Tensor:
         x = self.x if x is None else x
         outs, values = [], values or {}
         for where in self.groups():
             outs += self.run([x[i] for i in where], [values] * len(where), None, where)
         return torch.stack(outs)
 
-    def of_vmap(self):
+    def of_vmap(self) -> object:
         return self.all_slices({})
 
-    def of_vmap_of_vmap(self):
+    def of_vmap_of_vmap(self) -> object:
         parts = [list(x) for x in self.x]
         if self.case.mode == "sync" and self.case.sync_levels is None:
             outs = self.run(
@@ -236,14 +255,14 @@ class World:
             outs = [y for part in parts for y in self.run(part, [{}] * len(part))]
         return torch.stack(outs).reshape(2, self.case.size, *outs[0].shape)
 
-    def of_batched(self):
+    def of_batched(self) -> object:
         outs = []
         for where in self.groups():
             xs = self.slices(where, self.x)
             outs += self.run(xs, [{}] * len(where))
         return torch.cat(outs)
 
-    def of_vmap_of_jvp(self):
+    def of_vmap_of_jvp(self) -> object:
         found = []
         for where in self.groups():
             few = self.values[self.case.few].clone().requires_grad_()
@@ -257,21 +276,21 @@ class World:
             found += [directional(y, leaves, tangents) for y in outs]
         return torch.stack(found)
 
-    def of_vmap_of_jacrev(self):
+    def of_vmap_of_jacrev(self) -> object:
         found = []
         for where in self.groups():
             own = [self.values[self.case.few].clone().requires_grad_() for _ in where]
             outs = self.run(
                 [self.x[i] for i in where], [{self.case.few: w} for w in own]
             )
-            found += [jacobian(sum(outs), [w])[0] for w in own]
+            found += [jacobian(total_of(outs), [w])[0] for w in own]
         return torch.stack(found)
 
-    def second(self, value, leaf):
+    def second(self, value: Tensor, leaf: Tensor) -> Tensor:
         first = derivative(value, [leaf])[0]
         return jacobian(first, [leaf])[0]
 
-    def of_vmap_of_hessian(self):
+    def of_vmap_of_hessian(self) -> object:
         found = []
         for where in self.groups():
             own = [self.values[self.case.few].clone().requires_grad_() for _ in where]
@@ -282,14 +301,14 @@ class World:
                 found.append(self.second(self.case.base_loss(y, self.y[i]), w))
         return torch.stack(found)
 
-    def leaves(self):
+    def leaves(self) -> Values:
         return {n: self.values[n].clone().requires_grad_() for n in self.case.names}
 
-    def summed(self, values, x=None):
+    def summed(self, values: Values, x: Tensor | None = None) -> Tensor:
         out = self.all_slices(values, x)
         return (out.tanh() * self.case.weigh(out)).sum()
 
-    def of_grad_of_vmap(self):
+    def of_grad_of_vmap(self) -> object:
         leaves = self.leaves()
         x = self.x.clone()
         if self.case.by_input:
@@ -299,36 +318,36 @@ class World:
         grads = dict(zip(leaves, found))
         return (grads, found[-1]) if self.case.by_input else grads
 
-    def along(self, f):
+    def along(self, f: Callable[[Values], Tensor]) -> Tensor:
         leaves = self.leaves()
         tangents = [torch.cos(v + 1).detach() for v in leaves.values()]
         return directional(f(leaves), list(leaves.values()), tangents)
 
-    def few(self):
+    def few(self) -> Tensor:
         return self.values[self.case.few].clone().requires_grad_()
 
-    def of_jvp_of_vmap(self):
+    def of_jvp_of_vmap(self) -> object:
         return self.along(self.all_slices)
 
-    def of_jacrev_of_vmap(self):
+    def of_jacrev_of_vmap(self) -> object:
         w = self.few()
         return jacobian(self.all_slices({self.case.few: w}), [w])[0]
 
     of_jacfwd_of_vmap = of_jacrev_of_vmap
 
-    def of_hessian_of_vmap(self):
+    def of_hessian_of_vmap(self) -> object:
         w = self.few()
         return self.second(self.summed({self.case.few: w}), w)
 
-    def one(self, values):
+    def one(self, values: Values) -> Tensor:
         return self.run([self.x[0]], [values])[0]
 
-    def of_grad(self):
+    def of_grad(self) -> object:
         leaves = self.leaves()
         loss = self.case.base_loss(self.one(leaves), self.y[0])
         return dict(zip(leaves, derivative(loss, list(leaves.values()))))
 
-    def of_backward(self):
+    def of_backward(self) -> object:
         own = dict(self.net.named_parameters())
         names = [n for n in self.case.names if own[n].requires_grad]
         names = names or [n for n, p in own.items() if p.requires_grad]
@@ -336,26 +355,26 @@ class World:
         loss = self.case.base_loss(self.one(leaves), self.y[0])
         return dict(zip(leaves, derivative(loss, list(leaves.values()))))
 
-    def of_jvp(self):
+    def of_jvp(self) -> object:
         return self.along(self.one)
 
-    def of_jacrev(self):
+    def of_jacrev(self) -> object:
         w = self.few()
         return jacobian(self.one({self.case.few: w}), [w])[0]
 
     of_jacfwd = of_jacrev
 
-    def of_hessian(self):
+    def of_hessian(self) -> object:
         w = self.few()
         value = self.case.base_loss(self.one({self.case.few: w}), self.y[0])
         return self.second(value, w)
 
-    def of_ensemble(self):
+    def of_ensemble(self) -> object:
         x = self.x[0]
         xs = [x, x if self.case.inside or self.case.words else x * 2]
-        return torch.stack([self.member(m, [x])[0] for m, x in enumerate(xs)])
+        return torch.stack([self.member(m, [x])[0][0] for m, x in enumerate(xs)])
 
-    def of_ensemble_of_grad(self):
+    def of_ensemble_of_grad(self) -> object:
         rows = []
         for m in range(2):
             out, leaves = self.member(m, [self.x[0]], leaves=True)
@@ -363,15 +382,15 @@ class World:
             rows.append(derivative(loss, list(leaves.values())))
         return {n: torch.stack(parts) for n, parts in zip(leaves, zip(*rows))}
 
-    def once_along(self, leaves, out):
+    def once_along(self, leaves: Values, out: Tensor) -> Tensor:
         tangents = [torch.cos(v + 1).detach() for v in leaves.values()]
         return directional(out, list(leaves.values()), tangents)
 
-    def of_jvp_of_jvp(self):
+    def of_jvp_of_jvp(self) -> object:
         leaves = self.leaves()
         return self.once_along(leaves, self.once_along(leaves, self.all_slices(leaves)))
 
-    def of_grad_of_jvp(self):
+    def of_grad_of_jvp(self) -> object:
         leaves = self.leaves()
         out = self.once_along(leaves, self.all_slices(leaves))
         total = (out.tanh() * self.case.weigh(out)).sum()
@@ -379,45 +398,46 @@ class World:
             return {n: torch.zeros_like(v) for n, v in leaves.items()}
         return dict(zip(leaves, derivative(total, list(leaves.values()))))
 
-    def of_jacrev_of_rows(self):
+    def of_jacrev_of_rows(self) -> object:
         w, rows = self.few(), []
         for where in self.groups():
             own = [w.clone() for _ in where]
             xs = [self.x[i] for i in where]
             outs = self.run(xs, [{self.case.few: one} for one in own])
             losses = [self.case.base_loss(o, self.y[i]) for o, i in zip(outs, where)]
-            rows += [derivative(sum(losses), [one])[0] for one in own]
+            rows += [derivative(total_of(losses), [one])[0] for one in own]
         return jacobian(torch.stack(rows), [w])[0]
 
     of_jacfwd_of_rows = of_rows_pulled_back = of_jacrev_of_rows
 
-    def of_grad_of_adapted(self):
+    def of_grad_of_adapted(self) -> object:
         leaves = self.leaves()
-        total = 0
+        losses = []
         for x, y in zip(self.x, self.y):
             own = {n: v.clone() for n, v in leaves.items()}
             loss = self.case.base_loss(self.run([x], [own])[0], y)
             first = dict(zip(own, derivative(loss, list(own.values()))))
             adapted = {n: v - 0.1 * first[n] for n, v in own.items()}
-            total = total + self.case.base_loss(self.run([x], [adapted])[0], y)
-        return dict(zip(leaves, derivative(total, list(leaves.values()))))
+            losses.append(self.case.base_loss(self.run([x], [adapted])[0], y))
+        grads = derivative(total_of(losses), list(leaves.values()))
+        return dict(zip(leaves, grads))
 
-    def of_converted(self):
+    def of_converted(self) -> object:
         return self.one({})
 
-    def of_ensemble_of_slices(self):
+    def of_ensemble_of_slices(self) -> object:
         found = []
         for m in range(2):
-            outs = []
+            outs: Slices = []
             groups = [[i] for i in range(self.case.size)]
             if self.case.mode == "sync":
                 groups = [list(range(self.case.size))]
             for where in groups:
-                outs += self.member(m, [self.x[i] for i in where])
+                outs += self.member(m, [self.x[i] for i in where])[0]
             found.append(torch.stack(outs))
         return torch.stack(found)
 
-    def member(self, m, xs, leaves=False):
+    def member(self, m: int, xs: Slices, leaves: bool = False) -> tuple[Slices, Values]:
         """Outputs of one network of the ensemble."""
         member = self.case.members()[m]
         given = {n: self.cast(p) for n, p in member.named_parameters()}
@@ -426,10 +446,10 @@ class World:
         if leaves:
             given = {n: p.requires_grad_() for n, p in given.items()}
         outs = self.run(xs, [given] * len(xs), None, (), [buffers] * len(xs))
-        return (outs, given) if leaves else outs
+        return outs, given
 
 
-def in_training(net):
+def in_training(net: nn.Module) -> nn.Module:
     """A copy whose layers are in training, but for those that their owner froze."""
     frozen = net.training
     net = copy.deepcopy(net)
@@ -439,7 +459,7 @@ def in_training(net):
     return net
 
 
-def updated_members(case):
+def updated_members(case: Case) -> Values:
     """The buffers of an ensemble after the plain layers have seen the batch."""
     first = case.x[0]
     xs = [first, first if case.inside or case.words else first * 2]
@@ -452,7 +472,7 @@ def updated_members(case):
     return {n: torch.stack([one[n] for one in found]) for n in found[0]}
 
 
-def updated(case):
+def updated(case: Case) -> Values:
     """The buffers after the plain layers have seen the merged batches."""
     net = in_training(case.net)
     if case.size == 0:
@@ -461,7 +481,7 @@ def updated(case):
     if case.what in ("grad", "backward"):
         batches = [(case.x[0], case.another[0])]
     else:
-        batches = zip(case.x.split(step), case.another.split(step))
+        batches = list(zip(case.x.split(step), case.another.split(step)))
         if case.what not in OF_ONE:
             batches = [(x.flatten(0, 1), a.flatten(0, 1)) for x, a in batches]
     with torch.no_grad():
@@ -475,20 +495,16 @@ def updated(case):
 # -- Comparison ------------------------------------------------------------------------
 
 
-def leaves_of(tree, at=""):
+def leaves_of(tree: Any, at: str = "") -> Values:
     if isinstance(tree, torch.Tensor):
         return {at: tree.detach().double()}
-    if isinstance(tree, dict):
-        pairs = tree.items()
-    else:
-        pairs = enumerate(tree)
-    found = {}
-    for key, value in pairs:
+    found: Values = {}
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         found.update(leaves_of(value, f"{at}.{key}" if at else str(key)))
     return found
 
 
-def difference(found, expected, floor):
+def difference(found: object, expected: object, floor: float) -> tuple[float, str]:
     """The largest, of its tensor's largest entry and a little of all; and its name."""
     found, expected = leaves_of(found), leaves_of(expected)
     if found.keys() != expected.keys():
@@ -510,7 +526,7 @@ def difference(found, expected, floor):
     return worst, where
 
 
-def compare(case, found, aux):
+def compare(case: Case, found: Any, aux: Any) -> str:
     world = World(case, torch.float64, aux)
     expected, outs = world.answer()
     if outs is not None:
@@ -545,7 +561,7 @@ SAYS = ("one value", "Expected more than 1", "no agreed meaning", "a chunk is a 
 
 # Other errors, and where they are as good as a number. Most are torch's own: what it
 # cannot do under vmap, and the library leaves to it.
-LIMITS = (
+LIMITS: tuple[tuple[str, Callable[[Case], bool]], ...] = (
     ("embedding_renorm_", lambda case: "max_norm" in str(case.net)),
     ("max_norm renormalises", lambda case: case.regularised or case.twice),
     ("which does more than", lambda case: case.what == "converted"),
@@ -559,7 +575,7 @@ LIMITS = (
 )
 
 
-def must_refuse(case, aux=None):
+def must_refuse(case: Case, aux: Any = None) -> str | None:
     """Why there is no number, or None."""
     if case.mode == "sync" and case.chunk_size == "auto":
         return "a chunk is a batch"
@@ -578,7 +594,7 @@ def must_refuse(case, aux=None):
     return None
 
 
-def same_masks(case, masks):
+def same_masks(case: Case, masks: Iterable[Tensor]) -> None:
     """One draw for all samples, where that was asked for."""
     for m in masks:
         kept = m > 0.5
@@ -586,7 +602,7 @@ def same_masks(case, masks):
             raise Mismatch("samples have masks of their own")
 
 
-def run(seed):
+def run(seed: int) -> tuple[str, str]:
     """(how it ended, what was asked): "agrees", "refused", or "too rough to compare".
 
     Raises:
@@ -598,7 +614,7 @@ def run(seed):
         return _run(case), f"{case.what}, {case.mode}"
 
 
-def _run(case):
+def _run(case: Case) -> str:
     before = everything(case.net)
     given = [(t, t._version, t.clone()) for t in (case.x, case.y, case.scale)]
     held = [*case.values.values(), *case.state.values()]
@@ -659,12 +675,12 @@ def _run(case):
     return ended
 
 
-def _for_one(case, mask):
+def _for_one(case: Case, mask: Tensor) -> Tensor:
     """With the dimension of a batch of one where the slices are samples."""
     return mask.unsqueeze(1) if case.what in OF_ONE else mask
 
 
-def _same_state(case, before):
+def _same_state(case: Case, before: State) -> None:
     if case.updates:  # the buffers are looked at later
         for name, buffer in case.net.named_buffers():
             buffer.data = before[2][name][2].clone()
@@ -679,7 +695,7 @@ def _same_state(case, before):
 # -- Command line ----------------------------------------------------------------------
 
 
-def _one(seed):
+def _one(seed: int) -> Ending:
     torch.set_num_threads(1)
     try:
         ended, kind = run(seed)
@@ -693,10 +709,10 @@ def _one(seed):
 _BLOCK = 100
 
 
-def _apart(seeds):
+def _apart(seeds: Sequence[int]) -> list[Ending]:
     """Run them in processes of their own: some kernels of torch end theirs (group norm
     of a batch of one that lies in memory in an odd order, in 2.13)."""
-    found = []
+    found: list[Ending] = []
     while len(found) < len(seeds):
         receive, send = multiprocessing.Pipe(duplex=False)
         rest = seeds[len(found) :]
@@ -713,15 +729,17 @@ def _apart(seeds):
     return found
 
 
-def _send(connection, seeds):
+def _send(connection: Connection, seeds: Sequence[int]) -> None:
     for seed in seeds:
         connection.send(_one(seed))
 
 
-def many(first, cases, jobs):
+def many(first: int, cases: int, jobs: int) -> int:
     """Run them; prints mismatches as they come, counts at the end."""
-    counts = collections.Counter()
-    kinds = collections.defaultdict(collections.Counter)
+    counts: collections.Counter[str] = collections.Counter()
+    kinds: dict[str, collections.Counter[str]] = collections.defaultdict(
+        collections.Counter
+    )
     start = time.monotonic()
     seeds = range(first, first + cases)
     with multiprocessing.pool.ThreadPool(jobs) as pool:
@@ -743,7 +761,7 @@ def many(first, cases, jobs):
     return counts["mismatch"]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--cases", type=int, default=2000)

@@ -5,11 +5,16 @@ import copy
 import dataclasses
 import functools
 import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from blocks import MODES
 from fuzz_nets import Builder, HandMade
+from fuzz_reference import total_of
+from plain import ModeName
+from torch import Tensor, nn
 from torch.func import (
     functional_call,
     grad,
@@ -25,9 +30,13 @@ from torch.nn.modules.batchnorm import _NormBase
 
 import vmapsafe
 from vmapsafe import batched, vmap_safe
+from vmapsafe._block.vmap_safe import Block
+from vmapsafe._rows.chunks import ChunkSize
 from vmapsafe.rules.regimes import REGIMES, Convolution, Regimes
 
 OUTS = 3
+
+Values = dict[str, Tensor]
 
 # What is asked, and how often.
 SHORT = {"rows": 7, "norms": 4, "clipped": 3, "sketch": 2}
@@ -76,7 +85,7 @@ OF_ONE = (*SHORT, "batched", "batched grad", "grad of rows", "backward of rows")
 # -- Inputs ----------------------------------------------------------------------------
 
 
-def laid_out(x, rng):
+def laid_out(x: Tensor, rng: random.Random) -> tuple[Tensor, str]:
     """The values in another format, and its name; "expanded" has other values."""
     if not x.numel():
         return x, "empty"
@@ -103,17 +112,18 @@ def laid_out(x, rng):
     return x, "contiguous"
 
 
-def permuted(x, order):
+def permuted(x: Tensor, order: list[int]) -> Tensor:
     back = [order.index(d) for d in range(x.dim())]
     return x.permute(order).contiguous().permute(back)
 
 
-def tuned(net, rng):
+def tuned(net: nn.Module, rng: random.Random) -> None:
     """Weights and statistics that are not those of a new network."""
     for p in net.parameters():
         p.data.add_(0.2 * torch.randn_like(p))
     for m in net.modules():
         if isinstance(m, _NormBase) and m.running_mean is not None:
+            assert m.running_var is not None and m.num_batches_tracked is not None
             m.running_mean.copy_(0.5 * torch.randn_like(m.running_mean))
             m.running_var.copy_(0.5 + torch.rand_like(m.running_var))
             m.num_batches_tracked.fill_(3)
@@ -125,13 +135,13 @@ def tuned(net, rng):
 class Case:
     """All that is drawn, from one seed."""
 
-    def __init__(self, seed):
+    def __init__(self, seed: int) -> None:
         self.seed = seed
         self.rng = rng = random.Random(seed)
         torch.manual_seed(seed)
         asked = {**SHORT, **OTHERS}
-        self.what = rng.choices(list(asked), asked.values())[0]
-        self.mode = rng.choice(MODES)
+        self.what = rng.choices(list(asked), list(asked.values()))[0]
+        self.mode: ModeName = rng.choice(MODES)
         if self.what == "grad of adapted" and self.mode == "sync":
             self.mode = "eval"  # its first forward would mix the tasks
         if self.what == "converted":
@@ -154,7 +164,7 @@ class Case:
 
     # -- Draws -------------------------------------------------------------------------
 
-    def _draw_net(self, dropout):
+    def _draw_net(self, dropout: bool) -> None:
         rng = self.rng
         builder = Builder(
             rng,
@@ -192,7 +202,7 @@ class Case:
             for p in params.values():
                 p.grad = torch.ones_like(p)
 
-    def _draw_batch(self):
+    def _draw_batch(self) -> None:
         rng = self.rng
         self.size = rng.choice((1, 2, 3, 3, 5))
         if self.what in SHORT and rng.random() < 0.03:
@@ -224,14 +234,14 @@ class Case:
             self.y, self.y_format = laid_out(y, rng)
         self.scale, _ = laid_out((torch.rand(heads) + 0.5).to(self.dtype), rng)
 
-    def _draw_options(self):
+    def _draw_options(self) -> None:
         rng = self.rng
         short = self.what in SHORT
         self.hand_made = any(isinstance(m, HandMade) for m in self.net.modules())
         self.around = rng.choice(("",) * 6 + ("no_grad", "another block"))
         self.by_decorator = rng.random() < 0.2
         self.out_dim = rng.choice((0, 0, 1, -1))
-        self.chunk_size = rng.choice((None, None, 1, 2, 7))
+        self.chunk_size: ChunkSize = rng.choice((None, None, 1, 2, 7))
         if self.what not in IN_CHUNKS:
             self.chunk_size = None
         if short and rng.random() < (0.02 if self.mode == "sync" else 0.2):
@@ -301,10 +311,11 @@ class Case:
         self.inside = rng.random() < 0.5
         self.by_input = not self.words and rng.random() < 0.4
 
-    def _another_state(self):
+    def _another_state(self) -> Values:
         """A state dict of other numbers; what is tied stays so."""
         net, made = self.net, {}
-        named = [*net.named_parameters(remove_duplicate=False)]
+        named: list[tuple[str, Tensor]] = []
+        named += net.named_parameters(remove_duplicate=False)
         named += net.named_buffers(remove_duplicate=False)
         for _, t in named:
             if id(t) not in made:
@@ -313,7 +324,7 @@ class Case:
         found = {n: made[id(t)] for n, t in named}
         return {n: found[n] for n in net.state_dict()}
 
-    def describe(self):
+    def describe(self) -> str:
         left = {
             name: value
             for name, value in vars(self).items()
@@ -344,14 +355,14 @@ class Case:
 
     # -- What both sides use -----------------------------------------------------------
 
-    def groups_of(self, channels):
+    def groups_of(self, channels: int) -> int:
         """Of batch norm's channels in "group_norm"."""
         groups = self.num_groups
         if callable(groups):
             groups = groups(channels)
         return groups if channels % groups == 0 else channels
 
-    def base_loss(self, out, y):
+    def base_loss(self, out: Tensor, y: Tensor) -> Tensor:
         if self.loss == "cross entropy":
             return F.cross_entropy(out, y)
         if self.loss == "none":
@@ -360,7 +371,7 @@ class Case:
             return (out - y).square().sum()
         return (out.sin() * y).sum() + out.square().mean()
 
-    def block(self):
+    def block(self) -> Block:
         return vmap_safe(
             self.net,
             mode=self.mode,
@@ -372,12 +383,12 @@ class Case:
 
     # -- The library -------------------------------------------------------------------
 
-    def short_form(self):
+    def short_form(self) -> tuple[object, Any]:
         """(what was asked, aux) of one of the four functions."""
         net = self.net
         heat = torch.tensor(0.7, dtype=self.dtype, requires_grad=True)
 
-        def loss_fn(out, y, *more):
+        def loss_fn(out: Any, y: Tensor, *more: Tensor) -> Any:
             masks = ()
             if self.dropout:
                 out, masks = out
@@ -387,7 +398,9 @@ class Case:
             if self.heated:
                 value = value * heat
             if self.regularised:
-                value = value + 0.1 * sum(p.square().sum() for p in net.parameters())
+                value = value + 0.1 * total_of(
+                    p.square().sum() for p in net.parameters()
+                )
             if self.twice:
                 value = value + (out * net(more[0])).sum()
             return (value, (out.detach(), masks)) if self.has_aux else value
@@ -399,7 +412,7 @@ class Case:
         if self.inputs == "dict":
             inputs = {"scale": self.scale, "x": x}
         batch = [inputs, self.y, *([self.another] if self.twice else [])]
-        options = {
+        options: dict[str, Any] = {
             "mode": self.mode,
             "rows": self.rows,
             "chunk_size": self.chunk_size,
@@ -415,6 +428,7 @@ class Case:
             options["params"] = {n: self.values[n] for n in self.names}
         if self.given == "state":
             options["params"] = self.state
+        function: Callable[..., Any]
         if self.what == "rows":
             function = vmapsafe.per_sample_grads
             if self.out:
@@ -436,14 +450,21 @@ class Case:
         found = function(net, loss_fn, *batch, **options)
         return found if self.has_aux else (found, None)
 
-    def mapped(self, function, chunked=False, out_dims=0, shared=0):
+    def mapped(
+        self,
+        function: Callable[..., Any],
+        chunked: bool = False,
+        out_dims: int = 0,
+        shared: int = 0,
+    ) -> Callable[..., Any]:
         """``vmap`` over the slices, which lie along ``in_dim``; the last ``shared``
         arguments have none."""
-        options = {"chunk_size": self.chunk_size} if chunked else {}
-        options["randomness"] = self.randomness
+        options: dict[str, Any] = {"randomness": self.randomness}
+        if chunked:
+            options["chunk_size"] = self.chunk_size
         in_dim = self.in_dim
 
-        def over(x, *rest):
+        def over(x: Tensor, *rest: Tensor) -> Any:
             dims = (in_dim, *[0] * (len(rest) - shared), *[None] * shared)
             x = x.movedim(0, in_dim)
             return vmap(function, dims, out_dims, **options)(x, *rest)
@@ -451,37 +472,39 @@ class Case:
         return over
 
     @property
-    def by_graph(self):
+    def by_graph(self) -> bool:
         """Whether plain autograd is to follow what is done."""
         return self.what in ("backward", "backward of rows", "rows pulled back")
 
-    def call(self, values, x):
+    def call(self, values: Values, x: Tensor) -> Any:
         return functional_call(self.net, values, (x,))
 
-    def loss_at(self, values, x, y):
+    def loss_at(self, values: Values, x: Tensor, y: Tensor) -> Tensor:
         return self.base_loss(self.call(values, x), y)
 
     @property
-    def own(self):
+    def own(self) -> Values:
         return {n: self.values[n] for n in self.names}
 
-    def by_few(self, function):
+    def by_few(
+        self, function: Callable[..., Tensor]
+    ) -> tuple[Callable[..., Tensor], Tensor]:
         """``function`` of values, as one of a single parameter, and that."""
         return lambda w, *args: function({self.few: w}, *args), self.values[self.few]
 
-    def all_out(self, values):
+    def all_out(self, values: Values) -> Tensor:
         return self.mapped(lambda x: self.call(values, x))(self.x)
 
-    def summed(self, values, x):
+    def summed(self, values: Values, x: Tensor) -> Tensor:
         out = self.mapped(lambda x: self.call(values, x))(x)
         return (out.tanh() * self.weigh(out)).sum()
 
-    def along(self, function):
+    def along(self, function: Callable[[Values], Tensor]) -> Tensor:
         own = self.own
         tangents = {n: torch.cos(p + 1) for n, p in own.items()}
         return jvp(function, (own,), (tangents,))[1]
 
-    def do_vmap(self):
+    def do_vmap(self) -> object:
         found = self.mapped(self.net, chunked=True, out_dims=self.out_dim)(self.x)
         if self.dropout:
             out, masks = found
@@ -489,13 +512,15 @@ class Case:
             return out.movedim(self.out_dim, 0), back
         return found.movedim(self.out_dim, 0)
 
-    def do_vmap_of_vmap(self):
+    def do_vmap_of_vmap(self) -> object:
         return vmap(vmap(self.net))(self.x)
 
-    def do_vmap_of_grad(self):
+    def do_vmap_of_grad(self) -> object:
         argnums = (0, 1) if self.by_input else 0
 
-        def loss_and_masks(values, x, y):
+        def loss_and_masks(
+            values: Values, x: Tensor, y: Tensor
+        ) -> tuple[Tensor, tuple[Tensor, object]]:
             out, masks = self.call(values, x)
             return self.base_loss(out, y), (out.detach(), masks)
 
@@ -506,80 +531,87 @@ class Case:
         one = functools.partial(derive, self.own)
         return self.mapped(one, chunked=True)(self.x, self.y)
 
-    def do_vmap_of_jvp(self):
+    def do_vmap_of_jvp(self) -> object:
         if self.words:
             f, few = self.by_few(self.call)
 
-            def by_weight(x):
+            def by_weight(x: Tensor) -> Tensor:
                 return jvp(lambda w: f(w, x), (few,), (torch.ones_like(few),))[1]
 
             return self.mapped(by_weight)(self.x)
 
-        def by_input(x, v):
+        def by_input(x: Tensor, v: Tensor) -> Tensor:
             return jvp(lambda x: self.call(self.own, x), (x,), (v,))[1]
 
         # torch has no tangent for an expanded tensor.
         x = self.x.clone(memory_format=torch.contiguous_format)
         return self.mapped(by_input)(x, self.tangent(x))
 
-    def do_vmap_of_jacrev(self):
+    def do_vmap_of_jacrev(self) -> object:
         f, few = self.by_few(self.call)
         return self.mapped(lambda x: jacrev(f)(few, x))(self.x)
 
-    def do_vmap_of_hessian(self):
+    def do_vmap_of_hessian(self) -> object:
         f, few = self.by_few(self.loss_at)
         return self.mapped(lambda x, y: hessian(f)(few, x, y))(self.x, self.y)
 
-    def do_grad_of_vmap(self):
+    def do_grad_of_vmap(self) -> object:
         return grad(self.summed, (0, 1) if self.by_input else 0)(self.own, self.x)
 
-    def do_jvp_of_vmap(self):
+    def do_jvp_of_vmap(self) -> object:
         return self.along(self.all_out)
 
-    def do_jacrev_of_vmap(self):
+    def do_jacrev_of_vmap(self) -> object:
         f, few = self.by_few(self.all_out)
         return jacrev(f)(few)
 
-    def do_jacfwd_of_vmap(self):
+    def do_jacfwd_of_vmap(self) -> object:
         f, few = self.by_few(self.all_out)
         return jacfwd(f)(few)
 
-    def do_hessian_of_vmap(self):
+    def do_hessian_of_vmap(self) -> object:
         f, few = self.by_few(self.summed)
         return hessian(f)(few, self.x)
 
-    def do_grad(self):
+    def do_grad(self) -> object:
         return grad(self.loss_at)(self.own, self.x[0], self.y[0])
 
-    def do_jvp(self):
+    def do_jvp(self) -> object:
         return self.along(lambda values: self.call(values, self.x[0]))
 
-    def do_jacrev(self):
+    def do_jacrev(self) -> object:
         f, few = self.by_few(self.call)
         return jacrev(f)(few, self.x[0])
 
-    def do_jacfwd(self):
+    def do_jacfwd(self) -> object:
         f, few = self.by_few(self.call)
         return jacfwd(f)(few, self.x[0])
 
-    def do_hessian(self):
+    def do_hessian(self) -> object:
         f, few = self.by_few(self.loss_at)
         return hessian(f)(few, self.x[0], self.y[0])
 
-    def do_batched(self):
+    def do_batched(self) -> object:
+        assert not isinstance(self.chunk_size, str)
         run = batched(self.net, out_dims=self.out_dim, chunk_size=self.chunk_size)
         return run(self.x).movedim(self.out_dim, 0)
 
-    def do_batched_grad(self):
+    def do_batched_grad(self) -> object:
+        def loss(values: Values, x: Tensor, y: Tensor) -> Tensor:
+            return self.loss_at(values, x[None], y[None])
+
+        assert not isinstance(self.chunk_size, str)
         f = batched(
-            grad(lambda p, x, y: self.loss_at(p, x[None], y[None])),
+            grad(loss),
             in_dims=(None, 0, 0),
             keep_batch_dim=False,
             chunk_size=self.chunk_size,
         )
         return f(self.own, self.x, self.y)
 
-    def rows_at(self, values, chunk_size=None, x=None):
+    def rows_at(
+        self, values: Values, chunk_size: ChunkSize = None, x: Tensor | None = None
+    ) -> Values:
         return vmapsafe.per_sample_grads(
             self.net,
             self.base_loss,
@@ -592,39 +624,39 @@ class Case:
             fast=self.fast,
         )
 
-    def do_grad_of_rows(self):
+    def do_grad_of_rows(self) -> object:
         x, y = self.x[:, None], self.y[:, None]
 
-        def penalty(values):
+        def penalty(values: Values) -> Tensor:
             if self.inside:
                 rows = self.rows_at(values)
             else:
                 rows = vmap(grad(self.loss_at), (None, 0, 0))(values, x, y)
-            return sum(r.square().sum() for r in rows.values())
+            return total_of(r.square().sum() for r in rows.values())
 
         return grad(penalty)(self.own)
 
-    def rows_of_few(self):
+    def rows_of_few(self) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         f, few = self.by_few(self.loss_at)
         rows = self.mapped(lambda x, y, w: grad(f)(w, x, y), shared=1)
         return lambda w: rows(self.x, self.y, w), few
 
-    def do_jacrev_of_rows(self):
+    def do_jacrev_of_rows(self) -> object:
         rows, few = self.rows_of_few()
         return jacrev(rows)(few)
 
-    def do_jacfwd_of_rows(self):
+    def do_jacfwd_of_rows(self) -> object:
         rows, few = self.rows_of_few()
         return jacfwd(rows)(few)
 
-    def do_rows_pulled_back(self):
+    def do_rows_pulled_back(self) -> object:
         """The Jacobian again, from all unit vectors at once, at another level."""
         rows, few = self.rows_of_few()
         shape = self.size, *few.shape
         n = torch.Size(shape).numel()
         basis = torch.eye(n, dtype=self.dtype).reshape(n, *shape)
         if self.inside:
-            _, pull = vjp(rows, few)
+            pull = vjp(rows, few)[1]
             (found,) = vmap(vmap(pull))(basis.unsqueeze(0))
             return found.reshape(*shape, *few.shape)
         few = few.clone().requires_grad_()
@@ -634,20 +666,20 @@ class Case:
             (found,) = torch.autograd.grad(out, few, basis, is_grads_batched=True)
         return found.reshape(*shape, *few.shape)
 
-    def do_backward_of_rows(self):
+    def do_backward_of_rows(self) -> object:
         leaves = {n: v.clone().requires_grad_() for n, v in self.own.items()}
         x = self.x.detach()
         if self.by_input:
             leaves["the input"] = x.requires_grad_()
         rows = self.rows_at({n: leaves[n] for n in self.own}, self.chunk_size, x)
-        total = sum(r.square().sum() for r in rows.values())
+        total = total_of(r.square().sum() for r in rows.values())
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return _by_name(leaves, leaves.values(), found)
 
-    def member(self, params, buffers, x):
+    def member(self, params: Values, buffers: Values, x: Tensor) -> Tensor:
         return functional_call(self.net, (params, buffers), (x,))
 
-    def do_ensemble(self):
+    def do_ensemble(self) -> object:
         params, buffers = stack_module_state(self.members())
         self.buffers = buffers
         params = {n: p.detach() for n, p in params.items()}
@@ -657,55 +689,55 @@ class Case:
         x = torch.stack([first, first if self.words else first * 2])
         return vmap(self.member)(params, buffers, x)
 
-    def do_ensemble_of_slices(self):
+    def do_ensemble_of_slices(self) -> object:
         params, buffers = stack_module_state(self.members())
         params = {n: p.detach() for n, p in params.items()}
         inner = vmap(self.member, (None, None, 0))
         return vmap(inner, (0, 0, None))(params, buffers, self.x)
 
-    def do_ensemble_of_grad(self):
+    def do_ensemble_of_grad(self) -> object:
         params, buffers = stack_module_state(self.members())
         params = {n: p.detach() for n, p in params.items()}
 
-        def loss(params, buffers, x, y):
+        def loss(params: Values, buffers: Values, x: Tensor, y: Tensor) -> Tensor:
             return self.base_loss(self.member(params, buffers, x), y)
 
         derive = vmap(grad(loss), (0, 0, None, None))
         return derive(params, buffers, self.x[0], self.y[0])
 
-    def twice_along(self, values):
+    def twice_along(self, values: Values) -> Tensor:
         tangents = {n: torch.cos(p + 1).detach() for n, p in self.own.items()}
         return jvp(self.all_out, (values,), (tangents,))[1]
 
-    def do_jvp_of_jvp(self):
+    def do_jvp_of_jvp(self) -> object:
         return self.along(self.twice_along)
 
-    def do_grad_of_jvp(self):
-        def weighed(values):
+    def do_grad_of_jvp(self) -> object:
+        def weighed(values: Values) -> Tensor:
             out = self.twice_along(values)
             return (out.tanh() * self.weigh(out)).sum()
 
         return grad(weighed)(self.own)
 
-    def do_grad_of_adapted(self):
+    def do_grad_of_adapted(self) -> object:
         """MAML: a step on each task, and the gradient through it."""
 
-        def task(values, x, y):
+        def task(values: Values, x: Tensor, y: Tensor) -> Tensor:
             first = grad(self.loss_at)(values, x, y)
             return self.loss_at(
                 {n: v - 0.1 * first[n] for n, v in values.items()}, x, y
             )
 
-        def total(values):
+        def loss(values: Values) -> Tensor:
             return self.mapped(functools.partial(task, values))(self.x, self.y).sum()
 
-        return grad(total)(self.own)
+        return grad(loss)(self.own)
 
-    def converted(self):
+    def converted(self) -> Tensor:
         groups = {"num_groups": self.num_groups} if self.mode == "group_norm" else {}
         return vmapsafe.convert(self.net, mode=self.mode, **groups)(self.x[0])
 
-    def backward(self):
+    def backward(self) -> Values:
         """Plain autograd, in the block or after it."""
         params = dict(self.net.named_parameters())
         wanted = [n for n in self.names if params[n].requires_grad]
@@ -720,22 +752,22 @@ class Case:
             found = torch.autograd.grad(loss, leaves, allow_unused=True)
         return _by_name(wanted, leaves, found)
 
-    def members(self):
+    def members(self) -> list[nn.Module]:
         """Two networks of an ensemble, the case's own first."""
         torch.manual_seed(self.seed)
         second = copy.deepcopy(self.net)
         tuned(second, self.rng)
         return [self.net, second]
 
-    def tangent(self, x):
+    def tangent(self, x: Tensor) -> Tensor:
         return torch.cos(3 * x) if x.is_floating_point() else x
 
-    def weigh(self, out):
+    def weigh(self, out: Tensor) -> Tensor:
         """Numbers for each entry of ``out``, none of them special."""
         n = out.numel()
         return torch.linspace(0.3, 1.7, n, dtype=out.dtype).reshape(out.shape)
 
-    def library(self):
+    def library(self) -> tuple[object, Any]:
         """(what was asked, aux)."""
         with contextlib.ExitStack() as stack:
             if self.autocast:
@@ -749,7 +781,7 @@ class Case:
                 stack.enter_context(everywhere(self.regimes))
             return self._library()
 
-    def _library(self):
+    def _library(self) -> tuple[object, Any]:
         if self.what in SHORT:
             return self.short_form()
         if self.what == "converted":
@@ -768,7 +800,7 @@ class Case:
 
 
 @contextlib.contextmanager
-def everywhere(algorithm):
+def everywhere(algorithm: str) -> Iterator[None]:
     """No call too small for an algorithm that wins for large ones."""
     before = REGIMES["cpu"]
     thresholds = dict.fromkeys(
@@ -783,15 +815,17 @@ def everywhere(algorithm):
         REGIMES["cpu"] = before
 
 
-def _one_each(channels):
+def _one_each(channels: int) -> int:
     return channels
 
 
-def _halves(channels):
+def _halves(channels: int) -> int:
     return max(1, channels // 2)
 
 
-def _by_name(names, leaves, found):
+def _by_name(
+    names: Iterable[str], leaves: Iterable[Tensor], found: Iterable[Tensor | None]
+) -> Values:
     return {
         n: torch.zeros_like(p) if g is None else g
         for n, p, g in zip(names, leaves, found)

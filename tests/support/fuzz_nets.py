@@ -4,10 +4,16 @@
 out in plain operations: a new module goes into both.
 """
 
+import random
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+Shape = tuple[int, ...]
+Stage = tuple[Shape, bool]
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -18,143 +24,154 @@ AVG_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 MAX_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 ADAPTIVE = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 ACTIVATIONS = (nn.Tanh, nn.SiLU, nn.GELU, nn.Softplus, nn.Sigmoid)
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+PADDING_MODES: list[PaddingMode] = ["zeros"] * 5
+PADDING_MODES += ["reflect", "replicate", "circular"]
 UPSAMPLINGS = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class Residual(nn.Module):
-    def __init__(self, body):
+    def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body = body
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
 
 
 class Branches(nn.Module):
     """Two bodies side by side, their outputs joined along the channels."""
 
-    def __init__(self, a, b, dim):
+    def __init__(self, a: nn.Module, b: nn.Module, dim: int) -> None:
         super().__init__()
         self.a, self.b, self.dim = a, b, dim
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.a(x), self.b(x)], self.dim)
 
 
 class Scale(nn.Module):
     """Parameters used directly, by operations that broadcast."""
 
-    def __init__(self, shape):
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(shape) * 0.5 + 1)
         self.bias = nn.Parameter(torch.randn(shape) * 0.5)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x * self.weight + self.bias
 
 
 class Functional(nn.Module):
     """``F.linear`` on parameters of its own; the bias may be one that broadcasts."""
 
-    def __init__(self, ins, outs, bias_shape):
+    def __init__(self, ins: int, outs: int, bias_shape: Shape) -> None:
         super().__init__()
         self.kernel = nn.Parameter(torch.randn(outs, ins) * 0.5)
         self.shift = nn.Parameter(torch.randn(bias_shape) * 0.5)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.kernel, self.shift)
 
 
 class Matmul(nn.Module):
     """A product with a parameter, outside every layer."""
 
-    def __init__(self, ins, outs):
+    def __init__(self, ins: int, outs: int) -> None:
         super().__init__()
         self.matrix = nn.Parameter(torch.randn(ins, outs) * 0.5)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x @ self.matrix
 
 
 class Borrow(nn.Module):
     """Uses the weight of a linear layer that belongs to another module."""
 
-    def __init__(self, owner):
+    def __init__(self, owner: nn.Linear) -> None:
         super().__init__()
         self.owner = [owner]
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.owner[0].weight)
 
 
 class Lora(nn.Linear):
     """A linear layer whose weight is the sum of its own and a product."""
 
-    def __init__(self, ins, outs):
+    def __init__(self, ins: int, outs: int) -> None:
         super().__init__(ins, outs)
         self.down = nn.Parameter(torch.randn(1, ins) * 0.5)
         self.up = nn.Parameter(torch.randn(outs, 1) * 0.5)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight + self.up @ self.down, self.bias)
 
 
 class ThereAndBack(nn.Module):
     """One weight, used as it is and turned around."""
 
-    def __init__(self, ins, between):
+    def __init__(self, ins: int, between: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(between, ins) * 0.5)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.weight), self.weight.t())
 
 
 class WithItself(nn.Module):
     """A bilinear layer of its input and its input."""
 
-    def __init__(self, ins, outs):
+    def __init__(self, ins: int, outs: int) -> None:
         super().__init__()
         self.form = nn.Bilinear(ins, ins, outs)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.form(x, x)
 
 
 class Standardised(nn.Conv2d):
     """Batch norm of the weight, as in timm: no layer of the model's."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         rows = self.weight.reshape(1, self.out_channels, -1)
         rows = F.batch_norm(rows, None, None, training=True, momentum=0.0, eps=1e-6)
         weight = rows.reshape_as(self.weight)
-        more = self.stride, self.padding, self.dilation, self.groups
-        return F.conv2d(x, weight, self.bias, *more)
+        return F.conv2d(
+            x,
+            weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
 
 
 class Again(nn.Module):
     """A layer that stands elsewhere, once more, and has no second name."""
 
-    def __init__(self, layer):
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = [layer]
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.layer[0](x)
 
 
 class NormAct(nn.BatchNorm2d):
     """A batch norm layer with a forward of its own, and an activation in it."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         use_batch = self.training or self.running_mean is None
         mean = self.running_mean if not use_batch or self.track_running_stats else None
         var = self.running_var if not use_batch or self.track_running_stats else None
-        if self.training and self.track_running_stats:
-            self.num_batches_tracked.add_(1)
         momentum = self.momentum
-        if momentum is None and self.training and self.track_running_stats:
-            momentum = 1.0 / float(self.num_batches_tracked)
+        if self.training and self.track_running_stats:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
         momentum = 0.0 if momentum is None else momentum
         y = F.batch_norm(
             x, mean, var, self.weight, self.bias, use_batch, momentum, self.eps
@@ -165,14 +182,14 @@ class NormAct(nn.BatchNorm2d):
 class HandMade(nn.Module):
     """Batch norm as people write it, with buffers of its own, written in three ways."""
 
-    def __init__(self, channels, names, way):
+    def __init__(self, channels: int, names: tuple[str, str], way: str) -> None:
         super().__init__()
         self.names, self.way = names, way
         self.register_buffer(names[0], torch.randn(channels) * 0.5)
         self.register_buffer(names[1], torch.rand(channels) + 0.5)
         self.gain = nn.Parameter(torch.randn(channels) * 0.3 + 1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         shape = [1, -1] + [1] * (x.dim() - 2)
         mean, var = (getattr(self, name) for name in self.names)
         if self.training:
@@ -186,7 +203,7 @@ class HandMade(nn.Module):
         y = (x - mean.reshape(shape)) / (var.reshape(shape) + 1e-3).sqrt()
         return y * self.gain.reshape(shape)
 
-    def write(self, name, new):
+    def write(self, name: str, new: Tensor) -> None:
         old = getattr(self, name)
         if self.way == "in place":
             old.mul_(0.9).add_(new, alpha=0.1)
@@ -199,13 +216,13 @@ class HandMade(nn.Module):
 class Attention(nn.Module):
     """Self-attention of (N, L, D), by torch's fused function or written out."""
 
-    def __init__(self, size, heads, fused):
+    def __init__(self, size: int, heads: int, fused: bool) -> None:
         super().__init__()
         self.heads, self.fused = heads, fused
         self.qkv = nn.Linear(size, 3 * size)
         self.out = nn.Linear(size, size)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         n, length, size = x.shape
         qkv = self.qkv(x).view(n, length, 3, self.heads, size // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -220,45 +237,46 @@ class Attention(nn.Module):
 class Multihead(nn.Module):
     """torch's own attention layer."""
 
-    def __init__(self, size, heads):
+    def __init__(self, size: int, heads: int) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(size, heads, batch_first=True)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.attention(x, x, x, need_weights=False)[0]
 
 
 class Swap(nn.Module):
     """(N, L, D) as (N, D, L) and back: views that are not contiguous."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x.movedim(-1, 1)
 
 
 class Tokens(nn.Module):
     """(N, C, ...) as (N, L, C)."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).transpose(1, 2)
 
 
 class Mean(nn.Module):
-    def __init__(self, dims):
+    def __init__(self, dims: Shape) -> None:
         super().__init__()
         self.dims = dims
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x.mean(self.dims)
 
 
 class Drop(nn.Module):
     """Dropout; what it dropped is in ``masks``, for the reference to do the same."""
 
-    def __init__(self, layer):
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer, self.masks = layer, None
+        self.layer = layer
+        self.masks: list[Tensor] | None = None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
         if self.masks is not None:
             self.masks.append((y / x).detach())
@@ -268,11 +286,11 @@ class Drop(nn.Module):
 class Depth(nn.Module):
     """Stochastic depth: some samples of a batch are dropped as a whole."""
 
-    def __init__(self, p, way):
+    def __init__(self, p: float, way: str) -> None:
         super().__init__()
         self.p, self.way = p, way
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         shape = x.shape[:1] + (1,) * (x.dim() - 1)
@@ -288,13 +306,15 @@ class Depth(nn.Module):
 class Net(nn.Module):
     """A body, and a second input that scales its output; with the masks of dropouts."""
 
-    def __init__(self, body, gives_masks):
+    def __init__(self, body: nn.Module, gives_masks: bool) -> None:
         super().__init__()
         self.body, self.gives_masks = body, gives_masks
 
-    def forward(self, x, scale=None):
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         drops = [m for m in self.modules() if isinstance(m, Drop)]
-        masks = []
+        masks: list[Tensor] = []
         try:
             for m in drops:
                 m.masks = masks if self.gives_masks else None
@@ -311,33 +331,47 @@ class Builder:
     """Draws a network. ``shape`` is that of one sample on its way; channels come first
     in it, or last where it is ``tokens``."""
 
-    def __init__(self, rng, precise, first_order, named_twice, may_bound, hand_made):
+    def __init__(
+        self,
+        rng: random.Random,
+        precise: bool,
+        first_order: bool,
+        named_twice: bool,
+        may_bound: bool,
+        hand_made: bool,
+    ) -> None:
         self.rng, self.precise = rng, precise
         self.first_order, self.named_twice = first_order, named_twice
         self.hand_made = hand_made
         self.may_bound = may_bound  # embeddings by max_norm, which torch writes
-        self.shape, self.tokens = (), False
-        self.linears, self.norms, self.seen = [], [], []
+        self.shape: Shape = ()
+        self.tokens = False
+        self.linears: list[nn.Linear] = []
+        self.norms: list[_BatchNorm] = []
+        # A layer, and what came and went: the shape, and whether it is of tokens.
+        self.seen: list[tuple[nn.Module, Stage, Stage]] = []
 
     @property
-    def spatial(self):
+    def spatial(self) -> int:
         return len(self.shape) - 1
 
     # -- One layer ---------------------------------------------------------------------
 
-    def linear(self):
+    def linear(self) -> nn.Module | None:
         if self.spatial and not self.tokens:
             return None
         ins, outs = self.shape[-1], self.rng.choice((2, 3, 4))
         kind = self.rng.random()
+        made: nn.Module
         if kind < 0.6:
-            made = nn.Linear(ins, outs, bias=self.rng.random() < 0.8)
-            twins = [a for a in self.linears if a.weight.shape == made.weight.shape]
+            made = layer = nn.Linear(ins, outs, bias=self.rng.random() < 0.8)
+            twins = [a for a in self.linears if a.weight.shape == layer.weight.shape]
             if twins and self.rng.random() < 0.5:
-                made.weight = self.rng.choice(twins).weight
-            self.linears.append(made)
+                layer.weight = self.rng.choice(twins).weight
+            self.linears.append(layer)
         elif kind < 0.7:
-            bias_shape = self.rng.choice(((outs,), (1,), (), (1, outs)))
+            shapes: list[Shape] = [(outs,), (1,), (), (1, outs)]
+            bias_shape = self.rng.choice(shapes)
             if self.tokens and bias_shape == (1, outs):
                 bias_shape = (outs,)
             made = Functional(ins, outs, bias_shape)
@@ -360,39 +394,38 @@ class Builder:
         self.shape = (*self.shape[:-1], outs)
         return made
 
-    def conv(self):
+    def conv(self) -> nn.Module | None:
         d = self.spatial
         if not d or self.tokens:
             return None
         rng, ins = self.rng, self.shape[0]
+        made: nn.Module
         kernel = rng.choice((1, 2, 3))
         groups = rng.choice([g for g in (1, 1, 2, 3, 4) if ins % g == 0])
         outs = groups * rng.choice((1, 2)) if groups > 1 else rng.choice((2, 3, 4))
         dilation = rng.choice((1, 1, 1, 2))
         if rng.random() < 0.2:
             stride = rng.choice((1, 2))
+            padding = rng.choice((0, 0, 1)) if kernel > 1 else 0
             made = TRANSPOSED[d](
                 ins,
                 outs,
                 kernel,
                 stride,
-                padding=rng.choice((0, 0, 1)) if kernel > 1 else 0,
+                padding,
                 output_padding=stride - 1,
                 groups=groups,
                 bias=rng.random() < 0.7,
                 dilation=dilation,
             )
             length = [
-                (n - 1) * stride
-                - 2 * made.padding[0]
-                + dilation * (kernel - 1)
-                + stride
+                (n - 1) * stride - 2 * padding + dilation * (kernel - 1) + stride
                 for n in self.shape[1:]
             ]
         else:
-            padding = rng.choice((0, 0, 1, 1, "same"))
-            stride = 1 if padding == "same" else rng.choice((1, 1, 2))
-            mode = rng.choice(("zeros",) * 5 + ("reflect", "replicate", "circular"))
+            around = rng.choice((0, 0, 1, 1, None))  # None is "same"
+            stride = 1 if around is None else rng.choice((1, 1, 2))
+            mode = rng.choice(PADDING_MODES)
             make = CONVS[d]
             plain = d == 2 and kernel > 1 and mode == "zeros"
             if plain and self.first_order and rng.random() < 0.1:
@@ -402,31 +435,28 @@ class Builder:
                 outs,
                 kernel,
                 stride,
-                padding,
+                "same" if around is None else around,
                 dilation,
                 groups,
                 bias=rng.random() < 0.7,
                 padding_mode=mode,
             )
-            around = padding if padding != "same" else 0
             reach = dilation * (kernel - 1)
-            if mode != "zeros" and min(self.shape[1:]) <= max(around, reach):
+            if mode != "zeros" and min(self.shape[1:]) <= max(around or 0, reach):
                 return None  # such padding needs an input longer than it
-            length = [
-                (n + 2 * around - reach - 1) // stride + 1 for n in self.shape[1:]
-            ]
-            if padding == "same":
-                length = list(self.shape[1:])
+            length = list(self.shape[1:])
+            if around is not None:
+                length = [(n + 2 * around - reach - 1) // stride + 1 for n in length]
         if min(length) < 1 or max(length) > 8:
             return None
         self.shape = (outs, *length)
         return made
 
-    def batch_norm(self):
+    def batch_norm(self) -> nn.Module | None:
         if self.tokens:
             return None
         rng, d, channels = self.rng, self.spatial, self.shape[0]
-        options = {
+        options: dict[str, Any] = {
             "eps": rng.choice((1e-5, 1e-5, 1e-2)),
             "momentum": rng.choice((0.1, 0.1, 0.7, 1.0, None)),
             "affine": rng.random() < 0.8,
@@ -437,6 +467,7 @@ class Builder:
             names = ("running_mean", "running_var"), ("mu", "sigma")
             ways = "in place", "copied", "assigned"
             return HandMade(channels, rng.choice(names), rng.choice(ways))
+        made: _BatchNorm
         if kind < 0.08:
             made = nn.SyncBatchNorm(channels, **options)
         elif kind < 0.2 and d == 2:
@@ -444,7 +475,7 @@ class Builder:
         else:
             made = BATCH_NORMS[d](channels, **options)
         if made.affine and rng.random() < 0.1:
-            made.bias = None
+            made.register_parameter("bias", None)
         if made.track_running_stats and rng.random() < 0.05:
             made.track_running_stats = False  # the buffers stay
         twins = [
@@ -457,7 +488,7 @@ class Builder:
         self.norms.append(made)
         return made
 
-    def other_norm(self):
+    def other_norm(self) -> nn.Module:
         rng, d = self.rng, self.spatial
         kinds = ["layer", "rms"]
         if not self.tokens:
@@ -475,14 +506,14 @@ class Builder:
         if kind == "group":
             groups = rng.choice([g for g in (1, 2, 3, 4) if channels % g == 0])
             return nn.GroupNorm(groups, channels, affine=affine)
-        return INSTANCE_NORMS[d](
-            channels,
-            momentum=rng.choice((0.1, 0.1, None)),
-            affine=affine,
-            track_running_stats=rng.random() < 0.6,
-        )
+        options: dict[str, Any] = {
+            "momentum": rng.choice((0.1, 0.1, None)),  # None, says torch's docstring
+            "affine": affine,
+            "track_running_stats": rng.random() < 0.6,
+        }
+        return INSTANCE_NORMS[d](channels, **options)
 
-    def pool(self):
+    def pool(self) -> nn.Module | None:
         d = self.spatial
         if not d or self.tokens:
             return None
@@ -499,13 +530,13 @@ class Builder:
         self.shape = (self.shape[0], *[(n - 2) // stride + 1 for n in self.shape[1:]])
         return (AVG_POOLS if kind == "average" else MAX_POOLS)[d](2, stride)
 
-    def direct(self):
+    def direct(self) -> nn.Module:
         if self.tokens:
             return Scale((self.shape[-1],))
         shapes = [self.shape, (self.shape[0], *[1] * self.spatial)]
         return Scale(self.rng.choice([*shapes, (1,) * len(self.shape), ()]))
 
-    def attention(self):
+    def attention(self) -> nn.Module | None:
         if not self.tokens:
             return None
         size = self.shape[-1]
@@ -516,7 +547,7 @@ class Builder:
             return Multihead(size, heads)
         return Attention(size, heads, kind == "fused")
 
-    def turn(self):
+    def turn(self) -> nn.Module | None:
         """Channels first or last."""
         if self.tokens:
             self.shape, self.tokens = self.shape[::-1], False
@@ -529,7 +560,7 @@ class Builder:
         self.shape, self.tokens = (length, self.shape[0]), True
         return Tokens()
 
-    def activation(self):
+    def activation(self) -> nn.Module:
         if self.rng.random() < 0.15 and self.precise and self.first_order:
             # Of the second dimension, whatever it is; it is not smooth at 0, and
             # torch's has wrong derivatives under two vmaps.
@@ -538,7 +569,7 @@ class Builder:
             return nn.Softmax(-1)
         return self.rng.choice(ACTIVATIONS)()
 
-    def larger(self):
+    def larger(self) -> nn.Module | None:
         d = self.spatial
         if not d or self.tokens or max(self.shape[1:]) > 3:
             return None
@@ -546,7 +577,7 @@ class Builder:
         mode = self.rng.choice(("nearest", UPSAMPLINGS[d]))
         return nn.Upsample(scale_factor=2, mode=mode)
 
-    def again(self):
+    def again(self) -> nn.Module | None:
         """A layer that was used before, once more."""
         fitting = [
             (module, after)
@@ -558,18 +589,18 @@ class Builder:
         module, (self.shape, self.tokens) = self.rng.choice(fitting)
         return module if self.named_twice else Again(module)
 
-    def residual(self):
+    def residual(self) -> nn.Module:
         before = self.shape, self.tokens
         body = self.body(self.rng.randint(1, 2), nested=True)
         if (self.shape, self.tokens) == before:
             return Residual(body)
         return body
 
-    def branches(self):
+    def branches(self) -> nn.Module:
         before = self.shape, self.tokens
         a = self.body(1, nested=True)
         shape, tokens = self.shape, self.tokens
-        known = [list(made) for made in (self.linears, self.norms, self.seen)]
+        known = [*self.linears], [*self.norms], [*self.seen]
         self.shape, self.tokens = before
         b = self.body(1, nested=True)
         one = shape[:-1] if tokens else shape[1:]
@@ -584,7 +615,7 @@ class Builder:
         self.shape = (shape[0] + self.shape[0], *one)
         return Branches(a, b, 1)
 
-    def dropout(self):
+    def dropout(self) -> Drop:
         p = self.rng.choice((0.3, 0.5))
         if self.spatial == 2 and not self.tokens and self.rng.random() < 0.5:
             return Drop(nn.Dropout2d(p))
@@ -609,10 +640,10 @@ class Builder:
     )
     LARGER = (("residual", 2), ("branches", 1))
 
-    def body(self, many, nested=False):
+    def body(self, many: int, nested: bool = False) -> nn.Sequential:
         kinds = self.LAYERS if nested else self.LAYERS + self.LARGER
         names, weights = zip(*kinds)
-        layers = []
+        layers: list[nn.Module] = []
         while len(layers) < many:
             before = self.shape, self.tokens
             (name,) = self.rng.choices(names, weights)
@@ -628,12 +659,15 @@ class Builder:
                 self.seen.append((made, before, (self.shape, self.tokens)))
         return nn.Sequential(*layers)
 
-    def net(self, outs, dropout):
+    def net(self, outs: int, dropout: bool) -> tuple[Net, Shape, int]:
         """A network, the shape of its samples, and how many words it knows: 0 where it
         takes numbers."""
         rng = self.rng
         kind = rng.choices(("vec", "seq", "img", "vol", "words"), (4, 3, 6, 1, 2))[0]
-        words, layers = 0, []
+        words = size = 0
+        layers: list[nn.Module] = []
+        shape: Shape
+        embedding: nn.Embedding | nn.EmbeddingBag | None = None
         if kind == "vec":
             shape = self.shape = (rng.choice((2, 3, 4)),)
         elif kind == "words":
@@ -673,10 +707,9 @@ class Builder:
                 layers.append(nn.Flatten())
             ins = torch.Size(self.shape).numel()
         head = nn.Linear(ins, outs, bias=rng.random() < 0.8)
-        bounded = words and embedding.max_norm is not None
         if (
-            words
-            and not bounded
+            embedding is not None
+            and embedding.max_norm is None
             and (outs, ins) == (words, size)
             and rng.random() < 0.7
         ):

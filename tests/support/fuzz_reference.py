@@ -6,6 +6,9 @@ network side by side, each with parameters and buffers of its own, so that a lay
 join them.
 """
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, overload
+
 import torch
 import torch.nn.functional as F
 from fuzz_nets import (
@@ -21,6 +24,7 @@ from fuzz_nets import (
     Matmul,
     Mean,
     Multihead,
+    Net,
     NormAct,
     Residual,
     Scale,
@@ -30,9 +34,16 @@ from fuzz_nets import (
     Tokens,
     WithItself,
 )
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from plain import ModeName
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrize import is_parametrized
+
+Slices = list[Tensor]
+# What stands in the place of a parameter or buffer, by id.
+Own = dict[int, Tensor]
 
 
 class Refused(Exception):
@@ -55,7 +66,7 @@ AS_THEY_ARE = (
 )
 
 
-def normalised(x, dims, eps):
+def normalised(x: Tensor, dims: list[int], eps: float) -> Tensor:
     count = 1
     for d in dims:
         count *= x.shape[d]
@@ -75,60 +86,82 @@ class Reference:
         merged: whether a layer has joined slices.
     """
 
-    def __init__(self, net, mode, groups_of, masks=(), detached=False):
+    def __init__(
+        self,
+        net: Net,
+        mode: ModeName,
+        groups_of: Callable[[int], int],
+        masks: Iterable[Slices] = (),
+        detached: bool = False,
+    ) -> None:
         self.net, self.mode, self.groups_of = net, mode, groups_of
         self.masks, self.detached = list(masks), detached
-        self.own, self.merged = [], False
-        self.left = []
+        self.own: list[Own] = []
+        self.merged = False
+        self.left: list[Slices] = []
 
-    def __call__(self, xs, own, scales=None):
+    def __call__(
+        self, xs: Slices, own: list[Own], scales: Slices | None = None
+    ) -> Slices:
         self.own, self.left = own, list(self.masks)
         outs = self.visit(self.net.body, [x.contiguous() for x in xs])
         if scales is not None:
             outs = [y * s.unsqueeze(-1) for y, s in zip(outs, scales)]
         return outs
 
-    def of(self, tensor):
+    @overload
+    def of(self, tensor: Tensor) -> Sequence[Tensor]: ...
+
+    @overload
+    def of(self, tensor: Tensor | None) -> Sequence[Tensor | None]: ...
+
+    def of(self, tensor: Tensor | None) -> Sequence[Tensor | None]:
         """Each slice's own."""
         return [
             tensor if tensor is None else o.get(id(tensor), tensor) for o in self.own
         ]
 
-    def visit(self, m, xs):
+    def visit(self, m: nn.Module, xs: Slices) -> Slices:
         for kind in type(m).__mro__:
             if kind in self.HOW:
                 return self.HOW[kind](self, m, xs)
         raise NotImplementedError(type(m).__name__)
 
-    def sequential(self, m, xs):
+    def sequential(self, m: nn.Sequential, xs: Slices) -> Slices:
         for child in m:
             xs = self.visit(child, xs)
         return xs
 
-    def residual(self, m, xs):
+    def residual(self, m: Residual, xs: Slices) -> Slices:
         return [x + y for x, y in zip(xs, self.visit(m.body, xs))]
 
-    def again(self, m, xs):
+    def again(self, m: Again, xs: Slices) -> Slices:
         return self.visit(m.layer[0], xs)
 
-    def branches(self, m, xs):
+    def branches(self, m: Branches, xs: Slices) -> Slices:
         pairs = zip(self.visit(m.a, xs), self.visit(m.b, xs))
         return [torch.cat(pair, m.dim) for pair in pairs]
 
-    def as_it_is(self, m, xs):
+    def as_it_is(self, m: nn.Module, xs: Slices) -> Slices:
         return [m.forward(x) for x in xs]
 
-    def silu(self, m, xs):
+    def silu(self, m: nn.Module, xs: Slices) -> Slices:
         return [x * torch.sigmoid(x) for x in xs]
 
-    def dropout(self, m, xs):
+    def dropout(self, m: Drop, xs: Slices) -> Slices:
         if not m.layer.training:
             return xs
         return [x * mask for x, mask in zip(xs, self.left.pop(0))]
 
     # -- Layers with parameters --------------------------------------------------------
 
-    def affine(self, xs, weight, bias, shape=None):
+    def affine(
+        self,
+        xs: Slices,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shape: list[int] | None = None,
+    ) -> Slices:
         """x * weight + bias, each seen in ``shape``."""
         found = []
         for x, w, b in zip(xs, self.of(weight), self.of(bias)):
@@ -139,54 +172,56 @@ class Reference:
             found.append(x)
         return found
 
-    def scale(self, m, xs):
+    def scale(self, m: Scale, xs: Slices) -> Slices:
         return self.affine(xs, m.weight, m.bias)
 
-    def linear(self, m, xs):
-        if not hasattr(m, "parametrizations"):
+    def linear(self, m: nn.Linear, xs: Slices) -> Slices:
+        if not is_parametrized(m):
             return self.times(xs, m.weight, m.bias)
-        made = m.parametrizations.weight
+        made: Any = m.get_submodule("parametrizations.weight")
         pairs = zip(self.of(made.original0), self.of(made.original1))
         weights = [g * v / v.square().sum(1, keepdim=True).sqrt() for g, v in pairs]
         return self.by_each(xs, weights, self.of(m.bias))
 
-    def lora(self, m, xs):
+    def lora(self, m: Lora, xs: Slices) -> Slices:
         parts = zip(self.of(m.weight), self.of(m.up), self.of(m.down))
         return self.by_each(xs, [w + u @ d for w, u, d in parts], self.of(m.bias))
 
-    def there_and_back(self, m, xs):
+    def there_and_back(self, m: ThereAndBack, xs: Slices) -> Slices:
         return [x @ w.transpose(0, 1) @ w for x, w in zip(xs, self.of(m.weight))]
 
-    def with_itself(self, m, xs):
+    def with_itself(self, m: WithItself, xs: Slices) -> Slices:
         form = m.form
         parts = zip(xs, self.of(form.weight), self.of(form.bias))
         return [torch.einsum("...i,oij,...j->...o", x, w, x) + b for x, w, b in parts]
 
-    def prelu(self, m, xs):
+    def prelu(self, m: nn.PReLU, xs: Slices) -> Slices:
         shape = [1, -1] + [1] * (xs[0].dim() - 2)
         parts = zip(xs, self.of(m.weight))
         return [torch.where(x > 0, x, x * w.reshape(shape)) for x, w in parts]
 
-    def times(self, xs, weight, bias):
+    def times(self, xs: Slices, weight: Tensor, bias: Tensor | None) -> Slices:
         return self.by_each(xs, self.of(weight), self.of(bias))
 
-    def by_each(self, xs, weights, biases):
+    def by_each(
+        self, xs: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> Slices:
         found = []
         for x, w, b in zip(xs, weights, biases):
             y = x @ w.transpose(0, 1)
             found.append(y if b is None else y + b)
         return found
 
-    def functional(self, m, xs):
+    def functional(self, m: Functional, xs: Slices) -> Slices:
         return self.times(xs, m.kernel, m.shift)
 
-    def borrow(self, m, xs):
+    def borrow(self, m: Borrow, xs: Slices) -> Slices:
         return self.times(xs, m.owner[0].weight, None)
 
-    def matmul(self, m, xs):
+    def matmul(self, m: Matmul, xs: Slices) -> Slices:
         return [x @ w for x, w in zip(xs, self.of(m.matrix))]
 
-    def embedding(self, m, xs):
+    def embedding(self, m: nn.Embedding, xs: Slices) -> Slices:
         found = []
         for x, w in zip(xs, self.of(m.weight)):
             if m.max_norm is not None:
@@ -202,7 +237,7 @@ class Reference:
             found.append(y)
         return found
 
-    def bag(self, m, xs):
+    def bag(self, m: nn.EmbeddingBag, xs: Slices) -> Slices:
         found = []
         for x, w in zip(xs, self.of(m.weight)):
             kept = torch.ones_like(x).unsqueeze(-1)
@@ -214,17 +249,17 @@ class Reference:
             found.append(y)
         return found
 
-    def standardised(self, m, xs):
+    def standardised(self, m: Standardised, xs: Slices) -> Slices:
         found = []
         for x, w, b in zip(xs, self.of(m.weight), self.of(m.bias)):
             w = normalised(w.flatten(1), [1], 1e-6).reshape(w.shape)
             found.append(F.conv2d(x, w, b, m.stride, m.padding, m.dilation, m.groups))
         return found
 
-    def convolution(self, m, xs):
+    def convolution(self, m: _ConvNd, xs: Slices) -> Slices:
         found = []
         for x, w, b in zip(xs, self.of(m.weight), self.of(m.bias)):
-            padding = m.padding
+            padding: str | int | tuple[int, ...] = m.padding
             if m.padding_mode != "zeros":
                 reach = m._reversed_padding_repeated_twice
                 x, padding = F.pad(x, reach, m.padding_mode), 0
@@ -232,20 +267,21 @@ class Reference:
             found.append(run(x, w, b, m.stride, padding, m.dilation, m.groups))
         return found
 
-    def transposed(self, m, xs):
+    def transposed(self, m: _ConvTransposeNd, xs: Slices) -> Slices:
         run = TRANSPOSED[type(m)]
-        more = m.stride, m.padding, m.output_padding, m.groups, m.dilation
+        padding = m.padding
+        assert not isinstance(padding, str)
         return [
-            run(x, w, b, *more)
+            run(x, w, b, m.stride, padding, m.output_padding, m.groups, m.dilation)
             for x, w, b in zip(xs, self.of(m.weight), self.of(m.bias))
         ]
 
-    def attend(self, q, k, v):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = (q @ k.transpose(-2, -1)) / q.shape[-1] ** 0.5
         scores = (scores - scores.amax(-1, keepdim=True).detach()).exp()
         return scores / scores.sum(-1, keepdim=True) @ v
 
-    def heads(self, qkv, heads):
+    def heads(self, qkv: Tensor, heads: int) -> Tensor:
         """(N, L, 3 D) split, attended and joined again."""
         n, length, triple = qkv.shape
         parts = []
@@ -258,20 +294,21 @@ class Reference:
             parts.append(self.attend(q, k, v))
         return torch.cat(parts, -1)
 
-    def attention(self, m, xs):
+    def attention(self, m: Attention, xs: Slices) -> Slices:
         qkv = self.times(xs, m.qkv.weight, m.qkv.bias)
         joined = [self.heads(one, m.heads) for one in qkv]
         return self.times(joined, m.out.weight, m.out.bias)
 
-    def multihead(self, m, xs):
-        m = m.attention
-        qkv = self.times(xs, m.in_proj_weight, m.in_proj_bias)
-        joined = [self.heads(one, m.num_heads) for one in qkv]
-        return self.times(joined, m.out_proj.weight, m.out_proj.bias)
+    def multihead(self, m: Multihead, xs: Slices) -> Slices:
+        its = m.attention
+        qkv = self.times(xs, its.in_proj_weight, its.in_proj_bias)
+        joined = [self.heads(one, its.num_heads) for one in qkv]
+        return self.times(joined, its.out_proj.weight, its.out_proj.bias)
 
     # -- Normalisation -----------------------------------------------------------------
 
-    def by_running_statistics(self, m, xs):
+    def by_running_statistics(self, m: _NormBase, xs: Slices) -> Slices:
+        assert m.running_mean is not None and m.running_var is not None
         shape = [1, -1] + [1] * (xs[0].dim() - 2)
         pairs = zip(xs, self.of(m.running_mean), self.of(m.running_var))
         return [
@@ -279,7 +316,7 @@ class Reference:
             for x, mean, var in pairs
         ]
 
-    def batch_norm(self, m, xs):
+    def batch_norm(self, m: _BatchNorm, xs: Slices) -> Slices:
         shape = [1, -1] + [1] * (xs[0].dim() - 2)
         over = [d for d in range(xs[0].dim()) if d != 1]
         frozen = self.net.training and not m.training
@@ -293,7 +330,9 @@ class Reference:
             ys = [normalised(x, over, m.eps) for x in xs]
         return self.affine(ys, m.weight, m.bias, shape)
 
-    def joined(self, xs, over, shape, eps):
+    def joined(
+        self, xs: Slices, over: list[int], shape: list[int], eps: float
+    ) -> Slices:
         self.merged = True
         x = torch.cat(xs)
         if x.numel() == x.shape[1]:
@@ -304,14 +343,14 @@ class Reference:
             mean, var = mean.detach(), var.detach()
         return [(one - mean) / (var + eps).sqrt() for one in xs]
 
-    def grouped(self, x, groups, eps):
+    def grouped(self, x: Tensor, groups: int, eps: float) -> Tensor:
         y = x.reshape(x.shape[0], groups, -1)
         return normalised(y, [2], eps).reshape(x.shape)
 
-    def norm_act(self, m, xs):
+    def norm_act(self, m: NormAct, xs: Slices) -> Slices:
         return self.silu(m, self.batch_norm(m, xs))
 
-    def hand_made(self, m, xs):
+    def hand_made(self, m: HandMade, xs: Slices) -> Slices:
         """Switched like instance norm if its buffers have the usual names."""
         shape = [1, -1] + [1] * (xs[0].dim() - 2)
         over = [d for d in range(xs[0].dim()) if d != 1]
@@ -329,7 +368,7 @@ class Reference:
             ys.append((x - mean) / (var + 1e-3).sqrt() * gain.reshape(shape))
         return ys
 
-    def instance_norm(self, m, xs):
+    def instance_norm(self, m: _InstanceNorm, xs: Slices) -> Slices:
         frozen = self.net.training and not m.training
         by_instance = m.running_mean is None or not (frozen or self.mode == "eval")
         if self.mode == "group_norm" and not m.training and m.running_mean is not None:
@@ -341,7 +380,7 @@ class Reference:
             ys = self.by_running_statistics(m, xs)
         return self.affine(ys, m.weight, m.bias, [1, -1] + [1] * (xs[0].dim() - 2))
 
-    def group_norm(self, m, xs):
+    def group_norm(self, m: nn.GroupNorm, xs: Slices) -> Slices:
         ys = []
         for x in xs:
             if x.numel() == m.num_groups:
@@ -352,7 +391,7 @@ class Reference:
             ys.append(y.reshape(x.shape))
         return self.affine(ys, m.weight, m.bias, [1, -1] + [1] * (xs[0].dim() - 2))
 
-    def layer_norm(self, m, xs):
+    def layer_norm(self, m: nn.LayerNorm, xs: Slices) -> Slices:
         over = list(range(-len(m.normalized_shape), 0))
         ys = []
         for x in xs:
@@ -360,7 +399,7 @@ class Reference:
             ys.append(x / (x.square().mean(over, keepdim=True) + m.eps).sqrt())
         return self.affine(ys, m.weight, m.bias)
 
-    def rms_norm(self, m, xs):
+    def rms_norm(self, m: nn.RMSNorm, xs: Slices) -> Slices:
         over = list(range(-len(m.normalized_shape), 0))
         ys = []
         for x in xs:
@@ -368,7 +407,9 @@ class Reference:
             ys.append(x / (x.square().mean(over, keepdim=True) + eps).sqrt())
         return self.affine(ys, m.weight, None)
 
-    HOW = {
+    HOW: ClassVar[
+        dict[type[nn.Module], Callable[["Reference", Any, Slices], Slices]]
+    ] = {
         nn.Sequential: sequential,
         Residual: residual,
         Branches: branches,
@@ -402,16 +443,21 @@ class Reference:
     }
 
 
+def total_of(parts: Iterable[Tensor]) -> Tensor:
+    first, *rest = parts
+    return sum(rest, first)
+
+
 # -- Derivatives, a loop at a time -----------------------------------------------------
 
 
-def derivative(out, inputs):
+def derivative(out: Tensor, inputs: Slices) -> Slices:
     """Of a number, zeros where it does not depend; can be differentiated again."""
     found = torch.autograd.grad(out, inputs, create_graph=True, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found)]
 
 
-def jacobian(out, inputs):
+def jacobian(out: Tensor, inputs: Slices) -> Slices:
     """One tensor (*out.shape, *input.shape) an input."""
     rows = [_or_zero(o, inputs) for o in out.reshape(-1)]
     return [
@@ -420,13 +466,13 @@ def jacobian(out, inputs):
     ]
 
 
-def _or_zero(out, inputs):
+def _or_zero(out: Tensor, inputs: Slices) -> Slices:
     if not out.requires_grad:
         return [torch.zeros_like(x) for x in inputs]
     return derivative(out, inputs)
 
 
-def directional(out, inputs, tangents):
+def directional(out: Tensor, inputs: Slices, tangents: Slices) -> Tensor:
     """Forward mode by two reverse ones."""
     u = torch.zeros_like(out).requires_grad_()
     if not out.requires_grad:
@@ -439,6 +485,6 @@ def directional(out, inputs, tangents):
     return derivative(total, [u])[0]
 
 
-def derivative_along(out, inputs, u):
+def derivative_along(out: Tensor, inputs: Slices, u: Tensor) -> Slices:
     found = torch.autograd.grad(out, inputs, u, create_graph=True, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found)]

@@ -20,10 +20,14 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable, Generator, Iterator
+from types import FrameType
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from plain import ModeName
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules import module as torch_module
 
@@ -36,6 +40,8 @@ from vmapsafe import (
     vmap_safe,
 )
 
+Scenario = Callable[[nn.Sequential, Tensor, Tensor], None]
+
 HANGS = 10  # seconds
 HOME = os.path.dirname(vmapsafe.__file__)
 
@@ -43,17 +49,19 @@ HOME = os.path.dirname(vmapsafe.__file__)
 class Assigned(nn.Module):
     """A hand-made layer that assigns its buffer."""
 
-    def __init__(self):
+    mu: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mu", torch.zeros(4))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         out = x - self.mu
         self.mu = 0.9 * self.mu + 0.1 * x.mean(0).detach()
         return out
 
 
-def made():
+def made() -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(3, 4), nn.BatchNorm1d(4), Assigned(), nn.Tanh(), nn.Linear(4, 2)
@@ -64,7 +72,7 @@ def made():
     return nn.Sequential(*model, frozen)
 
 
-MODES = {
+MODES: dict[ModeName, dict[str, Any]] = {
     "eval": {},
     "no_running_stats": {},
     "group_norm": {"num_groups": 2},
@@ -73,16 +81,16 @@ MODES = {
 
 # -- Scenarios -------------------------------------------------------------------------
 
-SCENARIOS = {}
+SCENARIOS: dict[str, Scenario] = {}
 
 
-def scenario(f):
+def scenario(f: Scenario) -> Scenario:
     SCENARIOS[f.__name__] = f
     return f
 
 
-def block(mode):
-    def f(model, x, y):
+def block(mode: ModeName) -> Scenario:
+    def f(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
         with vmap_safe(model, mode=mode, **MODES[mode]):
             vmap(model)(x)
 
@@ -94,7 +102,7 @@ for _mode in MODES:
 
 
 @scenario
-def nested(model, x, y):
+def nested(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
     with vmap_safe(model, mode="sync"):
         with vmap_safe(model[:3]):
             model(x[0])
@@ -103,25 +111,25 @@ def nested(model, x, y):
 
 
 @scenario
-def two_models(model, x, y):
+def two_models(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
     other = copy.deepcopy(model)
     with vmap_safe(model, other, mode="no_running_stats"):
         other(model(x[0])[:, [0, 1, 0]])
 
 
 @scenario
-def decorated(model, x, y):
+def decorated(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
     @vmap_safe
-    def f(model, again):
+    def f(model: nn.Sequential, again: bool) -> Tensor:
         return f(model, False) if again else model(x[0])
 
     f(model, True)
 
 
 @scenario
-def resumed(model, x, y):
+def resumed(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
     @vmap_safe(mode="sync")
-    def f(model):
+    def f(model: nn.Sequential) -> Generator[Tensor, None, None]:
         yield model(x[0])
         yield model(x[0])
 
@@ -132,8 +140,8 @@ def resumed(model, x, y):
 
 
 @scenario
-def waiting(model, x, y):
-    def f():
+def waiting(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
+    def f() -> Iterator[Tensor]:
         with vmap_safe(model):
             yield model(x[0])
 
@@ -143,10 +151,10 @@ def waiting(model, x, y):
 
 
 @scenario
-def own_rows(model, x, y):
+def own_rows(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
     params = {k: p.detach() for k, p in model.named_parameters()}
 
-    def loss(params, x, y):
+    def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(model, params, (x,)), y)
 
     with vmap_safe(model, mode="sync"):
@@ -154,7 +162,7 @@ def own_rows(model, x, y):
 
 
 @scenario
-def backward(model, x, y):
+def backward(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
     with vmap_safe(model, mode="group_norm", num_groups=2):
         out = vmap(model)(x).square().sum()
         torch.autograd.grad(out, list(model.parameters()))
@@ -164,38 +172,42 @@ def backward(model, x, y):
 
 
 @scenario
-def written_for_a_batch(model, x, y):
+def written_for_a_batch(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
     with vmap_safe(model):
         batched(lambda x: model(x))(x[0])
 
 
 @scenario
-def rows(model, x, y):
+def rows(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
     per_sample_grads(model, F.cross_entropy, x[0], y[0])
 
 
 @scenario
-def rows_of_all_together(model, x, y):
+def rows_of_all_together(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
     per_sample_grads(model, F.cross_entropy, x[0], y[0], mode="sync")
 
 
 @scenario
-def norms(model, x, y):
+def norms(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
     per_sample_grad_norms(model, F.cross_entropy, x[0], y[0], chunk_size=2)
 
 
 @scenario
-def clipped(model, x, y):
+def clipped(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
     clipped_grad_sum(model, F.cross_entropy, x[0], y[0], max_grad_norm=1.0)
 
 
 # -- What has to hold afterwards -------------------------------------------------------
 
 
+# Modules, tables of hooks on all modules, and filters of warnings.
+Seen = tuple[dict[str, tuple[object, ...]], dict[str, dict[object, object]], list[Any]]
+
+
 class Known:
     """A model, how it is, and what it computes in each mode."""
 
-    def __init__(self, scenario):
+    def __init__(self, scenario: Scenario) -> None:
         self.model, self.other = made(), made()
         self.x = torch.randn(3, 4, 3, dtype=torch.float64)
         self.y = torch.randint(2, (3, 4))
@@ -210,9 +222,9 @@ class Known:
         }
         self.results = self.computed()
 
-    def state(self):
+    def state(self) -> Seen:
         """All that is compared by identity."""
-        modules = {}
+        modules: dict[str, tuple[object, ...]] = {}
         for name, m in self.model.named_modules():
             modules[name] = (
                 m.training,
@@ -222,15 +234,15 @@ class Known:
                 [(k, id(t)) for k, t in m._buffers.items()],
                 {k: len(v) for k, v in vars(m).items() if k.endswith("_hooks")},
             )
-        tables = {
+        tables: dict[str, dict[object, object]] = {
             name: dict(table)
             for name, table in vars(torch_module).items()
             if name.startswith("_global_") and isinstance(table, dict)
         }
         return modules, tables, list(warnings.filters)
 
-    def computed(self):
-        found = {}
+    def computed(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
         for mode, options in MODES.items():
             with vmap_safe(self.model, mode=mode, **options):
                 found[mode] = vmap(self.model)(self.x).detach()
@@ -240,7 +252,7 @@ class Known:
             found[name] = buffer
         return found
 
-    def wrong(self):
+    def wrong(self) -> str:
         """What is wrong, in words; "" if nothing is."""
         gc.collect()
         try:
@@ -270,7 +282,8 @@ class Known:
             for key, value in self.results.items():
                 if not torch.equal(found[key], value):
                     return f"another {key}"
-            for mode in ("eval", "sync"):
+            modes: tuple[ModeName, ...] = ("eval", "sync")
+            for mode in modes:
                 said = in_a_thread(lambda: self.enter(mode))
                 if said:
                     return f"in another thread: {said}"
@@ -278,15 +291,15 @@ class Known:
             return f"then {type(error).__name__}: {str(error)[:200]}"
         return ""
 
-    def enter(self, mode):
+    def enter(self, mode: ModeName) -> None:
         with vmap_safe(self.model, mode=mode):
             self.model(self.x[0])
 
 
-def in_a_thread(work):
+def in_a_thread(work: Callable[[], object]) -> str:
     said = []
 
-    def run():
+    def run() -> None:
         try:
             work()
         except BaseException as error:
@@ -298,7 +311,7 @@ def in_a_thread(work):
     return "".join(said)
 
 
-def child_says(child):
+def child_says(child: Callable[[], str]) -> tuple[int, int, int]:
     """What ``child`` returns in a fork of this process, in which it may do anything."""
     read, write = os.pipe()
     with warnings.catch_warnings():
@@ -318,7 +331,7 @@ def child_says(child):
     return pid, read, write
 
 
-def heard(pid, read, write):
+def heard(pid: int, read: int, write: int) -> str:
     os.close(write)
     with os.fdopen(read) as pipe:
         said = pipe.read()
@@ -332,15 +345,17 @@ def heard(pid, read, write):
 class Interrupted:
     """Runs a scenario; each ``every``-th line is interrupted, in a fork."""
 
-    def __init__(self, name, every=1, first=0, opcodes=False):
+    def __init__(
+        self, name: str, every: int = 1, first: int = 0, opcodes: bool = False
+    ) -> None:
         self.run, self.every, self.opcodes = SCENARIOS[name], every, opcodes
         self.count, self.first = 0, first
         self.known = Known(self.run)
-        self.child = None
-        self.bad = collections.Counter()
+        self.child: int | None = None
+        self.bad: collections.Counter[str] = collections.Counter()
         self.tried = 0
 
-    def start(self):
+    def start(self) -> Self:
         known, kind = self.known, ""
         try:
             sys.settrace(self.trace)
@@ -365,7 +380,7 @@ class Interrupted:
         os.write(self.child, said.encode()[:4000])
         os._exit(0)
 
-    def trace(self, frame, event, argument):
+    def trace(self, frame: FrameType, event: str, argument: object) -> Any:
         if not frame.f_code.co_filename.startswith(HOME):
             return None
         frame.f_trace_opcodes = self.opcodes
@@ -375,7 +390,7 @@ class Interrupted:
                 self.interrupt(frame)
         return self.trace
 
-    def interrupt(self, frame):
+    def interrupt(self, frame: FrameType) -> None:
         read, write = os.pipe()
         pid = os.fork()
         if not pid:
@@ -397,7 +412,7 @@ class Interrupted:
 # -- Random times ----------------------------------------------------------------------
 
 
-def at_random_times(name, times, seed=0):
+def at_random_times(name: str, times: int, seed: int = 0) -> collections.Counter[str]:
     """Faults by what they are, of that many interrupts, each in a fork."""
     rng = random.Random(f"{name} {seed}")
     run = SCENARIOS[name]
@@ -406,9 +421,9 @@ def at_random_times(name, times, seed=0):
     for _ in range(5):
         run(known.model, known.x, known.y)
     each = (time.perf_counter() - began) / 5
-    bad = collections.Counter()
+    bad: collections.Counter[str] = collections.Counter()
 
-    def child(delay):
+    def child(delay: float) -> str:
         try:
             interrupt_after(delay)
             end = time.monotonic() + 5  # Python drops one that strikes in a finalizer
@@ -431,15 +446,15 @@ def at_random_times(name, times, seed=0):
     return bad
 
 
-def interrupt_after(delay):
-    def interrupt(number, frame):
+def interrupt_after(delay: float) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, delay)
 
 
-def main():
+def main() -> bool:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scenarios", nargs="*", default=list(SCENARIOS))
     parser.add_argument("--every", type=int, default=1, help="each that many-th line")

@@ -1,20 +1,25 @@
 """Networks in which parameters are used in every way."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+
+Inputs = Callable[[], Tensor]
 
 
 class Twice(nn.Module):
     """One weight used twice, once through F.linear and once by an operator."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.a = nn.Linear(4, 4)
         self.out = nn.Linear(4, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.a(x))
         return self.out(torch.tanh(self.a(x)) @ self.a.weight + x * self.a.bias)
 
@@ -22,51 +27,51 @@ class Twice(nn.Module):
 class Tied(nn.Module):
     """An embedding whose weight is also the last layer's."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(7, 4, padding_idx=2)
         self.mix = nn.Linear(4, 4)
         self.out = nn.Linear(4, 7, bias=False)
         self.out.weight = self.embed.weight
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.out(torch.tanh(self.mix(self.embed(x)))).mean(1)
 
 
 class Direct(nn.Module):
     """A module that uses its parameters without any layer, and one unused."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.randn(4))
         self.matrix = nn.Parameter(torch.randn(4, 3))
         self.idle = nn.Parameter(torch.randn(2))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("ni,ij->nj", x.sin() * self.scale, self.matrix)
 
 
 class Attends(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
         self.norm = nn.LayerNorm(4)
         self.out = nn.Linear(4, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.out(self.norm(x + self.attend(x, x, x)[0])).mean(1)
 
 
 class Places(nn.Module):
     """Embeddings of input and position, the latter the same for all samples."""
 
-    def __init__(self, tokens=5, words=30):
+    def __init__(self, tokens: int = 5, words: int = 30) -> None:
         super().__init__()
         self.words = nn.Embedding(words, 4, padding_idx=-1)
         self.places = nn.Embedding(tokens, 4)
         self.out = nn.Linear(4, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         h = self.words(x) + self.places(torch.arange(x.size(1)))
         return self.out(torch.tanh(h)).mean(1)
 
@@ -74,12 +79,12 @@ class Places(nn.Module):
 class Folded(nn.Module):
     """Makes several rows of one sample before a convolution and batch norm."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
         self.out = nn.Linear(4, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         n = len(x)
         h = torch.tanh(self.norm(self.conv(x.flatten(0, 1))))
         return self.out(h.mean((2, 3)).view(n, -1, 4).mean(1))
@@ -88,55 +93,61 @@ class Folded(nn.Module):
 class Halves(nn.Module):
     """Two branches, of which the second part of a sample goes through one only."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
         self.unused = nn.Linear(3, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         self.unused(self.a(x[:, :4]))
         return self.a(x[:, :4]) * self.b(x[:, 4:].detach())
 
 
-def net(*layers):
+def net(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def image(*layers, channels, classes=3):
+def image(*layers: nn.Module, channels: int, classes: int = 3) -> nn.Sequential:
     return net(*layers, nn.Tanh(), nn.Flatten(2), Mean(), nn.Linear(channels, classes))
 
 
 class Mean(nn.Module):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x.mean(2)
 
 
-def conv(dims, channels, outputs, kernel, **options):
+def conv(
+    dims: int,
+    channels: int,
+    outputs: int,
+    kernel: int | tuple[int, ...],
+    **options: Any,
+) -> nn.Module:
     return getattr(nn, f"Conv{dims}d")(channels, outputs, kernel, **options)
 
 
-def normed():
+def normed() -> nn.Sequential:
     layer = nn.Linear(4, 3)
     return net(parametrizations.weight_norm(layer), nn.Tanh(), nn.Linear(3, 3))
 
 
-def frozen():
+def frozen() -> nn.Sequential:
     model = net(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
     model[0].weight.requires_grad_(False)
     model[1].bias.requires_grad_(False)
     return model
 
 
-def batch(*shape):
+def batch(*shape: int) -> Inputs:
     return lambda: torch.randn(5, *shape, dtype=torch.float64)
 
 
-def words(count, *shape):
+def words(count: int, *shape: int) -> Inputs:
     return lambda: torch.randint(count, (5, *shape))
 
 
 # name: (network, inputs)
-NETS = {
+NETS: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "conv2d": (
         lambda: image(conv(2, 2, 3, 3), nn.BatchNorm2d(3), channels=3),
         batch(2, 6, 5),
@@ -241,7 +252,7 @@ CASES = [
 ]
 
 
-def problem(name):
+def problem(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(3)
     make, inputs = NETS[name]
     model = make().double()
@@ -254,12 +265,12 @@ def problem(name):
     return model, x, torch.randn_like(model(x)).detach()
 
 
-def mse(output, target):
+def mse(output: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(output, target, reduction="sum")
 
 
 # For "sync": what slow.contributions can write out.
-SYNC = {
+SYNC: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
     "images": (
         lambda: net(
             *(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 3, 2)),

@@ -1,21 +1,24 @@
 """The slow meanings, in plain torch: no vmap, nothing of vmapsafe."""
 
 import copy
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+ModeName = Literal["eval", "no_running_stats", "group_norm", "sync"]
 
 
 class ByFormula(nn.Module):
     """Normalises by the statistics of the call itself, written out."""
 
-    def __init__(self, layer, groups=None):
+    def __init__(self, layer: _NormBase, groups: int | None = None) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.eps, self.groups = layer.eps, groups
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
         if self.groups is None:
             dims = [d for d in range(x.dim()) if d != 1]
@@ -36,15 +39,15 @@ class ByFormula(nn.Module):
 class BySample(nn.Module):
     """Instance norm by the statistics of each sample, written out."""
 
-    def __init__(self, layer):
+    def __init__(self, layer: _NormBase) -> None:
         super().__init__()
         self.norm = ByFormula(layer)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.norm(x[i : i + 1]) for i in range(len(x))])
 
 
-def switched(model, mode, num_groups=2):
+def switched(model: nn.Module, mode: ModeName, num_groups: int = 2) -> nn.Module:
     """A copy of ``model`` that does by hand what a block of ``mode`` promises."""
     model = copy.deepcopy(model)
     was_training = model.training
@@ -72,6 +75,6 @@ def switched(model, mode, num_groups=2):
     return model
 
 
-def _replace(model, name, new):
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from plain import switched
+from plain import ModeName, switched
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -36,7 +36,7 @@ def rows(
     return {name: torch.stack(column) for name, column in zip(params, zip(*columns))}
 
 
-def rows_in(model: nn.Module, mode: str, loss_fn: Loss, *batch: Tensor) -> Rows:
+def rows_in(model: nn.Module, mode: ModeName, loss_fn: Loss, *batch: Tensor) -> Rows:
     """Rows in a mode without "sync", by the names that parameters have in ``model``."""
     plain = switched(model, mode)
     for module in plain.modules():  # torch's kernel is wrong for one sample else
@@ -76,11 +76,11 @@ def clipped(rows: Rows, most: float) -> Rows:
 def sketch(rows: Rows, k: int, kind: str = "rademacher", seed: int = 0) -> Tensor:
     """(B, k): the rows times a matrix that is drawn in one piece."""
     flat = {name: _flat(row) for name, row in rows.items()}
-    parts = [f @ _matrix(n, f.size(1), k, kind, seed) for n, f in flat.items()]
+    parts = [f @ matrix(n, f.size(1), k, kind, seed) for n, f in flat.items()]
     return torch.stack(parts).sum(0) / math.sqrt(k)
 
 
-def _matrix(name: str, numbers: int, k: int, kind: str, seed: int) -> Tensor:
+def matrix(name: str, numbers: int, k: int, kind: str, seed: int) -> Tensor:
     """A parameter's part of the matrix, (numbers, k), rebuilt from its recipe."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))

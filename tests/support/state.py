@@ -1,9 +1,15 @@
 """What a block must leave as it was."""
 
+from typing import Any
+
 import torch
+from torch import nn
+
+# Flags, hooks and tensors of each module or tensor, by name.
+State = tuple[dict[str, Any], dict[str, list[int]], dict[str, Any]]
 
 
-def everything(model):
+def everything(model: nn.Module) -> State:
     """All that a block must leave as it was, by value and by identity."""
     flags = {
         name: (m.training, getattr(m, "track_running_stats", None), sorted(vars(m)))
@@ -20,7 +26,7 @@ def everything(model):
     return flags, hooks, tensors
 
 
-def assert_same_state(model, before):
+def assert_same_state(model: nn.Module, before: State) -> None:
     flags, hooks, tensors = everything(model)
     assert flags == before[0]
     assert hooks == before[1]

@@ -25,10 +25,13 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from plain import ModeName
+from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -44,8 +47,14 @@ from vmapsafe import (
     per_sample_sketch,
     vmap_safe,
 )
+from vmapsafe._block.vmap_safe import Block
 
 C, L = 4, 3  # channels and length of all inputs, (N, C, L)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Options = dict[str, Any]
 
 
 class Mismatch(AssertionError):
@@ -70,12 +79,15 @@ ERRORS = (
 class HandMadeStats(nn.Module):
     """Batch norm by hand, in place."""
 
-    def __init__(self):
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("running_mean", torch.zeros(C))
         self.register_buffer("running_var", torch.ones(C))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
         if self.training:
             mean, var = x.mean((0, 2)), x.var((0, 2), unbiased=False)
@@ -88,11 +100,13 @@ class HandMadeStats(nn.Module):
 class HandMadeMean(nn.Module):
     """A running mean under another name, in place."""
 
-    def __init__(self):
+    mu: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mu", torch.zeros(C))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x - self.mu[:, None]
         mean = x.mean((0, 2))
@@ -103,11 +117,13 @@ class HandMadeMean(nn.Module):
 class Assigned(nn.Module):
     """A running mean that is assigned."""
 
-    def __init__(self):
+    mu: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mu", torch.zeros(C))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         out = x - self.mu[:, None]
         if self.training:
             self.mu = 0.9 * self.mu + 0.1 * x.detach().mean((0, 2))
@@ -117,11 +133,13 @@ class Assigned(nn.Module):
 class Counts(nn.Module):
     """Counts its calls, in three spellings, in whole numbers."""
 
-    def __init__(self):
+    calls: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(3, dtype=torch.long))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         self.calls.add_(1)
         self.calls[0] = 7
         torch.add(self.calls, 2, out=self.calls)
@@ -131,17 +149,18 @@ class Counts(nn.Module):
 class Scaled(nn.Module):
     """No normalisation, but another thing in training."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x * (1.5 if self.training else 0.5)
 
 
 class Act(nn.BatchNorm1d):
     """Batch norm that reaches F.batch_norm by itself, with an activation after it."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         training = self.training or self.running_mean is None
-        if self.training and self.track_running_stats:
-            self.num_batches_tracked.add_(1)
+        if self.training and self.num_batches_tracked is not None:
+            if self.track_running_stats:
+                self.num_batches_tracked.add_(1)
         tracked = not self.training or self.track_running_stats
         return torch.tanh(
             F.batch_norm(
@@ -151,35 +170,35 @@ class Act(nn.BatchNorm1d):
                 self.weight,
                 self.bias,
                 training,
-                self.momentum,
+                self.momentum or 0.0,
                 self.eps,
             )
         )
 
 
 class Residual(nn.Module):
-    def __init__(self, body):
+    def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body = body
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
 
 
 class Fuse(nn.Module):
     """Raises what was planned, in forward or in backward."""
 
-    forward_raises = None
-    backward_raises = None
+    forward_raises: BaseException | None = None
+    backward_raises: BaseException | None = None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if Fuse.forward_raises is not None:
             error, Fuse.forward_raises = Fuse.forward_raises, None
             raise error
         if Fuse.backward_raises is not None and x.requires_grad:
             error, Fuse.backward_raises = Fuse.backward_raises, None
 
-            def burn(grad):
+            def burn(grad: Tensor) -> None:
                 raise error
 
             x = x * 1
@@ -188,7 +207,7 @@ class Fuse(nn.Module):
 
 
 HAND_MADE = (HandMadeStats, HandMadeMean, Assigned, Counts)
-LEAVES = [
+LEAVES: list[Callable[[], nn.Module]] = [
     lambda: nn.BatchNorm1d(C),
     lambda: nn.BatchNorm1d(C, affine=False),
     lambda: nn.BatchNorm1d(C, momentum=None),
@@ -206,19 +225,20 @@ LEAVES = [
 ]
 
 
-def built(rng, hand_made):
-    def leaf():
+def built(rng: random.Random, hand_made: bool) -> nn.Sequential:
+    def leaf() -> nn.Module:
         while True:
             made = rng.choice(LEAVES)()
             if hand_made or not isinstance(made, HAND_MADE):
                 return made
 
-    def part():
+    def part() -> nn.Module:
         return nn.Sequential(*[leaf() for _ in range(rng.randint(1, 3))])
 
-    parts = [nn.Conv1d(C, C, 1), nn.BatchNorm1d(C)]
+    parts: list[nn.Module] = [nn.Conv1d(C, C, 1), nn.BatchNorm1d(C)]
+    kinds: list[Callable[[], nn.Module]] = [leaf, part, lambda: Residual(part())]
     for _ in range(rng.randint(1, 3)):
-        parts.append(rng.choice([leaf, part, lambda: Residual(part())])())
+        parts.append(rng.choice(kinds)())
     if rng.random() < 0.2:  # one layer, used twice
         parts.append(parts[1])
     parts.insert(rng.randint(1, len(parts)), Fuse())
@@ -233,7 +253,7 @@ def built(rng, hand_made):
     return model
 
 
-def is_norm(module):
+def is_norm(module: nn.Module) -> bool:
     """Whether blocks say what its flags are."""
     if isinstance(module, (_BatchNorm, HandMadeStats)):
         return True
@@ -243,7 +263,7 @@ def is_norm(module):
 # -- The meaning, in plain operations --------------------------------------------------
 
 
-def reference(module, x, how):
+def reference(module: nn.Module, x: Tensor, how: "How") -> Tensor:
     """``module`` on slices ``x`` (B, N, C, L); ``how(layer)`` is the innermost block
     that covers it, a :class:`Cover`, or None. A layer that nothing covers runs, and
     writes, as it is."""
@@ -268,15 +288,16 @@ def reference(module, x, how):
         return x - x.mean((1, 3), keepdim=True)
     if isinstance(module, Counts):
         return x
+    assert isinstance(module, (HandMadeMean, Assigned))
     return x - module.mu[:, None]
 
 
-def _statistics(x, dims):
+def _statistics(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     mean = x.mean(dims, keepdim=True)
     return mean, (x - mean).square().mean(dims, keepdim=True)
 
 
-def _normalised(layer, x, cover):
+def _normalised(layer: _NormBase, x: Tensor, cover: "Cover") -> Tensor:
     batch_norm, mode = isinstance(layer, _BatchNorm), cover.mode
     if layer in cover.frozen and not (mode == "sync" and layer.running_mean is None):
         mode = "eval"  # without running statistics it uses the batch's then too
@@ -289,8 +310,9 @@ def _normalised(layer, x, cover):
         with torch.no_grad():
             layer(x.flatten(0, 1))
         layer.training = training
-    if mode == "eval" and layer.running_mean is not None:
-        mean, var = layer.running_mean[:, None], layer.running_var[:, None]
+    mean, var = layer.running_mean, layer.running_var
+    if mode == "eval" and mean is not None and var is not None:
+        mean, var = mean[:, None], var[:, None]
     elif not batch_norm:
         mean, var = _statistics(x, (3,))
     elif mode == "group_norm":
@@ -301,7 +323,7 @@ def _normalised(layer, x, cover):
     else:
         mean, var = _statistics(x, (0, 1, 3) if mode == "sync" else (1, 3))
     x = (x - mean) / (var + layer.eps).sqrt()
-    if layer.weight is not None:
+    if layer.weight is not None and layer.bias is not None:
         x = x * layer.weight[:, None] + layer.bias[:, None]
     return torch.tanh(x) if isinstance(layer, Act) else x
 
@@ -319,22 +341,25 @@ class Cover:
         replaced: whether the model has a layer now that it had not.
     """
 
-    options: dict
+    options: Options
     root: nn.Module
-    modules: set
-    frozen: set
+    modules: set[nn.Module]
+    frozen: set[nn.Module]
     unclear: bool = False
     touched: bool = False
     replaced: bool = False
 
     @property
-    def mode(self):
+    def mode(self) -> ModeName:
         return self.options.get("mode", "eval")
 
     @property
-    def updates(self):
+    def updates(self) -> bool:
         return self.options.get("update_running_stats", False)
 
+
+# The innermost block that covers a layer.
+How = Callable[[nn.Module], Cover | None]
 
 # -- A model, its twin, and what may be between them -----------------------------------
 
@@ -347,14 +372,14 @@ class Owned:
             flags it may have when the last block is left.
     """
 
-    def __init__(self, name, model):
+    def __init__(self, name: str, model: nn.Module) -> None:
         self.name, self.model, self.twin = name, model, copy.deepcopy(model)
-        self.removed = []
-        self.said = {}
-        self.graphs = []
+        self.removed: list[tuple[nn.Module, nn.Module]] = []
+        self.said: dict[nn.Module, set[bool]] = {}
+        self.graphs: list[tuple[Tensor, Tensor]] = []
         self.remember()
 
-    def pairs(self):
+    def pairs(self) -> list[tuple[str, nn.Module, nn.Module]]:
         """(path, module, twin), those taken out of the model too."""
         found = {}
         for (name, module), twin in zip(
@@ -366,10 +391,10 @@ class Owned:
                 found.setdefault(a, (f"removed {number}.{name}", a, b))
         return list(found.values())
 
-    def twin_of(self, module):
+    def twin_of(self, module: nn.Module) -> nn.Module:
         return {a: b for _, a, b in self.pairs()}[module]
 
-    def remember(self):
+    def remember(self) -> None:
         """Which tensors the model has now is its owner's doing."""
         self.tensors = {
             (a, name): tensor
@@ -378,22 +403,22 @@ class Owned:
         }
 
     @property
-    def functional(self):
+    def functional(self) -> bool:
         """Whether functional_call can be used: torch's own leaves other parameters
         behind where a module has two places in the model (2.13)."""
         names = [n for n, _ in self.model.named_modules(remove_duplicate=False)]
         return len(names) == len(list(self.model.modules()))
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def inputs(self, rng, *sizes):
+    def inputs(self, rng: random.Random, *sizes: int) -> Tensor:
         generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
         x = torch.randn(*sizes, C, L, generator=generator, dtype=torch.float64)
         return (x * 1.5 + 0.5).to(self.dtype)
 
-    def differences(self, covered, settled):
+    def differences(self, covered: set[nn.Module], settled: bool) -> Iterator[str]:
         """Lines on what is not as the owner asked; flags of what is ``covered`` are not
         looked at, nor ``settled`` says whether the owner's word is known for all."""
         for name, a, b in self.pairs():
@@ -439,18 +464,18 @@ class Owned:
                     yield f"{name}.{key} is {getattr(a, key, None)}"
 
 
-def total_loss(out):
+def total_loss(out: Tensor) -> Tensor:
     """One that normalised values do not keep constant."""
     weights = torch.arange(C * L, dtype=out.dtype).cos().view(C, L)
     return (out * weights + out.sin()).sum()
 
 
 @functools.cache
-def scripted():
+def scripted() -> nn.Module:
     return torch.jit.script(nn.Sequential(nn.BatchNorm1d(C)))
 
 
-def same(a, b):
+def same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -459,19 +484,24 @@ def same(a, b):
     return torch.allclose(a.detach(), b.detach(), tolerance, tolerance, equal_nan=True)
 
 
-def shown(tensor):
+def shown(tensor: Tensor) -> str:
     return str(tensor.detach().flatten()[:2].tolist())
 
 
-def plain(f):
+def plain(f: Callable[P, R]) -> Callable[P, R]:
     """``f`` past all modes: what the twin does is nobody's business."""
 
-    def called(*args, **kwargs):
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
         with torch._C.DisableTorchFunction():
             return f(*args, **kwargs)
 
     return called
 
+
+# A model, and the path and the module of what a block covers of it.
+Root = tuple[Owned, str, nn.Module]
+# Runs what it is given, or what is drawn, inside a block.
+Inside = Callable[..., object]
 
 HAS_ALSO = "also" in inspect.signature(vmap_safe).parameters
 
@@ -481,17 +511,21 @@ HAS_ALSO = "also" in inspect.signature(vmap_safe).parameters
 class Program:
     """The program of one seed, made up as it runs."""
 
-    def __init__(self, seed, echo=False, without=()):
+    def __init__(
+        self, seed: int, echo: bool = False, without: Sequence[str] = ()
+    ) -> None:
         self.rng = random.Random(seed)
         self.seed, self.echo, self.without = seed, echo, without
-        self.lines, self.depth, self.nested = [], 0, 0
+        self.lines: list[str] = []
+        self.depth = self.nested = 0
         torch.manual_seed(seed)
         self.owned = [
             Owned(name, built(self.rng, self.rng.random() < 0.5))
             for name in ("a", "b")[: self.rng.choice([1, 1, 2])]
         ]
-        self.covers = []  # of this thread, innermost last
-        self.planned, self.levels = None, 0
+        self.covers: list[Cover] = []  # of this thread, innermost last
+        self.planned: BaseException | None = None
+        self.levels = 0
         self.shared = False  # with another thread
         self.optimizers = {
             one: [torch.optim.SGD(m.parameters(), 0.01) for m in (one.model, one.twin)]
@@ -499,13 +533,13 @@ class Program:
         }
         self.hooks = _global_hooks()
 
-    def say(self, line):
+    def say(self, line: str) -> None:
         line = "    " * self.depth + line
         self.lines.append(line)
         if self.echo:
             print(line, flush=True)
 
-    def run(self):
+    def run(self) -> None:
         for one in self.owned:
             self.say(f"{one.name} = {one.model}".replace("\n", "\n" + "    "))
             off = [n for n, m in one.model.named_modules() if not m.training]
@@ -523,28 +557,28 @@ class Program:
 
     # What is open ------------------------------------------------------------------
 
-    def of(self, one):
+    def of(self, one: Owned) -> list[Cover]:
         twins = {b for _, _, b in one.pairs()}
         return [cover for cover in self.covers if cover.root in twins]
 
-    def how(self, module):
+    def how(self, module: nn.Module) -> Cover | None:
         for cover in reversed(self.covers):
             if module in cover.modules:
                 return cover
         return None
 
-    def unclear(self, one):
+    def unclear(self, one: Owned) -> bool:
         return bool(one.said) or any(cover.unclear for cover in self.of(one))
 
-    def whole(self, one):
+    def whole(self, one: Owned) -> bool:
         """Whether blocks cover all of it."""
         return any(cover.root is one.twin for cover in self.of(one))
 
-    def writes(self, one):
+    def writes(self, one: Owned) -> bool:
         """Whether a forward may write: layers not covered, or asked to."""
         return not self.whole(one) or any(cover.updates for cover in self.of(one))
 
-    def look(self):
+    def look(self) -> None:
         for one in self.owned:
             covers = self.of(one)
             covered = {m for c in covers for m in c.modules if is_norm(m)}
@@ -559,11 +593,11 @@ class Program:
 
     # Steps -------------------------------------------------------------------------
 
-    def body(self):
+    def body(self) -> None:
         for _ in range(self.rng.randint(1, 4)):
             self.act()
 
-    def act(self):
+    def act(self) -> None:
         if self.depth < 3 and self.rng.random() < 0.3 and not self.shared:
             self.block()
         else:
@@ -574,10 +608,10 @@ class Program:
                     getattr(self, step)(one)
         self.look()
 
-    def block(self):
+    def block(self) -> None:
         """One block, entered and left in one of many ways."""
         roots, options = self.drawn_block()
-        if roots is None:
+        if not roots:
             return
         way = self.rng.choice(WAYS)
         paths = [f"{one.name}[{name!r}]" for one, name, _ in roots]
@@ -585,7 +619,7 @@ class Program:
         modules = [module for _, _, module in roots]
         made = vmap_safe(*modules, **options)
 
-        def inside(body=self.body):
+        def inside(body: Callable[[], object] = self.body) -> object:
             covers = [self.cover(one, module, options) for one, _, module in roots]
             before = len(self.covers)
             self.covers.extend(covers)
@@ -612,13 +646,13 @@ class Program:
             self.nested -= 1
         self.say("left")
 
-    def drawn_block(self):
+    def drawn_block(self) -> tuple[list[Root], Options]:
         rng = self.rng
         mode = rng.choice(["eval", "eval", "no_running_stats", "group_norm", "sync"])
-        options = {"mode": mode}
+        options: Options = {"mode": mode}
         ones = rng.sample(self.owned, rng.randint(1, len(self.owned)))
         if any(one.said for one in ones):
-            return None, None
+            return [], {}
         if mode == "group_norm":
             options["num_groups"] = rng.choice([1, 2])
         hand_made = any(
@@ -632,7 +666,7 @@ class Program:
             options["fast"] = False
         if HAS_ALSO and mode == "eval" and rng.random() < 0.2:
             options["also"] = (HandMadeStats,)
-        roots = []
+        roots: list[Root] = []
         for one in ones:
             name, module = "", one.model
             if rng.random() < 0.3:
@@ -640,7 +674,7 @@ class Program:
             roots.append((one, name, module))
         return roots, options
 
-    def cover(self, one, module, options):
+    def cover(self, one: Owned, module: nn.Module, options: Options) -> Cover:
         root = one.twin_of(module)
         modules = set(root.modules())
         frozen = {m for m in modules if root.training and not m.training}
@@ -652,36 +686,36 @@ class Program:
 
     # Ways to enter and leave -------------------------------------------------------
 
-    def way_with(self, made, inside):
+    def way_with(self, made: Block, inside: Inside) -> None:
         with made:
             inside()
 
-    def way_stack(self, made, inside):
+    def way_stack(self, made: Block, inside: Inside) -> None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(made)
             inside()
 
-    def way_twice(self, made, inside):
+    def way_twice(self, made: Block, inside: Inside) -> None:
         """One object, entered twice and again."""
         with made, made:
             inside()
         with made:
             inside()
 
-    def way_decorated(self, made, inside):
+    def way_decorated(self, made: Block, inside: Inside) -> None:
         made(lambda: inside())()
 
-    def way_recursion(self, made, inside):
+    def way_recursion(self, made: Block, inside: Inside) -> None:
         @made
-        def f(times):
+        def f(times: int) -> object:
             return inside(lambda: f(times - 1)) if times else inside()
 
         f(2)
 
-    def way_generator(self, made, inside):
+    def way_generator(self, made: Block, inside: Inside) -> None:
         """A plain one: the block stays open while it waits."""
 
-        def f():
+        def f() -> Generator[None, Callable[[], object], None]:
             with made:
                 inside((yield))
 
@@ -697,11 +731,11 @@ class Program:
             del generator
             gc.collect()
 
-    def way_resumed(self, made, inside):
+    def way_resumed(self, made: Block, inside: Inside) -> None:
         """A decorated one: the block is closed while it waits."""
 
         @made
-        def f():
+        def f() -> Generator[None, None, None]:
             inside()
             yield
             inside()
@@ -722,7 +756,7 @@ class Program:
             with contextlib.suppress(Planned):
                 generator.throw(Planned())
 
-    def way_twofold(self, made, inside):
+    def way_twofold(self, made: Block, inside: Inside) -> None:
         """A failing entry first: nothing of it is left."""
         for bad in (nn.Sequential(nn.LazyBatchNorm1d()), scripted()):
             try:
@@ -750,7 +784,7 @@ class Program:
         with made:
             inside()
 
-    def way_default_device(self, made, inside):
+    def way_default_device(self, made: Block, inside: Inside) -> None:
         """torch's own mode, set inside and left open."""
         try:
             with made:
@@ -759,7 +793,7 @@ class Program:
         finally:
             torch.set_default_device(None)
 
-    def way_wrong_order(self, made, inside):
+    def way_wrong_order(self, made: Block, inside: Inside) -> None:
         """An error, and nothing of either is left."""
         first = vmap_safe(*self.roots, mode="eval")
         outer, inner = self.rng.sample([first, made], 2)
@@ -776,13 +810,13 @@ class Program:
         with contextlib.suppress(BlockError):
             outer.__exit__(None, None, None)
 
-    def way_straggler(self, made, inside):
+    def way_straggler(self, made: Block, inside: Inside) -> None:
         """Another thread enters with the same options and leaves later."""
         if self.covers:
             return self.way_with(made, inside)
         entered, end = threading.Event(), threading.Event()
 
-        def work():
+        def work() -> None:
             with made:
                 entered.set()
                 end.wait(30)
@@ -792,7 +826,7 @@ class Program:
                 with made:
                     covers = []
 
-                    def first():
+                    def first() -> None:
                         covers.extend(self.covers)
                         thread.start()
                         if not entered.wait(30):
@@ -813,14 +847,14 @@ class Program:
             finally:
                 end.set()
 
-    def way_finalised(self, made, inside):
+    def way_finalised(self, made: Block, inside: Inside) -> None:
         """The block object and the generator that opened it die by themselves."""
 
-        def f():
+        def f() -> Iterator[None]:
             with made:
                 yield
 
-        ring = [f()]
+        ring: list[Any] = [f()]
         ring.append(ring)
         next(ring[0])
         del ring
@@ -829,7 +863,9 @@ class Program:
 
     # The owner's words -------------------------------------------------------------
 
-    def spoken(self, one, modules, value, certain):
+    def spoken(
+        self, one: Owned, modules: Iterable[nn.Module], value: bool, certain: bool
+    ) -> None:
         """Note what the owner said of ``modules`` of the model."""
         for cover in self.of(one):
             cover.touched = True
@@ -846,7 +882,7 @@ class Program:
             else:
                 one.said.pop(twin, None)
 
-    def train(self, one):
+    def train(self, one: Owned) -> None:
         """train() or eval() on the model or on a part with parts."""
         value = self.rng.random() < 0.5
         parts = [
@@ -864,7 +900,7 @@ class Program:
             module.train() if value else module.eval()
         twin.train(value)
 
-    def train_layer(self, one):
+    def train_layer(self, one: Owned) -> None:
         """train(), eval() or an assignment, on one module alone."""
         value = self.rng.random() < 0.5
         name, module = self.rng.choice(list(one.model.named_modules()))
@@ -884,7 +920,13 @@ class Program:
 
     # Forwards ----------------------------------------------------------------------
 
-    def settled(self, one, forward, expected, check=True):
+    def settled(
+        self,
+        one: Owned,
+        forward: Callable[[], Tensor],
+        expected: Callable[[], Tensor],
+        check: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Run both; compare values, and what may not be written bit for bit."""
         before = None
         if not self.writes(one):
@@ -895,13 +937,10 @@ class Program:
                 if t is not None
             }
         try:
-            found = self.guarded(forward, expected)
+            both = self.guarded(forward, expected)
         finally:
             self.assigned_by_forward(one)
-        if found is None:
-            wanted = None
-        else:
-            found, wanted = found
+        found, wanted = (None, None) if both is None else both
         if before is not None:
             now = {
                 (name, key): t
@@ -914,7 +953,7 @@ class Program:
                     raise Mismatch(f"{place} was replaced by a forward")
                 if tensor._version != version or not torch.equal(tensor, value):
                     raise Mismatch(f"{place} was written by a forward")
-        if found is not None and check and not self.unclear(one):
+        if found is not None and wanted is not None and check and not self.unclear(one):
             if not same(found, wanted):
                 off = (found - wanted).abs().max() / wanted.abs().max()
                 raise Mismatch(
@@ -923,13 +962,15 @@ class Program:
                 )
         return found, wanted
 
-    def assigned_by_forward(self, one):
+    def assigned_by_forward(self, one: Owned) -> None:
         """A forward that nothing covers may assign its buffers: its owner's wish."""
         for _, a, b in one.pairs():
             if isinstance(a, Assigned) and self.how(b) is None:
                 one.tensors[a, "mu"] = a._buffers["mu"]
 
-    def guarded(self, forward, expected):
+    def guarded(
+        self, forward: Callable[[], R], expected: Callable[[], R]
+    ) -> tuple[R, R] | None:
         """Both, or the error planned from both."""
         burning = Fuse.forward_raises, Fuse.backward_raises
         try:
@@ -957,12 +998,12 @@ class Program:
             raise Mismatch("the planned error got lost")
         return found, wanted
 
-    def caught(self, error):
+    def caught(self, error: BaseException) -> None:
         """No graph stays alive, of which a hook knows the error."""
         self.planned = None
         error.__traceback__ = None
 
-    def plan(self, where):
+    def plan(self, where: str) -> BaseException:
         """An error that is to fly in the next step, and how far."""
         error = self.rng.choice(ERRORS)(where)
         self.planned = error
@@ -970,11 +1011,11 @@ class Program:
         self.say(f"plan {type(error).__name__} in {where}, {self.levels} blocks up")
         return error
 
-    def sizes(self, one):
+    def sizes(self, one: Owned) -> tuple[int, int]:
         """Of slices; one slice where the model cannot be vmapped."""
         return (self.rng.randint(2, 3), self.rng.randint(2, 3))
 
-    def forward(self, one):
+    def forward(self, one: Owned) -> None:
         """The model on a batch or, where blocks cover it, on slices."""
         sliced = self.whole(one) and self.rng.random() < 0.6
         sizes = self.sizes(one)
@@ -988,13 +1029,13 @@ class Program:
             Fuse.forward_raises = self.plan("forward")
         self.say(f"{how} forward of {one.name}{', vmapped' if sliced else ''}")
 
-        def run(x):
+        def run(x: Tensor) -> Tensor:
             if how == "functional" and self.whole(one) and one.functional:
                 params = dict(one.model.named_parameters())
-                return functional_call(one.model, (params, buffers), (x,))
+                return functional_call(one.model, {**params, **buffers}, (x,))
             return one.model(x)
 
-        def forward():
+        def forward() -> Tensor:
             with torch.no_grad() if how == "no_grad" else contextlib.nullcontext():
                 return vmap(run)(x) if sliced else run(x[0])[None]
 
@@ -1004,12 +1045,13 @@ class Program:
         for key, value in handed_in.items():
             if not torch.equal(buffers[key], value):
                 raise Mismatch(f"{key}, handed in, was written")
-        if found is not None and how != "no_grad" and not self.unclear(one):
-            if self.writes(one):
-                one.graphs.clear()  # what they saved was written
-            one.graphs.append((found, wanted))
+        if found is None or wanted is None or how == "no_grad" or self.unclear(one):
+            return
+        if self.writes(one):
+            one.graphs.clear()  # what they saved was written
+        one.graphs.append((found, wanted))
 
-    def backward(self, one):
+    def backward(self, one: Owned) -> None:
         """Of a forward made in this block, in one that was left, or outside all."""
         if not one.graphs:
             return self.forward(one)
@@ -1019,7 +1061,7 @@ class Program:
         (found * weights).sum().backward()
         plain(lambda: (wanted * weights).sum().backward())()
 
-    def interrupted_backward(self, one):
+    def interrupted_backward(self, one: Owned) -> None:
         """An error in the middle of a backward."""
         if not self.whole(one) or self.unclear(one):
             return
@@ -1027,10 +1069,10 @@ class Program:
         self.say(f"interrupted backward in {one.name}")
         Fuse.backward_raises = self.plan("backward")
 
-        def forward():
+        def forward() -> None:
             total_loss(one.model(x[0])).backward()
 
-        def expected():
+        def expected() -> None:
             total_loss(reference(one.twin, x, self.how)).backward()
 
         try:
@@ -1042,7 +1084,7 @@ class Program:
             if self.planned is not None and self.levels == 0:
                 self.planned = None
 
-    def rows(self, one):
+    def rows(self, one: Owned) -> None:
         """The sum of the user's own vmap(grad) is the gradient of the sum."""
         if not self.whole(one) or not one.functional:
             return
@@ -1053,14 +1095,14 @@ class Program:
         params = {n: one.model.get_parameter(n).detach() for n in names}
         self.say(f"vmap(grad) of {one.name}")
 
-        def loss(params, x):
+        def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
             return total_loss(functional_call(one.model, params, (x,)))
 
-        def forward():
+        def forward() -> Tensor:
             rows = vmap(grad(loss), (None, 0))(params, x)
             return torch.cat([rows[n].sum(0).flatten() for n in names])
 
-        def expected():
+        def expected() -> Tensor:
             total = total_loss(reference(one.twin, x, self.how))
             wanted = [one.twin.get_parameter(n) for n in names]
             grads = torch.autograd.grad(total, wanted, allow_unused=True)
@@ -1075,17 +1117,17 @@ class Program:
         if self.writes(one):
             one.graphs.clear()
 
-    def gradient(self, one):
+    def gradient(self, one: Owned) -> None:
         """Plain grad, of a net in training."""
         if not self.whole(one):
             return
         x = one.inputs(self.rng, 1, 3)
         self.say(f"grad of {one.name}")
 
-        def forward():
+        def forward() -> Tensor:
             return grad(lambda x: total_loss(one.model(x)))(x[0])
 
-        def expected():
+        def expected() -> Tensor:
             leaf = x.clone().requires_grad_()
             total = total_loss(reference(one.twin, leaf, self.how))
             return torch.autograd.grad(total, leaf)[0][0]
@@ -1094,7 +1136,7 @@ class Program:
         if self.writes(one):
             one.graphs.clear()
 
-    def ensemble(self, one):
+    def ensemble(self, one: Owned) -> None:
         """Members with parameters and buffers of their own, which nothing writes."""
         if not self.whole(one) or self.writes(one) or self.unclear(one):
             return
@@ -1112,16 +1154,17 @@ class Program:
         twins = dict(zip(one.twin.modules(), zip(*[m.modules() for m in members])))
         back = {copied: b for b, both in twins.items() for copied in both}
 
-        def how(module):
+        def how(module: nn.Module) -> Cover | None:
             cover = self.how(back[module])
+            assert cover is not None
             frozen = {copied for b in cover.frozen for copied in twins.get(b, ())}
             return dataclasses.replace(cover, frozen=frozen)
 
-        def forward():
+        def forward() -> Tensor:
             f = vmap(lambda p, b: functional_call(one.model, (p, b), (x[0],)))
             return f(params, buffers)
 
-        def expected():
+        def expected() -> Tensor:
             return torch.cat([reference(m, x, how) for m in members])
 
         self.settled(one, forward, expected)
@@ -1129,21 +1172,20 @@ class Program:
             if not torch.equal(value, before[key]):
                 raise Mismatch(f"{key} of the ensemble was written")
 
-    def four_functions(self, one):
+    def four_functions(self, one: Owned) -> None:
         """Per-sample gradients and their kin: a block of their own."""
         if one.said or self.shared:
             return
         if not any(p.requires_grad for p in one.model.parameters()):
             return
         x = one.inputs(self.rng, 3, 1)[:, 0]
-        f = self.rng.choice(
-            [
-                per_sample_grads,
-                per_sample_grad_norms,
-                lambda *a, **k: clipped_grad_sum(*a, max_grad_norm=1.0, **k),
-                lambda *a, **k: per_sample_sketch(*a, k=3, **k),
-            ]
-        )
+        functions: list[Callable[..., object]] = [
+            per_sample_grads,
+            per_sample_grad_norms,
+            lambda *a, **k: clipped_grad_sum(*a, max_grad_norm=1.0, **k),
+            lambda *a, **k: per_sample_sketch(*a, k=3, **k),
+        ]
+        f = self.rng.choice(functions)
         mode = self.rng.choice(["eval", "no_running_stats", "sync"])
         if self.rng.random() < 0.2:
             Fuse.forward_raises = self.plan("forward")
@@ -1151,11 +1193,11 @@ class Program:
         covers = [self.cover(one, one.model, {"mode": mode})]
         self.covers.extend(covers)
 
-        def forward():
+        def forward() -> Tensor:
             f(one.model, total_loss, x, mode=mode)
             return torch.zeros(())
 
-        def expected():
+        def expected() -> Tensor:
             reference(one.twin, x[None], self.how)
             return torch.zeros(())
 
@@ -1164,7 +1206,7 @@ class Program:
         finally:
             del self.covers[-1]
 
-    def checkpointed(self, one):
+    def checkpointed(self, one: Owned) -> None:
         """Inside, the plain numbers; after the block an error in words, or those."""
         if not self.whole(one) or self.unclear(one) or self.writes(one):
             return
@@ -1173,9 +1215,9 @@ class Program:
         x = one.inputs(self.rng, 1, 3).requires_grad_()
         reentrant = self.rng.random() < 0.5
         self.say(f"checkpoint of {one.name}, use_reentrant={reentrant}")
-        grads = []
+        grads: list[Tensor | None] = []
 
-        def forward():
+        def forward() -> Tensor:
             out = checkpoint(one.model, x[0], use_reentrant=reentrant)
             for model in (one.model, one.twin):
                 model.zero_grad()
@@ -1183,14 +1225,14 @@ class Program:
             grads.extend(p.grad for p in one.model.parameters())
             return out[None]
 
-        def expected():
+        def expected() -> Tensor:
             out = reference(one.twin, x, self.how)
             total_loss(out).backward()
             return out
 
         self.settled(one, forward, expected)
 
-    def without_a_block(self, one, held):
+    def without_a_block(self, one: Owned, held: list[Cover]) -> None:
         """A forward in a thread that has no block, while another thread has: right, or
         an error in words. Where the owner's flags are the block's, never an error."""
         x = one.inputs(self.rng, 1, 3)
@@ -1211,11 +1253,12 @@ class Program:
             found = None
         for (_, a, b), c in zip(one.pairs(), twin.modules()):
             for key, tensor in a._buffers.items():
-                if tensor is None:
+                mine, right = b._buffers[key], c._buffers[key]
+                if tensor is None or mine is None or right is None:
                     continue
-                if same(tensor, c._buffers[key]):
-                    b._buffers[key].copy_(c._buffers[key])
-                elif found is not None or not same(tensor, b._buffers[key]):
+                if same(tensor, right):
+                    mine.copy_(right)
+                elif found is not None or not same(tensor, mine):
                     raise Mismatch(f"a forward without a block left {key} wrong")
         one.graphs.clear()
         for _, a, b in one.pairs():
@@ -1226,7 +1269,7 @@ class Program:
 
     # Threads -----------------------------------------------------------------------
 
-    def thread(self, one):
+    def thread(self, one: Owned) -> None:
         """Another thread, while this one waits."""
         covers = self.of(one)
         if (
@@ -1251,16 +1294,15 @@ class Program:
         if what == "same":
             self.say(f"{one.name} entered in another thread with the same options")
             x = one.inputs(self.rng, 1, 2)
-            if covers[0].root is not one.twin or self.writes(one):
-                x = None
+            runs = covers[0].root is one.twin and not self.writes(one)
 
-            def work():
+            def work() -> Tensor | None:
                 with vmap_safe(root, **options):
-                    return None if x is None else one.model(x[0])
+                    return one.model(x[0]) if runs else None
 
             with Thread(work) as thread:
                 thread.start()
-            if x is not None:
+            if runs:
                 wanted = plain(lambda: reference(one.twin, x, self.how))()
                 if not same(thread.result, wanted[0]):
                     raise Mismatch("another number in another thread")
@@ -1270,7 +1312,7 @@ class Program:
             return
         self.say(f"{one.name} entered in another thread with {other}")
 
-        def refused():
+        def refused() -> None:
             try:
                 with vmap_safe(root, mode=other):
                     raise Mismatch("another thread entered with other options")
@@ -1283,7 +1325,7 @@ class Program:
 
     # Copies and writes -------------------------------------------------------------
 
-    def copied(self, one):
+    def copied(self, one: Owned) -> None:
         """A copy has the owner's flags and is not covered."""
         how = self.rng.choice(["deepcopy", "pickle", "torch.save"])
         self.say(f"{how} of {one.name}")
@@ -1311,11 +1353,11 @@ class Program:
             x = one.inputs(self.rng, 3)
             if not same(made(x), plain(lambda: twin(x))()):
                 raise Mismatch("a copy computes something else")
-            for a, b in zip(made.buffers(), twin.buffers()):
-                if not same(a, b):
+            for mine, other_one in zip(made.buffers(), twin.buffers()):
+                if not same(mine, other_one):
                     raise Mismatch("a copy writes something else")
 
-    def state_dict(self, one):
+    def state_dict(self, one: Owned) -> None:
         self.say(f"state_dict of {one.name}")
         found, wanted = one.model.state_dict(), one.twin.state_dict()
         if list(found) != list(wanted) or not all(
@@ -1328,7 +1370,7 @@ class Program:
             if value is not one.tensors.get((module, name)):
                 raise Mismatch(f"state_dict has another {key}")
 
-    def write(self, one):
+    def write(self, one: Owned) -> None:
         """What an owner may do to a model at any time."""
         rng, seed = self.rng, self.rng.randrange(1 << 30)
         paths = [n for n, m in one.model.named_modules() if m._buffers]
@@ -1342,14 +1384,14 @@ class Program:
             (f if model is one.model else plain(f))(model, path)
         one.remember()
 
-    def step(self, one):
+    def step(self, one: Owned) -> None:
         """An optimizer step."""
         self.say(f"optimizer step on {one.name}")
         one.graphs.clear()
         for optimizer in self.optimizers[one]:
             optimizer.step()
 
-    def replace(self, one):
+    def replace(self, one: Owned) -> None:
         """Another layer in the place of one; what the old one was, it has to be."""
         names = [n for n, m in one.model.named_children() if not isinstance(m, Fuse)]
         name = self.rng.choice(names)
@@ -1366,7 +1408,7 @@ class Program:
             one.removed.append(old)
         one.remember()
 
-    def hook(self, one):
+    def hook(self, one: Owned) -> None:
         """A hook of the owner's own, which stays, and may raise."""
         self.say(f"hook on {one.name}")
 
@@ -1377,7 +1419,7 @@ class Program:
         for model in (one.model, one.twin):
             model.get_submodule(name).register_forward_pre_hook(_looks)
 
-    def raised(self, one):
+    def raised(self, one: Owned) -> None:
         """An error in the body of the block."""
         error = self.plan("the body")
         if self.levels == 0:
@@ -1385,7 +1427,7 @@ class Program:
             return
         raise error
 
-    def closed_again(self, one):
+    def closed_again(self, one: Owned) -> None:
         """A block that is not open cannot be left."""
         self.say("a block is left that is not open")
         try:
@@ -1445,16 +1487,16 @@ WAYS = [
 ]
 
 
-def _looks(module, args):
+def _looks(module: nn.Module, args: object) -> None:
     """A hook."""
 
 
-def _load(model, path):
+def _load(model: nn.Module, path: str) -> None:
     state = model.state_dict()
     model.load_state_dict({k: _other(v) for k, v in state.items()})
 
 
-def _load_old(model, path):
+def _load_old(model: nn.Module, path: str) -> None:
     """A checkpoint from before batches were counted."""
     state = {k: _other(v) for k, v in model.state_dict().items()}
     for key in [k for k in state if k.endswith("num_batches_tracked")]:
@@ -1462,43 +1504,43 @@ def _load_old(model, path):
     model.load_state_dict(state)
 
 
-def _other(tensor):
+def _other(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return tensor + 3
     return tensor * 1.1 + 0.1
 
 
-def _in_place(model, path):
+def _in_place(model: nn.Module, path: str) -> None:
     for buffer in model.get_submodule(path)._buffers.values():
         if buffer is not None:
             buffer.copy_(_other(buffer))
 
 
-def _assigned(model, path):
+def _assigned(model: nn.Module, path: str) -> None:
     module = model.get_submodule(path)
     for name, buffer in module._buffers.items():
         if buffer is not None:
             setattr(module, name, _other(buffer))
 
 
-def _reset(model, path):
+def _reset(model: nn.Module, path: str) -> None:
     for module in model.modules():
         if isinstance(module, _NormBase):
             module.reset_running_stats()
 
 
-def _momentum(model, path):
+def _momentum(model: nn.Module, path: str) -> None:
     module = model.get_submodule(path)
     if hasattr(module, "momentum"):
-        module.momentum = 0.3
-    module.note = "mine"
+        setattr(module, "momentum", 0.3)
+    setattr(module, "note", "mine")
 
 
-def _frozen(model, path):
+def _frozen(model: nn.Module, path: str) -> None:
     model.get_submodule(path).requires_grad_(False)
 
 
-WRITES = {
+WRITES: dict[str, Callable[[nn.Module, str], object]] = {
     "load_state_dict": _load,
     "load_state_dict of an old checkpoint": _load_old,
     "write in place": _in_place,
@@ -1515,24 +1557,28 @@ WRITES = {
 class Thread(threading.Thread):
     """Joined at the end of its ``with``, which raises what it raised."""
 
-    def __init__(self, work):
+    def __init__(self, work: Callable[[], object]) -> None:
         super().__init__(daemon=True)
-        self.work, self.error, self.result, self.started = work, None, None, False
+        self.work, self.started = work, False
+        self.error: BaseException | None = None
+        self.result: Any = None
 
-    def start(self):
+    def start(self) -> None:
         self.started = True
         super().start()
 
-    def run(self):
+    def run(self) -> None:
         try:
             self.result = self.work()
         except BaseException as error:
             self.error = error
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(
+        self, kind: object, error: BaseException | None, traceback: object
+    ) -> None:
         if not self.started:
             return
         self.join(60)
@@ -1542,7 +1588,7 @@ class Thread(threading.Thread):
             raise self.error
 
 
-def _global_hooks():
+def _global_hooks() -> dict[str, dict[object, object]]:
     return {
         name: dict(table)
         for name, table in vars(torch_module).items()
@@ -1550,7 +1596,9 @@ def _global_hooks():
     }
 
 
-def run(seed, echo=False, without=()):
+def run(
+    seed: int, echo: bool = False, without: Sequence[str] = ()
+) -> tuple[str, list[str]] | None:
     """None, or what is wrong and the program up to there."""
     Fuse.forward_raises = Fuse.backward_raises = None
     if not gc.get_freeze_count():
@@ -1573,7 +1621,7 @@ def run(seed, echo=False, without=()):
     return None
 
 
-def main():
+def main() -> bool:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, help="run this program, and print it")
     parser.add_argument("--start", type=int, default=0, help="the first seed of many")
