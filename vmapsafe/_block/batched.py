@@ -71,8 +71,9 @@ def batched(
         The vectorised function, or a decorator.
 
     Raises:
-        ValueError: on a call: nothing to map over, batch sizes that disagree, or an
-            output whose first dimension is not 1.
+        VmapSafeTypeError: ``function`` is not callable.
+        VmapSafeValueError: on a call: no argument has a batch dimension, batch sizes
+            disagree, or the first dimension of an output is not 1.
 
     It does not enter ``vmap_safe``: put the call in a block, or decorate with both.
     """

@@ -198,14 +198,21 @@ def process_group(module: nn.Module) -> Any:
 
 
 def find(roots: Sequence[nn.Module], options: Options) -> tuple[Model, ...]:
-    """Look at the modules handed to a block; changes nothing.
+    """Look at the modules handed to a block, without changing anything.
 
     A root inside another root belongs to the outer one.
 
+    Args:
+        roots: the modules, in their wrappers.
+        options: the options of the block.
+
+    Returns:
+        One model for each root that is not inside another one.
+
     Raises:
-        ValueError: a lazy layer has not seen a batch; a layer of ``also`` outside
-            "eval".
-        TypeError: a kind of module that cannot be switched.
+        VmapSafeValueError: a lazy layer has not seen a batch, or the mode is not "eval"
+            and a layer is of a class in ``also``.
+        VmapSafeTypeError: a block cannot switch a module of this kind.
     """
     roots = [unwrapped(root) for root in roots]
     if len(roots) > 1:

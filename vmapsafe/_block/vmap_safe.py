@@ -237,11 +237,15 @@ def _enter(block: Block, models: tuple[nn.Module, ...], owner: object) -> Scope:
 
 
 def _leave(scope: Scope, error: BaseException | None) -> None:
-    """Close it, whatever comes.
+    """Close a block and put its models back, even where this raises.
+
+    Args:
+        scope: the block.
+        error: the error with which its body ended, if it did.
 
     Raises:
-        BlockError: blocks opened later are still open, or the block belongs to another
-            thread. The model is put back all the same.
+        BlockError: blocks opened later are still open, or another thread opened this
+            one.
     """
     found = ""
     try:
