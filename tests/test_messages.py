@@ -54,8 +54,7 @@ ENTRY = {
     "no module": (
         lambda: vmap_safe(net(), 3),
         TypeError,
-        "vmap_safe(...): got an object of type int, not an nn.Module. Write "
-        "vmap_safe(model).",
+        "vmap_safe(...): got an int, not an nn.Module. Write " "vmap_safe(model).",
     ),
     "num_groups below 1": (
         lambda: vmap_safe(net(), num_groups=0),
@@ -71,8 +70,8 @@ ENTRY = {
     "no model among the arguments": (
         lambda: vmap_safe(lambda x, y: x)(1, [2]),
         TypeError,
-        '<lambda>(...) under @vmap_safe(mode="eval"): no nn.Module '
-        "among its arguments, nor in a tuple, list or dict there. Pass the model, or "
+        '<lambda>(...) under @vmap_safe(mode="eval"): there is no nn.Module '
+        "among its arguments, or in a tuple, list or dict there. Pass the model, or "
         "write @vmap_safe(model).",
     ),
     "async def": (
@@ -90,8 +89,8 @@ ENTRY = {
     "class": (
         lambda: vmap_safe(nn.Linear),
         TypeError,
-        '@vmap_safe(mode="eval"): Linear is a class, of which only the '
-        "creation would be covered. Decorate its methods.",
+        '@vmap_safe(mode="eval"): Linear is a class, and the block would '
+        "cover only the creation of its objects. Decorate its methods.",
     ),
     "not a function": (
         lambda: vmap_safe(mode="eval")(3),
@@ -115,8 +114,8 @@ ENTRY = {
         lambda: vmap_safe(scripted(), mode="group_norm").__enter__(),
         TypeError,
         "vmap_safe(RecursiveScriptModule, mode=\"group_norm\"): 'the model itself' "
-        "(RecursiveScriptModule) is TorchScript, of which only the training flag can "
-        'be switched. Use mode="eval", or the module before it was scripted.',
+        "(RecursiveScriptModule) is TorchScript, and a block can switch only its "
+        'training flag. Use mode="eval", or the module before it was scripted.',
     ),
     "left twice": (
         lambda: vmap_safe(net()).__exit__(None, None, None),

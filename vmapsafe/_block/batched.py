@@ -5,32 +5,60 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from vmapsafe._draws import Draws
+from vmapsafe._draws import Draws, Randomness
 from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, shown
 from vmapsafe._torch import broadcast_to_leaves, tree_flatten, tree_map, tree_unflatten
 
-Dims = int | None | tuple[Any, ...] | list[Any] | dict[str, Any]
+P = ParamSpec("P")
+R = TypeVar("R")
+# As in torch.func.vmap, and by name.
+InDims = int | None | tuple[Any, ...] | list[Any] | dict[str, Any]
+OutDims = int | tuple[int, ...] | None
 
 
+@overload
 def batched(
-    function: Callable[..., Any] | None = None,
-    in_dims: Dims = 0,
-    out_dims: Any = 0,
-    randomness: str = "error",
+    function: Callable[P, R],
+    in_dims: InDims = 0,
+    out_dims: OutDims = 0,
+    randomness: Randomness = "error",
     *,
     chunk_size: int | None = None,
     keep_batch_dim: bool = True,
-) -> Any:
-    """Run a function that is written for a batch on batches of one, vectorised.
+) -> Callable[P, R]: ...
 
-    ``batched(f)(x)[i]`` equals ``f(x[i:i+1])`` without its leading 1, so that a model
-    that wants (N, C, H, W) needs no ``unsqueeze``:
+
+@overload
+def batched(
+    function: None = None,
+    in_dims: InDims = 0,
+    out_dims: OutDims = 0,
+    randomness: Randomness = "error",
+    *,
+    chunk_size: int | None = None,
+    keep_batch_dim: bool = True,
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+def batched(
+    function: Callable[P, R] | None = None,
+    in_dims: InDims = 0,
+    out_dims: OutDims = 0,
+    randomness: Randomness = "error",
+    *,
+    chunk_size: int | None = None,
+    keep_batch_dim: bool = True,
+) -> Callable[P, R] | Callable[[Callable[P, R]], Callable[P, R]]:
+    """Vectorise a function that is written for a batch: each slice is a batch of one.
+
+    ``batched(f)(x)[i]`` equals ``f(x[i:i+1])`` without its leading 1, so a model that
+    takes (N, C, H, W) does not need ``unsqueeze``:
 
     >>> import torch
     >>> from torch import nn
@@ -44,7 +72,7 @@ def batched(
     ...     forward(torch.randn(5, 3, 8, 8)).shape
     torch.Size([5, 288])
 
-    Arguments are chosen by position or by name, as are those shared by all slices:
+    ``in_dims`` says, by position or by name, which arguments all slices share:
 
     >>> @batched(in_dims={"weight": None})
     ... def scores(weight, x):
@@ -53,29 +81,30 @@ def batched(
     torch.Size([5, 2])
 
     Args:
-        function: what to run; left out, ``batched`` returns a decorator.
-        in_dims: as in ``torch.func.vmap``: the dimension of each positional argument
-            that is the batch, None for one shared by all; an int for every argument; a
-            tree of such. Or a dict from argument names, where the names not given mean
-            0. Modules, numbers, strings, None and 0-dimensional tensors pass through.
-            Keyword arguments not named are mapped over 0, as in vmap.
+        function: the function to run. Without it, ``batched`` returns a decorator.
+        in_dims: as in ``torch.func.vmap``: the batch dimension of each positional
+            argument, None for one that all slices share; an int for every argument; or
+            a tree of these. Or a dict by argument name, where a name left out means 0.
+            Modules, numbers, strings, None and 0-dimensional tensors pass through.
+            Keyword arguments that are not named are mapped over 0, as in vmap.
         out_dims: where the batch goes in the outputs, as in vmap.
         randomness: "error", "different" or "same", as in vmap.
-        chunk_size: how many slices at a time, as in vmap; None for all.
-        keep_batch_dim: whether a slice keeps its batch dimension, of size 1, and each
+        chunk_size: how many slices run at a time, as in vmap; None for all.
+        keep_batch_dim: True: a slice keeps its batch dimension, of size 1, and each
             output that has a dimension loses its first, which must be 1. False: slices
-            come without it and outputs are taken as they are, as in vmap; functions
-            that return gradients of parameters need that.
+            come without their batch dimension and outputs stay as they are, as in vmap.
+            Functions that return gradients of parameters need False.
 
     Returns:
-        The vectorised function, or a decorator.
+        The vectorised function, with the types of ``function``; or a decorator.
 
     Raises:
         VmapSafeTypeError: ``function`` is not callable.
         VmapSafeValueError: on a call: no argument has a batch dimension, batch sizes
             disagree, or the first dimension of an output is not 1.
 
-    It does not enter ``vmap_safe``: put the call in a block, or decorate with both.
+    It does not open a block of ``vmap_safe``: put the call in one, or decorate with
+    both.
     """
     if function is None:
         return functools.partial(
@@ -96,7 +125,7 @@ def batched(
     names = _parameter_names(function) if needs_names else ()
 
     @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         specs = _specs(name, names, in_dims, args, kwargs)
         leaves, tree = tree_flatten((args, kwargs))
         dims = _dims_of_leaves(name, names, specs, args, kwargs)
@@ -105,7 +134,7 @@ def batched(
         several = chunk_size is not None and randomness == "same"
         draws = Draws(randomness) if several else None
 
-        def one(*slices: Tensor) -> Any:
+        def one(*slices: Tensor) -> R:
             if draws is not None:
                 draws.put_back()
             filled = list(leaves)
@@ -113,11 +142,10 @@ def batched(
                 filled[i] = piece.unsqueeze(dim) if keep_batch_dim else piece
             inner_args, inner_kwargs = tree_unflatten(filled, tree)
             output = function(*inner_args, **inner_kwargs)
-            if not keep_batch_dim:
-                return output
-            return tree_map(
-                lambda leaf: without_batch_dim(f"batched({name})(...)", leaf), output
-            )
+            if keep_batch_dim:
+                called = f"batched({name})(...)"
+                output = tree_map(lambda leaf: without_batch_dim(called, leaf), output)
+            return output
 
         return vmap(
             one,
@@ -131,7 +159,7 @@ def batched(
 
 
 def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the positional parameters, read once; none where there are none."""
+    """The names of the positional parameters; empty if there is no signature."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -146,11 +174,11 @@ def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
 def _specs(
     name: str,
     names: Sequence[str],
-    in_dims: Dims,
+    in_dims: InDims,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One spec of batch dimensions an argument, in the structure of (args, kwargs)."""
+    """The batch dimensions of each argument, in the structure of (args, kwargs)."""
     if isinstance(in_dims, dict):
         known = {*names, *kwargs}
         unknown = [key for key in in_dims if key not in known]
@@ -185,7 +213,7 @@ def _dims_of_leaves(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> list[int | None]:
-    """The batch dimension of every leaf of (args, kwargs), None where it has none."""
+    """The batch dimension of every leaf of (args, kwargs), None for leaves without."""
     labels = [names[i] if i < len(names) else f"argument {i}" for i in range(len(args))]
     dims: list[int | None] = []
     sizes: list[tuple[str, Tensor, int]] = []
@@ -223,7 +251,7 @@ def _check_sizes(name: str, sizes: list[tuple[str, Tensor, int]]) -> None:
         raise VmapSafeValueError(
             f"batched({name})(...)",
             "no argument has a batch dimension to map over",
-            "Pass a tensor with one, or in_dims that name it",
+            "Pass a tensor with a batch dimension, or in_dims that name it",
         )
     if any([leaf.size(dim) != sizes[0][1].size(sizes[0][2]) for _, leaf, dim in sizes]):
         found = ", ".join(
@@ -239,7 +267,7 @@ def _check_sizes(name: str, sizes: list[tuple[str, Tensor, int]]) -> None:
 
 
 def without_batch_dim(called: str, output: Any) -> Any:
-    """What one slice's output is without its batch of one."""
+    """The output of one slice without its batch dimension, which must have size 1."""
     if not isinstance(output, Tensor) or output.dim() == 0:
         return output
     if output.size(0) != 1:
@@ -247,8 +275,8 @@ def without_batch_dim(called: str, output: Any) -> Any:
             called,
             f"an output of one slice has shape {tuple(output.shape)}, whose first "
             "dimension is not a batch of one",
-            "Return one row a sample, or pass keep_batch_dim=False and take the "
-            "slice as vmap gives it, as functions that return gradients of "
-            "parameters need",
+            "Return one row for each sample, or pass keep_batch_dim=False and take "
+            "the slice as vmap gives it, as functions that return gradients of "
+            "parameters must",
         )
     return output.squeeze(0)

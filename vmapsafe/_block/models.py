@@ -410,8 +410,8 @@ def refuse(module: nn.Module, mode: Mode, root: nn.Module) -> None:
     if not mode.reads_running_stats and isinstance(module, torch.jit.ScriptModule):
         raise VmapSafeTypeError(
             f'vmap_safe({type(root).__name__}, mode="{mode.name}")',
-            f"{label_of(root, module)} is TorchScript, of which only the "
-            "training flag can be switched",
+            f"{label_of(root, module)} is TorchScript, and a block can switch "
+            "only its training flag",
             'Use mode="eval", or the module before it was scripted',
         )
     if _compiling():
@@ -425,8 +425,7 @@ def refuse_named(label: str, mode: Mode, root: nn.Module) -> None:
     if not mode.reads_running_stats:
         raise VmapSafeValueError(
             f'vmap_safe({type(root).__name__}, mode="{mode.name}")',
-            f"{label} is named by also=, and what it does in another mode than "
-            '"eval" is not known',
+            f'{label} is named by also=, which has a meaning in mode "eval" only',
             'Use mode="eval", or leave the class out of also',
         )
 

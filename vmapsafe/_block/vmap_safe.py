@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Generator
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, Generic, Never, ParamSpec, TypeVar, cast, overload
 
 import torch
 from torch import nn
@@ -21,27 +21,61 @@ from vmapsafe._errors import (
     BlockError,
     NeverUpdatedWarning,
     VmapSafeTypeError,
+    a_kind,
+    shown,
     warn_user,
     worded,
 )
-from vmapsafe._modes import NumGroups, Options
+from vmapsafe._modes import Also, ModeName, NumGroups, Options
 from vmapsafe._torch import dispatch_modes_are_on
 
 P = ParamSpec("P")
 R = TypeVar("R")
+M = TypeVar("M", bound=nn.Module)
+# What ``as`` gives.
+As = TypeVar("As", covariant=True)
 
 
-# A module is callable too, hence the overlap.
+# A module is callable too, hence the overlaps.
 @overload
 def vmap_safe(  # type: ignore[overload-overlap]
-    *models: nn.Module,
-    mode: str = "eval",
+    model: M,
+    /,
+    *,
+    mode: ModeName = "eval",
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
-    also: tuple[type[nn.Module], ...] = (),
+    also: Also = (),
     fast: bool = True,
-) -> Block: ...
+) -> Block[M]: ...
+
+
+@overload
+def vmap_safe(
+    first: M,
+    second: M,
+    /,
+    *others: M,
+    mode: ModeName = "eval",
+    num_groups: NumGroups = 32,
+    update_running_stats: bool = False,
+    sync_levels: int | None = None,
+    also: Also = (),
+    fast: bool = True,
+) -> Block[tuple[M, ...]]: ...
+
+
+@overload
+def vmap_safe(
+    *,
+    mode: ModeName = "eval",
+    num_groups: NumGroups = 32,
+    update_running_stats: bool = False,
+    sync_levels: int | None = None,
+    also: Also = (),
+    fast: bool = True,
+) -> Block[Never]: ...
 
 
 @overload
@@ -50,18 +84,18 @@ def vmap_safe(function: Callable[P, R], /) -> Callable[P, R]: ...
 
 def vmap_safe(
     *models: Any,
-    mode: str = "eval",
+    mode: ModeName = "eval",
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
-    also: tuple[type[nn.Module], ...] = (),
+    also: Also = (),
     fast: bool = True,
-) -> Any:
+) -> object:
     """Make batch norm networks work under ``torch.func`` for the length of a block.
 
     A context manager and a decorator. Inside, the normalisation layers of ``models`` do
-    what ``mode`` says and nothing is written to the models' buffers; on exit, however
-    it comes about, the models are as they were.
+    what ``mode`` says, and the models' forwards do not write to their buffers. On exit,
+    also after an error, the models are as they were.
 
     >>> import torch
     >>> from torch import nn
@@ -97,58 +131,60 @@ def vmap_safe(
                         mode does
     ==================  ==========================================  ===================
 
-    Where a model is in training mode, a layer its owner has put in eval mode before
-    stays in eval. A ``model.train()`` or ``model.eval()`` inside the block does not
-    change what its layers compute; it is how the model leaves the block. Dropout and
+    In a model in training mode, a layer that you have put in eval mode before stays in
+    eval mode. ``model.train()`` and ``model.eval()`` inside the block do not change
+    what its layers compute; they say how the model leaves the block. Dropout and
     everything else keep the mode they have.
 
-    The block holds in the thread that opened it, where its layers show the flags the
-    mode wants, and does not cross ``await``. Other threads see the model as its owner
-    left it. Backward may run after the block, unless it runs a forward again.
+    The block holds in the thread that opened it, where its layers show the flags that
+    the mode needs, and does not cross ``await``. Other threads see the model as it was.
+    Backward may run after the block, unless it runs a forward again.
 
     Args:
-        *models: modules, or nothing for a decorator that looks at the arguments.
-            torch.compile, DataParallel and DistributedDataParallel are unwrapped.
+        *models: the modules to cover; torch.compile, DataParallel and
+            DistributedDataParallel are unwrapped. A decorator without models covers the
+            modules among the arguments of each call.
         mode: "eval", "no_running_stats", "group_norm" or "sync".
         num_groups: for "group_norm", the number of groups, or a function of the
-            number of channels; where it does not divide them, one group a channel.
+            number of channels. If it does not divide the channels, each channel is a
+            group.
         update_running_stats: in "sync", whether a call updates the running statistics
             and their counter as one training step of ``model(x)`` would, under every
             transform.
         sync_levels: in "sync", how many nested vmaps are merged, counted from the
-            innermost; None for all. Merged are those that batch a layer's input and no
-            parameter or buffer of the model.
-        also: classes of hand-made layers that are switched in "eval" as torch's own
-            are, subclasses included; an error in the other modes. Without it a
-            hand-made layer is switched if it owns buffers ``running_mean`` and
-            ``running_var``, and others normalise as they do in training mode.
-        fast: whether faster batching rules of some operators stand in the place of
-            torch's own, in all threads while the block is open. They give the same
-            numbers up to rounding. False leaves speed to torch, in blocks around this
-            one and in other threads too; rules that put torch's own wrong numbers
-            right stay (batches of one, second derivatives of normalisation layers,
-            layouts that vmap cannot query).
+            innermost; None for all. A vmap is merged if it batches a layer's input but
+            none of the model's parameters or buffers.
+        also: classes of hand-made layers, subclasses included, that "eval" switches as
+            it switches torch's own; the other modes refuse them. A layer that owns
+            buffers ``running_mean`` and ``running_var`` need not be named. Other
+            hand-made layers normalise as they do in training mode.
+        fast: whether faster batching rules replace torch's own for some operators, in
+            all threads, while the block is open. They give the same numbers up to
+            rounding. False leaves speed to torch, also in blocks around this one and in
+            other threads. Rules that correct wrong numbers of torch stay (batches of
+            one, second derivatives of normalisation layers, layouts that vmap cannot
+            query).
 
     Returns:
-        A block for ``with`` (``as`` gives the model, or a tuple of them) that is also
-        a decorator; for a function, the decorated function.
+        A block for ``with`` (``as`` gives the model, or a tuple of models), which is
+        also a decorator. For a function: the decorated function, with the same types.
 
     Raises:
-        ValueError: an unknown mode, ``num_groups`` below 1, a lazy layer that has not
-            seen a batch.
-        TypeError: something that is not a module, or that cannot be switched; on use,
-            no model in a ``with`` or among the arguments.
-        BlockError: another thread holds the model with other options; after the block,
-            backward is to run a forward of it again.
+        VmapSafeValueError: the mode is unknown, ``num_groups`` is below 1, or, on use,
+            a lazy layer has not seen a batch.
+        VmapSafeTypeError: an argument is not a module, or, on use, the block cannot
+            switch a layer, or there is no model in the ``with`` or among the arguments.
+        BlockError: on use, another thread holds the model with other options; after the
+            block, backward would run a forward of the model again.
 
     Warns:
         NeverUpdatedWarning: "eval" reads running statistics that no batch has updated.
-        LeftOutWarning: the forward of a hand-made layer writes a buffer, which does not
-            happen inside.
+        LeftOutWarning: the forward of a hand-made layer writes a buffer. That write
+            does not happen inside the block.
 
-    It does not copy the model, and does not cover a copy that is made inside, which has
-    its owner's flags. It does not make clipped per-sample gradients differentially
-    private by itself.
+    It does not copy the model. It does not cover a copy made inside the block, which
+    has the flags that the model has outside. It does not make clipped per-sample
+    gradients differentially private by itself.
     """
     options = Options(
         mode=mode,
@@ -164,15 +200,17 @@ def vmap_safe(
         if not isinstance(model, nn.Module):
             raise VmapSafeTypeError(
                 "vmap_safe(...)",
-                f"got an object of type {type(model).__name__}, not an nn.Module",
+                f"got {a_kind(model)}, not an nn.Module",
                 "Write vmap_safe(model)",
             )
     return Block(models, options)
 
 
-class Block:
-    """What ``vmap_safe(...)`` returns: a context manager, reusable and re-entrant, and
-    a decorator. It only stores what it was given."""
+class Block(Generic[As]):
+    """What ``vmap_safe(...)`` returns: a context manager and a decorator.
+
+    It is reusable and re-entrant, as it only stores what it was given.
+    """
 
     def __init__(self, models: tuple[nn.Module, ...], options: Options) -> None:
         self._models = models
@@ -182,13 +220,14 @@ class Block:
         models = "".join(f"{type(model).__name__}, " for model in self._models)
         return f"vmap_safe({models}{self._options})"
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> As:
         if not self._models:
             raise VmapSafeTypeError(
                 f"with {self}", "got no model", "Write vmap_safe(model)"
             )
         _enter(self, self._models, self)
-        return self._models[0] if len(self._models) == 1 else self._models
+        models = self._models
+        return cast(As, models[0] if len(models) == 1 else models)
 
     def __exit__(
         self,
@@ -210,9 +249,8 @@ class Block:
         _leave(scope, error)
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call a function in the block; no interrupt leaves it open."""
-        output: R = _called_in(self, self._models, function, args, kwargs)
-        return output
+        """Call a function in the block. An interrupt does not leave the block open."""
+        return _called_in(self, self._models, function, args, kwargs)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         decorated: Callable[P, R] = _decorated(function, self)
@@ -222,8 +260,8 @@ class Block:
 # -- Blocks ---------------------------------------------------------------------------
 
 
-def _enter(block: Block, models: tuple[nn.Module, ...], owner: object) -> Scope:
-    """Open a block that ``owner`` will close."""
+def _enter(block: Block[object], models: tuple[nn.Module, ...], owner: object) -> Scope:
+    """Open a block, which ``owner`` will close."""
     scope = opened(models, block._options, owner)
     if block._options.meaning.reads_running_stats and not torch.compiler.is_compiling():
         done = False
@@ -259,7 +297,7 @@ def _leave(scope: Scope, error: BaseException | None) -> None:
                 scope.close()
     if found == "nowhere" and scope.thread is not threading.current_thread():
         found = "open in another thread"
-    # Else an interrupt has been there, and that is the news.
+    # Otherwise the user is told of the error, or of an interrupt in this function.
     if found not in ("top", "nowhere") and error is None:
         raise BlockError(
             str(scope),
@@ -273,9 +311,9 @@ _warned: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def _warn_if_never_updated(scope: Scope) -> None:
-    """Warn, once a class of model, of statistics that are as they were initialised.
+    """Warn, once for each class of model, if statistics are as they were initialised.
 
-    A layer that was found updated is not looked at again: on a GPU each look waits.
+    Layers found updated are remembered: on a GPU, each look waits for the device.
     """
     if dispatch_modes_are_on():  # values may not be there, as under FakeTensorMode
         return
@@ -305,14 +343,14 @@ def _warn_if_never_updated(scope: Scope) -> None:
 # -- Decorated functions --------------------------------------------------------------
 
 
-def _is_function(candidate: Any) -> bool:
+def _is_function(candidate: object) -> bool:
     if isinstance(candidate, (classmethod, staticmethod, property)):
         return True
     return callable(candidate) and not isinstance(candidate, nn.Module)
 
 
-def _decorated(function: Any, block: Block) -> Any:
-    """``function`` in a fresh block a call; which form is decided here, once."""
+def _decorated(function: Any, block: Block[object]) -> Any:
+    """``function``, each call of which runs in a block of its own."""
     if isinstance(function, (classmethod, staticmethod)):
         return type(function)(_decorated(function.__func__, block))
     if isinstance(function, property):
@@ -320,13 +358,13 @@ def _decorated(function: Any, block: Block) -> Any:
         return property(*(f and _decorated(f, block) for f in parts))
     if not _is_function(function):
         raise VmapSafeTypeError(
-            f"@{block}", f"{function!r} is not a function", "Decorate a function"
+            f"@{block}", f"{shown(function)} is not a function", "Decorate a function"
         )
     if inspect.isclass(function):
         raise VmapSafeTypeError(
             f"@{block}",
-            f"{function.__name__} is a class, of which only the creation would be "
-            "covered",
+            f"{function.__name__} is a class, and the block would cover only the "
+            "creation of its objects",
             "Decorate its methods",
         )
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
@@ -347,15 +385,15 @@ def _decorated(function: Any, block: Block) -> Any:
     return wrapper
 
 
-def _resumed_in(function: Any, block: Block) -> Any:
-    """A generator function whose body runs in a block, and whose caller does not."""
+def _resumed_in(function: Any, block: Block[object]) -> Any:
+    """A generator function whose body runs in a block, but whose caller does not."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         models = _models_of(block, function, args, kwargs)
         generator = function(*args, **kwargs)
 
-        def resume(step: Callable[..., Any], *given: Any) -> Any:
+        def resume(step: Callable[..., R], *given: object) -> R:
             return _called_in(block, models, step, given, {})
 
         try:
@@ -377,16 +415,16 @@ def _resumed_in(function: Any, block: Block) -> Any:
 
 
 def _called_in(
-    block: Block,
+    block: Block[object],
     models: tuple[nn.Module, ...],
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    function: Callable[..., R],
+    args: tuple[object, ...],
     kwargs: dict[str, Any],
-) -> Any:
-    """Call it in a block of its own.
+) -> R:
+    """Call ``function`` in a block of its own.
 
-    An interrupt at the first step of ``__exit__`` is the one that ``with`` alone would
-    let through.
+    ``with`` alone would leave the block open after an interrupt at the first step of
+    ``__exit__``.
     """
     entry = _Entry(block, models)
     if torch.compiler.is_compiling():
@@ -404,32 +442,35 @@ def _called_in(
 class _Entry:
     """One use of a block."""
 
-    def __init__(self, block: Block, models: tuple[nn.Module, ...]) -> None:
+    def __init__(self, block: Block[object], models: tuple[nn.Module, ...]) -> None:
         self.block = block
         self.models = models
 
     def __enter__(self) -> None:
         self.scope = _enter(self.block, self.models, self)
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(
+        self, kind: object, error: BaseException | None, traceback: object
+    ) -> None:
         _leave(self.scope, error)
 
 
 def _models_of(
-    block: Block, function: Any, args: Any, kwargs: dict[str, Any]
+    block: Block[object], function: object, args: object, kwargs: object
 ) -> tuple[nn.Module, ...]:
-    """The block's, or the modules among the arguments of a call."""
+    """The models of the block, or the modules among the arguments of a call."""
     models = block._models or tuple([*_modules_among(args), *_modules_among(kwargs)])
     if not models:
         raise VmapSafeTypeError(
             f"{getattr(function, '__name__', 'function')}(...) under @{block}",
-            "no nn.Module among its arguments, nor in a tuple, list or dict there",
+            "there is no nn.Module among its arguments, or in a tuple, list or dict "
+            "there",
             "Pass the model, or write @vmap_safe(model)",
         )
     return models
 
 
-def _modules_among(value: Any) -> list[nn.Module]:
+def _modules_among(value: object) -> list[nn.Module]:
     if isinstance(value, nn.Module):
         return [value]
     if isinstance(value, dict):
