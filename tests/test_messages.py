@@ -361,7 +361,7 @@ def test_slices_without_a_batch_dimension(name, outside):
                 vmap(model)(x)
     (note,) = caught.value.__notes__
     assert note.startswith("vmapsafe: raised in '0")
-    assert "write @batched in the place of vmap, or model(x[None])" in note
+    assert "write @batched in place of vmap, or model(x[None])" in note
 
 
 def test_an_input_of_per_sample_gradients_with_a_dimension_too_few():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from vmapsafe._errors import VmapSafeValueError, shown
 from vmapsafe._torch import below_all
@@ -39,20 +40,36 @@ class Draws:
     """
 
     def __init__(self, randomness: str) -> None:
-        self._states: list[tuple[Callable[[Any], object], Any]] = []
+        self._states: list[tuple[_Note, _PutBack, Any]] = []
         if randomness == "error" or torch.compiler.is_compiling():
             return
         with below_all():
-            self._states = [(put_back, note()) for note, put_back in _generators()]
+            self._states = [(note, back, note()) for note, back in _generators()]
 
     def put_back(self) -> None:
         """Let what is drawn next be what was drawn since."""
         with below_all():
-            for put_back, state in self._states:
+            for _, put_back, state in self._states:
                 put_back(state)
 
+    def moved(self) -> bool:
+        """Whether anything was drawn since."""
+        with below_all():
+            return any([not _equal(note(), state) for note, _, state in self._states])
 
-def _generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], object]]]:
+
+# The state of a generator, or of those of all devices of a kind.
+_Note = Callable[[], Any]
+_PutBack = Callable[[Any], object]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    return all([torch.equal(*pair) for pair in zip(a, b)])
+
+
+def _generators() -> Iterator[tuple[_Note, _PutBack]]:
     yield torch.get_rng_state, torch.set_rng_state
     for kind in (torch.cuda, torch.xpu):
         if kind.is_initialized():

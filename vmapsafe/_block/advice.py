@@ -13,10 +13,12 @@ from vmapsafe._torch import HOME_OF_VMAP, current_level
 
 _VALUE = "The value of a tensor is asked for there, which differs from slice to slice. "
 
+_NO_RANDOMNESS = "random operation while in randomness error mode"
+
 # (what torch 2.11 to 2.13 say, what to do); the first that fits.
 _ADVICE = (
     (
-        r"random operation while in randomness error mode",
+        _NO_RANDOMNESS,
         'Pass randomness="different" (a draw of its own for each slice) or "same" to '
         "vmap, batched or per_sample_grads; or put the layer in eval mode before the "
         "block.",
@@ -86,7 +88,7 @@ _ADVICE = (
     ),
 )
 
-# What torch says of an input with a dimension too few.
+# What torch says about an input that lacks a dimension.
 _DIMENSIONS = re.compile(
     r"""xpected\ (at\ least\ )?\d+D?\ ?(\(unbatched\)\ |dimensions\ for\ input)?
         (\ ?or\ (higher\ dimensionality|\d+D))*
@@ -105,7 +107,7 @@ _DIMENSIONS = re.compile(
 )
 _SLICE = (
     "A slice under vmap has no batch dimension. If the model wants one, write @batched "
-    "in the place of vmap, or model(x[None])."
+    "in place of vmap, or model(x[None])."
 )
 _OF_ONE = (
     "The model is called with a batch of one, x[i:i+1] with its dimension of size 1. "
@@ -114,11 +116,11 @@ _OF_ONE = (
 
 
 def advise(error: BaseException, models: Iterable[Model]) -> None:
-    """Add a note to an error of torch's vmap; other errors, and its type, stay."""
+    """Add a note to an error of torch's vmap; leave other errors as they are."""
     if not isinstance(error, (RuntimeError, ValueError, IndexError, AssertionError)):
         return
     frames = list(_frames(error))
-    advice = advice_for(str(error))
+    advice = advice_for(error)
     if advice is None and _DIMENSIONS.search(str(error)):
         advice = _of_dimensions(frames)
     if advice is not None:
@@ -126,16 +128,21 @@ def advise(error: BaseException, models: Iterable[Model]) -> None:
         error.add_note(f"vmapsafe: raised in {where}. {advice}")
 
 
-def advice_for(text: str) -> str | None:
-    """What to do about an error of torch's vmap that says ``text``."""
+def advice_for(error: BaseException) -> str | None:
+    """What to do about an error of torch's vmap, if it is a known one."""
     for said, advice in _ADVICE:
-        if re.search(said, text):
+        if re.search(said, str(error)):
             return advice
     return None
 
 
+def asks_for_randomness(error: BaseException) -> bool:
+    """Whether torch's vmap raised it for a draw without ``randomness=``."""
+    return _NO_RANDOMNESS in str(error)
+
+
 def _of_dimensions(frames: Iterable[FrameType]) -> str | None:
-    """Who has given the model its input: vmap, one of ours, or neither."""
+    """Advice by what gave the model its input: vmap, this package, or neither."""
     names = [frame.f_globals.get("__name__") for frame in frames]
     if not {"vmapsafe._rows.samples", "vmapsafe._block.batched"}.isdisjoint(names):
         return _OF_ONE
@@ -157,7 +164,7 @@ def _where(frames: Iterable[FrameType], models: Iterable[Model]) -> str:
 
 
 def _is_call_of(module: nn.Module, frame: FrameType) -> bool:
-    """Not a method of it that calls it, as ``training_step`` does."""
+    """Not a method of the module that calls it, as ``training_step`` does."""
     return frame.f_code.co_name == "forward" or (
         frame.f_code is nn.Module._call_impl.__code__
     )

@@ -38,7 +38,12 @@ from vmapsafe._block.switched import (
     put_buffers_back,
 )
 from vmapsafe._block.switched import switch as _switch
-from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind
+from vmapsafe._errors import (
+    VmapSafeError,
+    VmapSafeTypeError,
+    VmapSafeValueError,
+    a_kind,
+)
 from vmapsafe._modes import Flags, Mode, Options
 from vmapsafe._torch import BatchNormBase, LazyModuleMixin, NormBase, is_wrapped
 
@@ -241,7 +246,7 @@ def _look_at(root: nn.Module, options: Options) -> Model:
                 waiting.append((child, f"{path}.{name}" if path else name))
         # torch.compile would guard every class that was ever met.
         if _compiling() or type(module) not in _harmless:
-            refuse(module, mode, root)
+            _raise(refusal(module, mode), module, model, mode)
         if module._forward_pre_hooks and not _compiling():
             tensors = {n: t for n, t in vars(module).items() if isinstance(t, Tensor)}
             model.computed[module] = tensors
@@ -259,7 +264,7 @@ def _look_at(root: nn.Module, options: Options) -> Model:
             flags = owners_flags(module)
             frozen = can_freeze and not flags.training
             if named and not frozen:
-                refuse_named(model.label(module), mode, root)
+                _raise(refusal_of_named(mode), module, model, mode)
             if mode.merges and isinstance(module, BatchNormBase):
                 # Without running statistics it uses the batch's in eval mode too.
                 frozen = frozen and has_running_stats(module)
@@ -375,58 +380,76 @@ def _wanted_by(blocks: Iterable[Any], module: nn.Module) -> tuple[type, ...]:
 _scripted: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-def label_of(root: nn.Module, module: nn.Module) -> str:
-    """``'bn1' (BatchNorm2d)``, for errors before there is a :class:`Model`."""
-    names = {one: name for name, one in root.named_modules()}
-    return Model(root, names).label(module)
-
-
 # Classes of which no module is refused.
 _harmless: weakref.WeakSet[type] = weakref.WeakSet()
 
 
-def refuse(module: nn.Module, mode: Mode, root: nn.Module) -> None:
-    """Raise for a module that no block can cover; remember harmless classes."""
+class Refusal(NamedTuple):
+    """Why no block of a mode can cover a module.
+
+    Attributes:
+        error: the class of the error that the block raises.
+        found: what is wrong with the module, without its name.
+        do: what to do.
+    """
+
+    error: type[VmapSafeError]
+    found: str
+    do: str
+
+
+def refusal(module: nn.Module, mode: Mode) -> Refusal | None:
+    """Why a block cannot cover the module, if it cannot; remember harmless classes."""
     if is_lazy(module):
-        raise VmapSafeValueError(
-            f'vmap_safe({type(root).__name__}, mode="{mode.name}")',
-            f"{label_of(root, module)} is lazy and has not seen a batch",
+        return Refusal(
+            VmapSafeValueError,
+            "is lazy and has not seen a batch",
             "Run the model on one batch first",
         )
     if any(base.__name__ in _SHARDED for base in type(module).__mro__):
-        raise VmapSafeTypeError(
-            f'vmap_safe({type(root).__name__}, mode="{mode.name}")',
-            f"{label_of(root, module)} is sharded by FSDP, whose flat "
-            "parameters torch.func cannot map over",
+        return Refusal(
+            VmapSafeTypeError,
+            "is sharded by FSDP, whose flat parameters torch.func cannot map over",
             "Use the module before it is sharded, or DistributedDataParallel",
         )
     if type(module).__name__ in _TRACED and _has_batch_norm(module):
-        raise VmapSafeTypeError(
-            f'vmap_safe({type(root).__name__}, mode="{mode.name}")',
-            f"{label_of(root, module)} was traced by torch.jit.trace, which "
-            "leaves the flags of its layers out",
+        return Refusal(
+            VmapSafeTypeError,
+            "was traced by torch.jit.trace, which leaves the flags of its layers out",
             "Use the module before it was traced",
         )
     if not mode.reads_running_stats and isinstance(module, torch.jit.ScriptModule):
-        raise VmapSafeTypeError(
-            f'vmap_safe({type(root).__name__}, mode="{mode.name}")',
-            f"{label_of(root, module)} is TorchScript, and a block can switch "
-            "only its training flag",
+        return Refusal(
+            VmapSafeTypeError,
+            "is TorchScript, and a block can switch only its training flag",
             'Use mode="eval", or the module before it was scripted',
         )
     if _compiling():
-        return
+        return None
     if not isinstance(module, (LazyModuleMixin, torch.jit.ScriptModule)):
         _harmless.add(type(module))
+    return None
 
 
-def refuse_named(label: str, mode: Mode, root: nn.Module) -> None:
-    """Raise for a layer of ``also`` in a mode that means nothing to it."""
-    if not mode.reads_running_stats:
-        raise VmapSafeValueError(
-            f'vmap_safe({type(root).__name__}, mode="{mode.name}")',
-            f'{label} is named by also=, which has a meaning in mode "eval" only',
-            'Use mode="eval", or leave the class out of also',
+def refusal_of_named(mode: Mode) -> Refusal | None:
+    """Why a block cannot cover a layer of ``also``, if the mode does not tell how."""
+    if mode.reads_running_stats:
+        return None
+    return Refusal(
+        VmapSafeValueError,
+        'is named by also=, which has a meaning in mode "eval" only',
+        'Use mode="eval", or leave the class out of also',
+    )
+
+
+def _raise(
+    refusal: Refusal | None, module: nn.Module, model: Model, mode: Mode
+) -> None:
+    if refusal is not None:
+        raise refusal.error(
+            f'vmap_safe({type(model.root).__name__}, mode="{mode.name}")',
+            f"{model.label(module)} {refusal.found}",
+            refusal.do,
         )
 
 

@@ -11,21 +11,22 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from vmapsafe._check.check import _words, check
-from vmapsafe._check.report import reader_may_leave
+from vmapsafe._check.check import check
+from vmapsafe._check.report import one_line, reader_may_leave
+from vmapsafe._draws import RANDOMNESS
 from vmapsafe._errors import a_kind
 from vmapsafe._modes import MODES
 
-HELP = "say what of a model is unsafe under vmap; exit status 1 if something is"
+HELP = "say what in a model is unsafe under vmap; exit status 1 if something is"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m vmapsafe check``."""
+    """Add the options of ``python -m vmapsafe check`` to a parser."""
     parser.add_argument(
         "model",
         metavar="MODULE:NAME",
-        help="an nn.Module, or what returns one when called without arguments, e.g. "
-        "torchvision.models:resnet18; the current directory can be imported from",
+        help="an nn.Module, or a callable that returns one without arguments, e.g. "
+        "torchvision.models:resnet18; modules in the current directory are found",
     )
     parser.add_argument(
         "--input",
@@ -40,29 +41,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         type=_dtype,
         default=torch.float32,
-        help="of the inputs and, if it is a floating one, of the model "
-        "(default float32)",
+        help="the dtype of the inputs and, if it is a floating one, of the model "
+        "(default: float32)",
     )
     parser.add_argument(
         "--mode",
         choices=MODES,
-        help="look at this mode only; by default at all, and the exit status is for "
-        '"eval"',
+        help="look at this mode only; by default at all of them, and the exit status "
+        'is that of "eval"',
     )
     parser.add_argument(
         "--randomness",
-        choices=("error", "different", "same"),
+        choices=RANDOMNESS,
         default="error",
-        help="that will be passed to vmap (default error)",
+        help="what you will pass to vmap (default: error)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report.
 
+    Args:
+        arguments: what a parser with :func:`add_arguments` has read.
+
     Returns:
-        The exit status: 0 if the mode is safe, 1 if it is not, 2 if the model could not
-        be had, after one sentence on stderr.
+        The exit status: 0 if the mode is safe, 1 if it is not, 2 if the model cannot be
+        loaded, after one sentence on stderr.
     """
     dtype: torch.dtype = arguments.dtype
     try:
@@ -97,7 +101,7 @@ def _loaded(target: str) -> nn.Module:
         found = operator.attrgetter(name)(importlib.import_module(module))
         model = found if isinstance(found, nn.Module) else found()
     except Exception as error:
-        raise _BadUsage(f"{target!r} cannot be had: {_words(error)}.") from error
+        raise _BadUsage(f"cannot load {target!r}: {one_line(error)}.") from error
     if not isinstance(model, nn.Module):
         raise _BadUsage(f"{target!r} gives {a_kind(model)}, not an nn.Module.")
     return model

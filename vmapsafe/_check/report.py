@@ -1,4 +1,4 @@
-"""What ``check`` hands back: findings for programs, a table for people."""
+"""What ``check`` returns: findings for programs, a table for people."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import overload
+from typing import Literal, overload
 
-from vmapsafe._modes import check_mode
+from vmapsafe._errors import VmapSafeValueError
+from vmapsafe._modes import ModeName, check_mode
+
+Kind = Literal[
+    "mixes samples", "writes buffers", "random", "unsupported", "slow fallback"
+]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing in a model that vmap, or a mode of ``vmap_safe``, makes matter.
+    """One thing in a model that matters under vmap or in a mode of ``vmap_safe``.
 
     Attributes:
         path: the module's name in the model, "" for the model itself.
         module: the name of the module's class.
-        kind: "mixes samples", "writes buffers", "random", "unsupported" or
-            "slow fallback".
-        detail: what it does under vmap.
+        kind: what is found, see :func:`vmapsafe.check`.
+        detail: what the module does under vmap.
         becomes: mode -> what becomes of it there.
         safe: mode -> whether vmap and vmap(grad) run there and mean what a loop over
             the slices means.
@@ -31,10 +35,10 @@ class Finding:
 
     path: str
     module: str
-    kind: str
+    kind: Kind
     detail: str
-    becomes: Mapping[str, str]
-    safe: Mapping[str, bool]
+    becomes: Mapping[ModeName, str]
+    safe: Mapping[ModeName, bool]
     advice: str
 
 
@@ -51,7 +55,7 @@ class Report(Sequence[Finding]):
     def __init__(
         self,
         model: str,
-        modes: Iterable[str],
+        modes: Iterable[ModeName],
         findings: Iterable[Finding],
         *,
         tried: bool,
@@ -63,17 +67,24 @@ class Report(Sequence[Finding]):
         self.notes = tuple(notes)
         self._findings = tuple(findings)
 
-    def safe(self, mode: str) -> bool:
-        """Whether nothing unsafe was found in ``mode``.
+    def safe(self, mode: ModeName) -> bool:
+        """Whether nothing unsafe was found in a mode.
+
+        Args:
+            mode: one of the modes that were looked at.
+
+        Returns:
+            True if each finding is safe in that mode.
 
         Raises:
-            ValueError: there is no such mode, or the report is not of it.
+            VmapSafeValueError: an unknown mode, or one that was not looked at.
         """
         check_mode("report.safe(...)", mode)
         if mode not in self.modes:
-            raise ValueError(
-                f"report.safe({mode!r}): the report is of {_listed(self.modes)} only. "
-                f"Write check(model, x, mode={mode!r})."
+            raise VmapSafeValueError(
+                f"report.safe({mode!r})",
+                f"the report is about {_listed(self.modes)} only",
+                f"Write check(model, x, mode={mode!r})",
             )
         return all(finding.safe[mode] for finding in self._findings)
 
@@ -101,7 +112,7 @@ class Report(Sequence[Finding]):
 
     def _verdict(self) -> str:
         if not self._findings and not self.tried:
-            return f"check({self.model}): nothing to report of its layers."
+            return f"check({self.model}): nothing to report about its layers."
         if not self._findings:
             return (
                 f"check({self.model}): nothing to report; no layer mixes samples, "
@@ -118,10 +129,19 @@ class Report(Sequence[Finding]):
         )
 
 
+def one_line(error: Exception) -> str:
+    """The class and the text of an error, cut to one line.
+
+    >>> one_line(ValueError("two\\nlines"))
+    'ValueError: two lines'
+    """
+    said = " ".join(str(error).split())
+    return textwrap.shorten(f"{type(error).__name__}: {said}", 160, placeholder=" ...")
+
+
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """Print into a pipe whose other end may close, as ``| head`` does: what comes after
-    that is not printed, and no error."""
+    """Stop printing without an error when the reader of a pipe leaves (``| head``)."""
     try:
         try:
             yield
@@ -129,7 +149,7 @@ def reader_may_leave() -> Iterator[None]:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
-        # Python writes what is left when it ends.
+        # At exit, Python still writes what is in its buffer.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
@@ -139,11 +159,11 @@ def reader_may_leave() -> Iterator[None]:
 
 _WIDTH = 100
 _HEADS = ("path", "class", "under vmap", "in vmap_safe", "what to do")
-_PATHS = 8  # of a row; the rest are counted
+_PATHS = 8  # in a row; the others are counted
 
 
 def _table(findings: Sequence[Finding]) -> str:
-    """One row for all layers of which the same is to be said."""
+    """The table; layers with identical findings share a row."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for finding in findings:
         rows.setdefault(_said(finding), []).append(finding.path or "(the model)")
@@ -183,7 +203,7 @@ def _said(finding: Finding) -> tuple[str, ...]:
 
 
 def _widths(cells: Sequence[tuple[str, ...]]) -> list[int]:
-    """Paths and classes get what they need up to a limit, the rest shares."""
+    """Paths and classes get the width they need, up to a limit; the others share."""
     widths = []
     for column, limit in ((0, 22), (1, 15)):
         longest = max(len(line) for row in cells for line in row[column].split("\n"))

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from vmapsafe._call import Call
-from vmapsafe._errors import worded
+from vmapsafe._errors import VmapSafeValueError
 from vmapsafe._modes import MODES, groups_for
 from vmapsafe._rule import Rule, register, slice_by_slice
 from vmapsafe._torch import (
@@ -78,8 +78,8 @@ def has_own_weights(call: Call) -> bool:
 def _by_own_statistics(call: Call) -> Tensor:
     x = call["input"]
     if x.numel() == x.size(1):
-        raise ValueError(
-            _one_value(
+        raise VmapSafeValueError(
+            *_one_value(
                 call,
                 "each channel",
                 'Use larger slices, or mode="eval" where there are running statistics',
@@ -114,8 +114,8 @@ def _group_norm(call: Call) -> Tensor:
     channels = x.size(1)
     groups = groups_for(channels, call.site.num_groups)
     if x.numel() == x.size(0) * groups:
-        raise ValueError(
-            _one_value(
+        raise VmapSafeValueError(
+            *_one_value(
                 call,
                 f"each of {groups} groups of {channels} channels",
                 "Pass a num_groups that divides the channels into fewer groups (where "
@@ -223,8 +223,8 @@ def instance_norm_unwritten(call: Call) -> Tensor:
     """By the statistics of each sample and channel."""
     x, weight, bias = call["input"], call["weight"], call["bias"]
     if x.numel() == x.size(0) * x.size(1):
-        raise ValueError(
-            _one_value(call, "each channel", 'Use larger samples, or mode="eval"')
+        raise VmapSafeValueError(
+            *_one_value(call, "each channel", 'Use larger samples, or mode="eval"')
         )
     if torchs_own_fails(x, weight, bias):
         y = normalised(x, list(range(2, x.dim())), call["eps"])
@@ -631,10 +631,11 @@ def per_channel(values: Tensor, y: Tensor) -> Tensor:
     return values.reshape([len(values) if d == 1 else 1 for d in range(y.dim())])
 
 
-def _one_value(call: Call, per: str, do: str) -> str:
-    """One value has no spread: normalised it is 0, and the output is the bias."""
+def _one_value(call: Call, per: str, do: str) -> tuple[str, str, str]:
+    """The parts of an error: one value has no spread, so normalised it is 0, and the
+    output is the bias."""
     assert call.site is not None
-    return worded(
+    return (
         f"{call.function.__name__} of {call.site.path()}",
         f"input of shape {tuple(call['input'].shape)} has one value for {per}, which "
         "would leave only the bias",
