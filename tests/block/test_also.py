@@ -331,7 +331,7 @@ class ByNumpy(Norm):
 @pytest.mark.parametrize("kind", [ByNumpy])
 def test_check_names_what_cannot_be_caught(kind):
     (finding,) = [f for f in check(built(kind), X) if f.path == "1"]
-    assert "in a way no block catches: by .data" in finding.detail
+    assert "in a way that a block does not catch: by .data" in finding.detail
     assert f"also=({kind.__name__},)" in finding.advice
     assert not finding.safe["eval"]
     assert check(built(kind), X, mode="eval", also=(kind,)).safe("eval")
