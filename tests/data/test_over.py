@@ -533,7 +533,7 @@ def test_nothing_to_save(mlp, tmp_path):
         norms_over(empty, mlp).save(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="file' is no folder"):
+    with pytest.raises(ValueError, match="file' is not a folder"):
         norms_over(loader(), mlp).save(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -618,7 +618,7 @@ SAVING = [
     (
         {"function": clipped_grad_sum, "max_grad_norm": 1.0},
         ValueError,
-        "for a batch of 4 the function gave '0.weight': (5, 4). What can be saved is",
+        "for a batch of 4 the function gave '0.weight': (5, 4). Give a function that",
     ),
     (
         {"function": lambda *args: list(args)},

@@ -103,10 +103,10 @@ def tried(
     with _generators_kept(), _left_alone(net):
         try:
             model = copy.deepcopy(net)
-            if not set(net.modules()).isdisjoint(model.modules()):
-                raise ValueError("its copy shares modules with it")
         except Exception as error:
             return Trial(notes=(_NO_COPY.format(one_line(error)),))
+        if not set(net.modules()).isdisjoint(model.modules()):
+            return Trial(notes=(_NO_COPY.format("the copy shares modules with it"),))
         plain = _plain(copy.deepcopy(model), example)
         draws = bool(plain.random) or any(f.kind == "random" for f in known)
         in_mode = {

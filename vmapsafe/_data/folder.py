@@ -1,13 +1,13 @@
-"""Results in a folder of ``.npy`` files that grow, and go on after an interruption.
+"""Results in a folder of ``.npy`` files that grow, and that a later run continues.
 
 The folder holds one file for each tensor, ``result.npy`` or ``0.weight.npy`` and so on,
 and ``state.json``: what was asked, how many batches and samples are finished, and a
-checksum of their rows. Rows are written after those that are counted; at a checkpoint
-they are flushed to the disk first, then each file's header grows (numpy leaves room for
-that), then ``state.json`` is replaced in one step. So whatever moment a process dies
-at, every file can be loaded (but for an empty one before the first batch), and going on
-means writing on after the rows that ``state.json`` counts, which are read then, and
-never written again. One process may write to a folder at a time.
+checksum of their rows. New rows are written after those that are counted. A checkpoint
+first flushes them to the disk, then lets each file's header grow (numpy leaves room for
+that), and then replaces ``state.json`` in one step. So every file can be loaded at
+whatever moment a process dies, except for an empty one before the first batch. A later
+run reads the rows that ``state.json`` counts, never writes them again, and writes on
+after them. Only one process may write to a folder at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, NoReturn
 from urllib.parse import quote
 
 import torch
@@ -29,15 +29,19 @@ from torch import Tensor
 
 from vmapsafe._errors import VmapSafeValueError
 
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
 
 class Done(NamedTuple):
     """What is finished: one object, so that no interrupt comes between its parts.
 
     Attributes:
         batches: their number.
-        samples: the number of theirs.
+        samples: the number of samples in them.
         sums: a checksum of the rows of each file, by name.
-        data: one of the batches.
+        data: a checksum of the batches.
     """
 
     batches: int
@@ -47,28 +51,36 @@ class Done(NamedTuple):
 
 
 class Folder:
-    """Rows of some tensors, a batch after the other.
+    """Rows of some tensors, batch after batch; writes nothing before the first one.
+
+    Args:
+        called: the public function, for errors.
+        path: of the folder.
+        asked: what the results answer, to be compared with what the folder answers.
 
     Attributes:
         done: what is finished.
-        complete: whether nothing is to come; set by who knows.
+        complete: whether no batch is missing; the caller sets it.
+
+    Raises:
+        VmapSafeValueError: the folder holds something else, or damaged files.
     """
 
-    def __init__(self, called: str, path: Path, asked: Mapping[str, Any]) -> None:
-        """Nothing is written before the first batch.
-
-        Raises:
-            ValueError: the folder holds something else, or files that were damaged.
-        """
+    def __init__(
+        self, called: str, path: Path, asked: Mapping[str, str | int | None]
+    ) -> None:
         self._called, self._path = called, path
         self._files: dict[str, _Growing] = {}
         self._next = 0.0
         self._state: dict[str, Any] = {"asked": dict(asked), "first": None, "files": {}}
         self.done, self.complete = Done(0, 0, {}, 0), False
         if path.is_dir() and any([p.name != _NEW for p in path.iterdir()]):
-            self._go_on()
+            self._continue()
         elif path.exists() and not path.is_dir():
-            self.refuse("is no folder", "Give the path of a folder to make")
+            self.refuse(
+                "is not a folder",
+                "Pass the path of a folder; it is created if missing",
+            )
         self._was_complete = self.complete
 
     def __enter__(self) -> Folder:
@@ -98,14 +110,18 @@ class Folder:
             )
 
     def append(self, rows: Mapping[str, Tensor], data: int) -> None:
-        """The rows of the next batch, (B, ...) each, and the checksum of all batches up
-        to this."""
+        """Write the rows of the next batch.
+
+        Args:
+            rows: (B, ...) each, by name.
+            data: the checksum of all batches up to this one.
+        """
         arrays = {name: _array(row) for name, row in rows.items()}
         files = {n: _kind(a.dtype, a.shape) for n, a in arrays.items()}
         if not self._state["files"]:
             self._state["files"] = files
             self._path.mkdir(parents=True, exist_ok=True)
-            self._write_state()  # so that what follows is known to be ours
+            self._write_state()  # so that the folder is known to be ours
         if self._state["files"] != files:
             self.refuse(
                 f"holds {self._state['files']}, and now came {files}",
@@ -125,23 +141,23 @@ class Folder:
         if time.monotonic() >= self._next:
             self._checkpoint()
 
-    def arrays(self) -> dict[str, Any]:
-        """What is finished, memory-mapped."""
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The finished rows by name, memory-mapped if there are any."""
         import numpy
 
         found, samples = {}, self.done.samples
         for name in self._state["files"]:
-            mode: Any = "r" if samples else None
+            mode: Literal["r"] | None = "r" if samples else None
             found[name] = numpy.load(self._file(name), mmap_mode=mode)[:samples]
         return found
 
-    def refuse(self, found: str, do: str) -> None:
-        """Raise a ValueError about the folder."""
+    def refuse(self, found: str, do: str) -> NoReturn:
+        """Raise a VmapSafeValueError about the folder."""
         raise VmapSafeValueError(self._called, f"{str(self._path)!r} {found}", do)
 
     # -- Reading what is there ---------------------------------------------------------
 
-    def _go_on(self) -> None:
+    def _continue(self) -> None:
         try:
             state = json.loads((self._path / _STATE).read_text())
             self.done = Done(*[state[name] for name in Done._fields])
@@ -218,30 +234,31 @@ class Folder:
 
 
 _STATE, _NEW = "state.json", "state.json.new"
-# Between checkpoints, in seconds and in times of what one took, whichever is more.
+# The time between checkpoints, in seconds and as a multiple of the time that the last
+# one took, whichever is more.
 _SECONDS, _TIMES = 1.0, 10
 
 
 class _Growing:
     """One file of rows, whose header says how many are finished."""
 
-    def __init__(self, path: Path, like: Any, rows: int) -> None:
-        """Open or make it, for rows as those of ``like`` after ``rows`` that are there.
+    def __init__(self, path: Path, like: NDArray[Any], rows: int) -> None:
+        """Open or make a file that has ``rows`` rows, for more like those of ``like``.
 
-        What is behind them, of a run that died, is cut off.
+        Rows after these, of a run that died, are cut off.
         """
         self._dtype, self._shape = like.dtype, like.shape[1:]
-        # Without a buffer: what is written is written where it belongs.
+        # Without a buffer: each write goes where it belongs at once.
         self._file = open(path, "r+b" if path.exists() else "w+b", buffering=0)
         self._write(0, self._header(rows))
         self._file.truncate(self._place(rows))
 
     def write(self, rows: bytes, after: int) -> None:
-        """Rows, after that many others."""
+        """Write rows after that many others."""
         self._write(self._place(after), rows)
 
     def finish(self, rows: int) -> None:
-        """Onto the disk, and then say that they are there."""
+        """Flush so many rows to the disk, then say that they are there."""
         os.fsync(self._file.fileno())
         self._write(0, self._header(rows))
         os.fsync(self._file.fileno())
@@ -260,7 +277,7 @@ class _Growing:
         return len(self._header(row)) + row * size
 
     def _header(self, rows: int) -> bytes:
-        """Of the same length for any number of rows."""
+        """A header of the same length for any number of rows."""
         from numpy.lib import format
 
         written = io.BytesIO()
@@ -274,10 +291,9 @@ class _Growing:
 
 
 def _read_header(file: BinaryIO) -> tuple[str, int, int]:
-    """(kind of rows, how many, bytes of one); the rows come next.
+    """(kind of rows, how many, bytes of one); the file stands at the rows then.
 
-    Raises:
-        ValueError: it is none.
+    A header that is not ours raises a plain ValueError, as numpy's functions do.
     """
     from numpy.lib import format
 
@@ -289,12 +305,12 @@ def _read_header(file: BinaryIO) -> tuple[str, int, int]:
     return _kind(dtype, shape), shape[0], dtype.itemsize * math.prod(shape[1:])
 
 
-def _kind(dtype: Any, shape: tuple[int, ...]) -> str:
+def _kind(dtype: numpy.dtype[Any], shape: tuple[int, ...]) -> str:
     return f"{dtype} {tuple(shape[1:])}"
 
 
 def _sum_of_rows(file: BinaryIO, size: int) -> int | None:
-    """The checksum of that many bytes; None where there are fewer."""
+    """The checksum of the next ``size`` bytes; None if there are fewer."""
     found = 0
     while size:
         piece = file.read(min(size, 2**24))
@@ -305,8 +321,8 @@ def _sum_of_rows(file: BinaryIO, size: int) -> int | None:
     return found
 
 
-def _array(rows: Tensor) -> Any:
-    """For numpy, which has no bfloat16."""
+def _array(rows: Tensor) -> NDArray[Any]:
+    """The rows in numpy, which has no bfloat16."""
     rows = rows.detach()
     if rows.dtype == torch.bfloat16:
         rows = rows.float()
@@ -314,5 +330,5 @@ def _array(rows: Tensor) -> Any:
 
 
 def _file_name(name: str) -> str:
-    """Names of modules may hold slashes."""
+    """A name for the file of a tensor, whose own name may hold slashes."""
     return f"{quote(name, safe='')}.npy"
