@@ -45,9 +45,10 @@ class Finding:
 class Report(Sequence[Finding]):
     """The findings of one model, in the order of its modules; prints as a table.
 
-    Attributes:
+    Args:
         model: the name of the model's class.
         modes: the modes that were looked at.
+        findings: the items of the report; the other arguments are attributes, too.
         tried: whether the model was run on an example.
         notes: sentences about what was not looked at.
     """

@@ -37,8 +37,12 @@ def in_order(loader: object) -> bool:
 class Rest:
     """(index, batch) of a loader, without finished batches that can be left out.
 
-    The first batch always comes, to be compared. With a complete folder no batch comes
-    that can be left out.
+    The first batch always comes, to be compared.
+
+    Args:
+        loader: a DataLoader, or another iterable of batches.
+        finished: the number of batches that the folder has.
+        complete: whether the folder has all, so that the others can be left out too.
 
     Attributes:
         total: the number of batches so far.
