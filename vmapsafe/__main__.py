@@ -12,7 +12,7 @@ from vmapsafe.examples import wrong_labels
 
 
 class Command(NamedTuple):
-    """A sub-command: its line of help, its options, what it does."""
+    """A sub-command: its line of help, the options it adds, and what it does."""
 
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
@@ -26,14 +26,14 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
         argv: the arguments without the program's name, by default those of the process.
 
     Returns:
-        The exit status. Arguments that make no sense, ``--help`` and ``--version``
-        leave by ``SystemExit``, as argparse does.
+        The exit status. Wrong arguments, ``--help`` and ``--version`` raise
+        ``SystemExit``, as argparse does.
     """
     parser = argparse.ArgumentParser(
         prog="python -m vmapsafe",
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_arguments(child)
         child.set_defaults(run=command.run)
 
-    status = _READER_LEFT
+    status = _READER_LEFT  # unless the command returns its own
     with reader_may_leave():
         options = parser.parse_args(argv)
         status = int(options.run(options))

@@ -1,9 +1,9 @@
-"""Permanent conversions: a copy of a net whose norm layers need no open block.
+"""Permanent conversions: a copy of a net whose norm layers do not need an open block.
 
-For nets that will be trained, saved or shipped without BatchNorm's batch statistics.
-Each conversion changes the layers of a deep copy in place, class included, because
-that keeps for free what a replaced layer would lose: hooks, tied parameters, a layer
-used twice, a model that is itself the layer, other references to it.
+They are for nets that will be trained, saved or shipped without BatchNorm's batch
+statistics. Each conversion changes the layers of a deep copy in place, class included.
+That keeps what a replaced layer would lose: hooks, tied parameters, a layer used twice,
+a model that is itself the layer, other references to it.
 """
 
 import copy
@@ -17,15 +17,23 @@ from torch.nn.utils import parametrize
 
 from vmapsafe._block.models import has_running_stats, is_frozen, is_lazy
 from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, shown
-from vmapsafe._modes import NumGroups, check_mode, check_num_groups, groups_for
+from vmapsafe._modes import (
+    ModeName,
+    NumGroups,
+    check_mode,
+    check_num_groups,
+    groups_for,
+)
 from vmapsafe._torch import LazyModuleMixin
 
 # What a mode does to one layer of the copy, in place: (layer, path, num_groups).
 _Conversion = Callable[[nn.Module, str, NumGroups], None]
 
 
-def convert(model: nn.Module, mode: str, *, num_groups: NumGroups = 32) -> nn.Module:
-    """Return a copy of a model whose norm layers are safe under ``vmap`` for good.
+def convert(
+    model: nn.Module, mode: ModeName, *, num_groups: NumGroups = 32
+) -> nn.Module:
+    """Return a copy of a model whose norm layers are safe under ``vmap`` permanently.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64))
@@ -38,13 +46,13 @@ def convert(model: nn.Module, mode: str, *, num_groups: NumGroups = 32) -> nn.Mo
     Args:
         model: any module, also a norm layer itself. It is not changed. Its copy keeps
             hooks, tied parameters, layers used twice, dtypes, devices,
-            ``requires_grad`` and the ``training`` flags of all layers but those frozen
-            below.
+            ``requires_grad`` and the ``training`` flags, except those of layers that
+            the mode keeps in eval mode.
         mode: what the norm layers of the copy do:
 
             ``"eval"``: a layer that owns ``running_mean`` and ``running_var`` always
             normalises with them, after ``train()`` too. The keys of ``state_dict``
-            stay. A layer without them is left as it is.
+            stay the same. A layer without them is left as it is.
 
             ``"no_running_stats"``: BatchNorm and InstanceNorm lose their running
             statistics and normalise each slice with its own, after ``eval()`` too. A
@@ -53,29 +61,31 @@ def convert(model: nn.Module, mode: str, *, num_groups: NumGroups = 32) -> nn.Mo
             ``"group_norm"``: each BatchNorm becomes an ``nn.GroupNorm`` with its
             weight, bias and eps: for channel c of group g, with the biased variance,
             ``(x_c - mean_g) / sqrt(var_g + eps) * weight_c + bias_c``. The parameters
-            keep their names, the running statistics go. InstanceNorm is left as it is.
+            keep their names; the running statistics are removed. InstanceNorm is left
+            as it is.
 
             A layer that is in eval mode while the model is in training mode is frozen
-            by its owner: it is converted as in ``"eval"`` whatever the mode.
-        num_groups: for ``"group_norm"``: an int, or a callable from the number of
-            channels C to one. Where it does not divide C, C is taken.
+            by its owner. It is converted as in ``"eval"``, whatever the mode.
+        num_groups: the number of groups in ``"group_norm"``, an int, or a callable from
+            the number of channels C to one. If it does not divide C, C is taken.
 
     Returns:
         The converted copy.
 
     Raises:
-        TypeError: ``model`` is no module; a norm layer is TorchScript; for
+        VmapSafeTypeError: ``model`` is not a module; a norm layer is TorchScript; in
             ``"group_norm"``, a BatchNorm does more than torch's own, so that a
             GroupNorm would compute something else.
-        ValueError: an unknown mode, ``"sync"`` (it needs the vmapped axis, so an open
-            block), ``num_groups`` below 1, a lazy norm layer before its first batch.
+        VmapSafeValueError: an unknown mode; ``"sync"``, which needs the vmapped axis
+            and so an open block; ``num_groups`` below 1; a lazy norm layer before its
+            first batch.
 
-    It does not make the new net agree with the old one: ``"group_norm"`` and
-    ``"no_running_stats"`` want training or fine-tuning. It does not rewrite hand-made
-    layers that write on their buffers (only ``"eval"`` reaches those, by the names
-    above), nor, in ``"group_norm"``, an InstanceNorm with running statistics: under
-    ``vmap`` in training mode these still need ``vmap_safe``. It does not look for
-    slices with one value per channel or group, which no statistics can normalise.
+    It does not make the new net agree with the old one: after ``"group_norm"`` and
+    ``"no_running_stats"`` the net needs training or fine-tuning. It does not rewrite
+    hand-made layers that write to their buffers (only ``"eval"`` reaches those, by the
+    names above), nor, in ``"group_norm"``, an InstanceNorm with running statistics:
+    under ``vmap`` in training mode these still need ``vmap_safe``. It does not look for
+    slices with one value per channel or group, which cannot be normalised.
     Sources: https://docs.pytorch.org/docs/stable/func.batch_norm.html and, for
     GroupNorm, https://arxiv.org/abs/1803.08494.
     """
@@ -96,8 +106,10 @@ def convert(model: nn.Module, mode: str, *, num_groups: NumGroups = 32) -> nn.Mo
     return converted
 
 
-def norm_layer(mode: str, *, num_groups: NumGroups = 32) -> Callable[..., nn.Module]:
-    """Return what builds norm layers, for nets that take one as ``norm_layer=``.
+def norm_layer(
+    mode: ModeName, *, num_groups: NumGroups = 32
+) -> Callable[..., nn.Module]:
+    """Return a callable that builds norm layers, for the ``norm_layer=`` of a net.
 
     Example:
         >>> norm_layer("group_norm", num_groups=32)(64, eps=1e-3)
@@ -106,22 +118,25 @@ def norm_layer(mode: str, *, num_groups: NumGroups = 32) -> Callable[..., nn.Mod
         torch.Size([2, 64, 4, 4])
 
     Args:
-        mode: the modes of :func:`convert`, for layers not yet built.
-        num_groups: as in :func:`convert`.
+        mode: what the layers do, ``"eval"``, ``"no_running_stats"`` or
+            ``"group_norm"``, see :func:`convert`.
+        num_groups: the number of groups in ``"group_norm"``, an int, or a callable from
+            the number of channels C to one. If it does not divide C, C is taken.
 
     Returns:
         A picklable callable that takes what ``nn.BatchNorm2d`` takes (the number of
         channels C, then ``eps=``, ``momentum=``, ``affine=``, ``device=``, ...) and
         returns what :func:`convert` makes of that layer. Input of the layer: (N, C, H,
-        W). What the result has no use for, as GroupNorm for ``momentum``, is dropped.
+        W). Arguments that the result does not use are dropped, as ``momentum`` is by
+        GroupNorm.
 
     Raises:
-        TypeError: ``num_groups`` is neither an int nor a callable.
-        ValueError: an unknown mode, ``"sync"``, or ``num_groups`` below 1.
+        VmapSafeTypeError: ``num_groups`` is neither an int nor a callable.
+        VmapSafeValueError: an unknown mode, ``"sync"``, or ``num_groups`` below 1.
 
     It does not load statistics: an ``"eval"`` layer normalises with mean 0 and variance
-    1 until a checkpoint is loaded. It builds no BatchNorm1d or 3d: build the net with
-    these and :func:`convert` it.
+    1 until a checkpoint is loaded. It does not build BatchNorm1d or 3d: build the net
+    with these, and :func:`convert` it.
     """
     check_num_groups("norm_layer(...)", num_groups)
     _conversion("norm_layer(...)", mode)
@@ -133,8 +148,8 @@ def _conversion(called: str, mode: str) -> _Conversion:
     if mode not in _CONVERSIONS:
         raise VmapSafeValueError(
             f'{called}, mode="{mode}"',
-            "statistics across the vmapped axis, which exist only while a block is "
-            "open",
+            "the mode needs statistics across the vmapped axis, which exist only while "
+            "a block is open",
             f'Use vmap_safe(model, mode="{mode}")',
         )
     return _CONVERSIONS[mode]
@@ -206,24 +221,24 @@ def _become_group_norm(layer: Any, path: str, num_groups: NumGroups) -> None:
 
 
 class _AlwaysEval(nn.Module):
-    """The half of a frozen layer's class that is ours; the other half is its own."""
+    """The first base of a frozen layer's class; the other is the class it had."""
 
     thawed_class: type[nn.Module]
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        # The layer only: a dropout that lives inside it follows the model.
+        # Of the layer alone: a dropout inside it follows the model.
         self.training = False
         return self
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        # The class is made at run time, so pickle cannot find it by its name.
+        # The class is made at run time, so that pickle cannot find it by its name.
         state: object = self.__getstate__()  # type: ignore[no-untyped-call]
         return _blank_always_eval, (self.thawed_class,), state
 
 
 def _always_eval(layer_class: type[nn.Module]) -> type[_AlwaysEval]:
-    # One class for each: looked up, not cached, so that neither is kept alive.
+    # One class for each. Looked up, not cached, so that neither is kept alive.
     for known in _AlwaysEval.__subclasses__():
         if known.thawed_class is layer_class:
             return known
@@ -240,8 +255,8 @@ def _blank_always_eval(layer_class: type[nn.Module]) -> _AlwaysEval:
 
 
 def _has_flag(layer: nn.Module) -> bool:
-    """Whether it is a norm layer of torch's, or steers F.batch_norm as these do."""
-    # vars: wrappers such as torch.compile's answer hasattr for the layer inside.
+    """Whether it is a norm layer of torch, or calls F.batch_norm as these do."""
+    # Not hasattr, which wrappers such as torch.compile's answer for the layer inside.
     return "track_running_stats" in vars(layer)
 
 

@@ -32,7 +32,7 @@ from vmapsafe._modes import MODES
 ALL = set(MODES)
 
 
-# -- Models ---------------------------------------------------------------------------
+# -- Models ----------------------------------------------------------------------------
 
 
 class Keeps(nn.Module):
@@ -387,7 +387,7 @@ def built(case: Case) -> tuple[nn.Module, Tensor]:
     return model, torch.randn(3, 4, dtype=torch.float64)
 
 
-# -- What is found --------------------------------------------------------------------
+# -- What is found ---------------------------------------------------------------------
 
 
 @CASE
@@ -594,7 +594,7 @@ def test_torchscript_is_refused_where_a_block_refuses_it() -> None:
     assert {mode for mode in MODES if finding.safe[mode]} == {"eval"}
 
 
-# -- That nothing changes -------------------------------------------------------------
+# -- That nothing changes --------------------------------------------------------------
 
 
 class Raises(nn.Module):
@@ -745,7 +745,7 @@ def test_on_a_gpu() -> None:
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
-# -- What it says ---------------------------------------------------------------------
+# -- What it says ----------------------------------------------------------------------
 
 TABLE = """\
 check(Sequential): 3 findings; UNSAFE in "eval".
@@ -876,7 +876,7 @@ def test_bad_calls(call: Callable[[], Any], error: type[Exception], text: str) -
         call()
 
 
-# -- The command line -----------------------------------------------------------------
+# -- The command line ------------------------------------------------------------------
 
 NETS = """
 import torch

@@ -135,8 +135,8 @@ def test_a_missing_extra_is_one_sentence_and_status_2(package, capsys, monkeypat
         (["--device=nonsense"], "'nonsense' cannot be used"),
         (["--picture=/no/such/folder/s.png"], "'/no/such/folder/s.png' cannot be"),
         (["--picture=."], "'.' cannot be written"),
-        (["--epochs=0"], "'0' is no whole number of at least 1"),
-        (["--epochs=few"], "'few' is no whole number of at least 1"),
+        (["--epochs=0"], "'0' is not a whole number of at least 1"),
+        (["--epochs=few"], "'few' is not a whole number of at least 1"),
     ],
 )
 def test_bad_options_are_told_before_anything_runs(arguments, said, capsys):

@@ -156,7 +156,7 @@ def reader_may_leave() -> Iterator[None]:
         os.close(nowhere)
 
 
-# -- The table ------------------------------------------------------------------------
+# -- The table -------------------------------------------------------------------------
 
 _WIDTH = 100
 _HEADS = ("path", "class", "under vmap", "in vmap_safe", "what to do")

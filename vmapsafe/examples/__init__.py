@@ -1,10 +1,10 @@
 """Whole programs to copy, on the digits of scikit-learn. Each checks its own result.
 
 ``python -m vmapsafe.examples.NAME`` runs one, in seconds, on a CPU. They need the extra
-``[demo]``, and use nothing of the library but its public names. The map:
+``[demo]``, and use only the public names of the library. The map:
 
 ``digits``            the data and the network
-``wrong_labels``      ``python -m vmapsafe``: wrong labels, found by gradients' size
+``wrong_labels``      ``python -m vmapsafe``: wrong labels, found by large gradients
 ``attribution``       which training images a prediction comes from (TRAK)
 ``clipped_training``  training with clipped per-sample gradients
 ``ntk``               the tangent kernel of a BatchNorm network, and regression with it

@@ -1,16 +1,16 @@
 """Data attribution: which training images does a prediction come from?
 
 TRAK (https://arxiv.org/abs/2303.14186) treats the trained network as a linear model of
-its gradients. With g(z) the gradient of the margin log(p / (1 - p)) at image z, G the
-rows g of the training images and p_i the probability of image i's label, the score of
-each training image for z is, up to a ridge,
+its gradients. Let g(z) be the gradient of the margin log(p / (1 - p)) at image z, G the
+rows g of the training images, and p_i the probability of image i's label. Up to a
+ridge, the score of each training image for z is
 
     g(z) G^T (G G^T)^-1 diag(1 - p).
 
-G has 3800 numbers an image here and billions elsewhere; what TRAK keeps of each row is
-a random projection to k numbers, as ``per_sample_sketch`` makes them without the rows.
-One network and a few hundred images are no evaluation of TRAK, which takes the mean
-over many networks; and on digits "of the same class" is hard to beat.
+G has 3800 numbers for each image here and billions elsewhere. TRAK keeps only a random
+projection of each row to k numbers, which ``per_sample_sketch`` computes without the
+rows. One network and a few hundred images are not an evaluation of TRAK, which takes
+the mean over many networks; and on digits, "same class" is hard to beat.
 """
 
 import copy
@@ -23,19 +23,19 @@ from vmapsafe import over, per_sample_sketch
 from vmapsafe.examples import digits
 
 TRAINING, TEST = 300, 40  # images
-K = 1024  # numbers a sketch
-RIDGE = 1.0  # times the mean squared length of a row
+K = 1024  # numbers in a sketch
+RIDGE = 1.0  # as a multiple of the mean squared length of a row
 RETRAININGS = 30
 EPOCHS = 8
 
 
 def main() -> dict[str, float]:
-    """Scores by sketches, by the rows of a loop, and against training again.
+    """Compute scores by sketches and by exact rows, and check them by retraining.
 
     Returns:
         The mean correlation, over test images, of the scores by sketches with those by
-        exact rows; and the linear datamodeling scores (section 2 of TRAK) of both and
-        of the rule "images of the same class count 1".
+        exact rows; and the linear datamodeling scores (section 2 of TRAK) of both, and
+        of the rule that images of the same class score 1.
     """
     torch.manual_seed(0)
     images, labels = digits.load()
@@ -51,8 +51,8 @@ def main() -> dict[str, float]:
     same_class = (y == test[1][:, None]).double()
     correlation = mean_correlation(ours, exact)
     numbers = sum(p.numel() for p in model.parameters())
-    print(f"{K} numbers for {numbers}: mean correlation of the scores with those by")
-    print(f"exact rows, from a loop: {correlation:.3f}")
+    print(f"{K} numbers in place of {numbers}: mean correlation of the scores with")
+    print(f"those by exact rows, from a loop: {correlation:.3f}")
 
     halves, margins = train_again(x, y, *test)
     names = {"sketches": ours, "exact rows": exact, "same class": same_class}
@@ -74,13 +74,13 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def sketches(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """(N, k): the projections of all rows, batch by batch."""
+    """The projections of all rows, (N, k), batch by batch."""
     loader = DataLoader(TensorDataset(x, y), batch_size=100)
     return torch.cat(list(over(loader, per_sample_sketch, model, margin, k=K)))
 
 
 def rows_by_loop(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """(N, P): the slow form, the rows themselves, one image after the other."""
+    """The slow form: the rows themselves, (N, P), one image after the other."""
     model = copy.deepcopy(model).eval()
     rows = []
     for i in range(len(x)):
@@ -93,7 +93,7 @@ def rows_by_loop(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def attribute(
     g: Tensor, g_test: Tensor, model: nn.Module, x: Tensor, y: Tensor
 ) -> Tensor:
-    """(test images, training images): the scores, from rows or from sketches."""
+    """The scores, (test images, training images), from rows or from sketches."""
     kernel = g @ g.T
     ridge = RIDGE * kernel.diagonal().mean() * torch.eye(len(g), dtype=g.dtype)
     with torch.no_grad():
@@ -106,8 +106,18 @@ def attribute(
 def train_again(
     x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Which images each network is trained on, (networks, training images) of 0 and 1,
-    and the ranks of its margins, (test images, networks)."""
+    """Train networks on random halves of the training images.
+
+    Args:
+        x: the training images.
+        y: their labels.
+        x_test: the test images.
+        y_test: their labels.
+
+    Returns:
+        Which images each network is trained on, (networks, training images) of 0 and 1,
+        and the ranks of its margins, (test images, networks).
+    """
     halves = torch.zeros(RETRAININGS, len(x), dtype=x.dtype)
     margins = []
     for half in halves:
@@ -122,11 +132,11 @@ def train_again(
 
 
 def mean_correlation(a: Tensor, b: Tensor) -> float:
-    """Of the rows of two matrices."""
+    """The mean, over rows, of the correlation of the rows of two matrices."""
     pairs = [torch.stack(pair).double() for pair in zip(a, b)]
     return float(torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs]).mean())
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # more get into each other's way at this size
+    torch.set_num_threads(1)  # more threads are slower at this size
     main()

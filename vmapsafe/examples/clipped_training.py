@@ -1,9 +1,9 @@
 """Training with clipped per-sample gradients.
 
-Each step adds up the gradients of the batch's samples, each clipped to a norm, so that
-no sample moves the weights by more than that. Under ``mode="group_norm"`` the BatchNorm
-layers normalise each image by itself, so that an image's gradient depends on nothing
-but that image; running statistics are neither needed nor written.
+Each step clips the gradient of each sample to a norm and adds them up, so that a single
+sample cannot move the weights by more than that. In ``mode="group_norm"`` the BatchNorm
+layers normalise each image by itself. An image's gradient then depends on that image
+alone, and running statistics are neither needed nor written.
 
 This is the step of DP-SGD (https://arxiv.org/abs/1607.00133) without its noise and
 without its sampling of batches: it is not differentially private by itself.
@@ -22,15 +22,15 @@ TRAINING, BATCH, EPOCHS = 600, 60, 5
 MOST = 10.0  # the norm to which gradients are clipped
 GROUPS = 4
 RATE = 0.15
-COMPARED = 3  # steps that are also made by hand
+COMPARED = 3  # steps that are also taken by hand
 
 
 def main() -> dict[str, float]:
-    """Trains, and makes the first steps by hand too.
+    """Train, and take the first steps by hand too.
 
     Returns:
-        The largest difference of a weight after those steps, the accuracy on images not
-        seen, and the share of gradients that was clipped in them.
+        The largest difference of a weight after those steps, the share of gradients
+        that were clipped in them, and the accuracy on images not seen.
     """
     torch.manual_seed(0)
     images, labels = digits.load()
@@ -45,7 +45,7 @@ def main() -> dict[str, float]:
     pairs = zip(model.parameters(), by_hand.parameters())
     difference = max(float((p - q).detach().abs().max()) for p, q in pairs)
     print(f"largest difference to {COMPARED} steps by hand: {difference:.1e}")
-    print(f"clipped in these: {clipped:.0%} of the gradients")
+    print(f"clipped in these steps: {clipped:.0%} of the gradients")
 
     train(model, [(x[some], y[some]) for some in steps[COMPARED:]])
     with torch.no_grad(), vmap_safe(model, mode="group_norm", num_groups=GROUPS):
@@ -56,7 +56,7 @@ def main() -> dict[str, float]:
 
 
 def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
-    """The training loop: an optimizer takes the clipped sum as it would a gradient."""
+    """The training loop: the optimizer uses the clipped sum as a gradient."""
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     for x, y in batches:
         total = clipped_grad_sum(
@@ -76,7 +76,7 @@ def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def with_group_norm(model: nn.Module) -> nn.Module:
-    """A copy with GroupNorm layers in the place of BatchNorm, weights kept."""
+    """A copy with GroupNorm layers in place of BatchNorm, and the same weights."""
     model = copy.deepcopy(model)
     for name, layer in model.named_children():
         if isinstance(layer, nn.BatchNorm2d):
@@ -87,7 +87,7 @@ def with_group_norm(model: nn.Module) -> nn.Module:
 
 
 def train_by_hand(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
-    """One sample after the other; returns the share of gradients that was clipped."""
+    """Take one sample after the other; return the share of clipped gradients."""
     parameters = list(model.parameters())
     norms = []
     for x, y in batches:
@@ -105,5 +105,5 @@ def train_by_hand(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> flo
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # more get into each other's way at this size
+    torch.set_num_threads(1)  # more threads are slower at this size
     main()

@@ -4,21 +4,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmapsafe import MissingExtraError
+
 CLASSES = 10
 
 
 def load() -> tuple[Tensor, Tensor]:
     """Images (1797, 1, 8, 8), float64 in 0..1, and classes (1797,), in random order.
 
-    float64, so that what is compared with a slow form is the mathematics and not the
-    rounding.
+    float64, so that a comparison with a slow form shows errors and not rounding.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ModuleNotFoundError(
-            "vmapsafe.examples: the digits come with scikit-learn, which cannot be "
-            'imported here. pip install "vmapsafe[demo]".'
+        raise MissingExtraError(
+            "vmapsafe.examples",
+            "the digits come with scikit-learn, which cannot be imported here",
+            'pip install "vmapsafe[demo]"',
         ) from None
 
     digits = load_digits()
@@ -43,7 +45,7 @@ def network(classes: int = CLASSES) -> nn.Sequential:
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: int = 0) -> None:
-    """Ordinary training, in training mode, which it leaves the model in."""
+    """Train in the ordinary way; the model stays in training mode."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=1e-2)
     for _ in range(epochs):
@@ -55,5 +57,5 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: int = 0) ->
 
 
 def accuracy(logits: Tensor, y: Tensor) -> float:
-    """The share of (..., N, classes) that is right, with y (N,) or (..., N)."""
+    """The share of right logits, (..., N, classes), for y, (N,) or (..., N)."""
     return float((logits.argmax(-1) == y).double().mean())

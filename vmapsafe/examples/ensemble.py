@@ -2,8 +2,8 @@
 
 ``stack_module_state`` puts the members' weights and running statistics side by side.
 Each member has its own initial weights and its own order of the images. In
-``mode="sync"`` with ``update_running_stats=True`` a training step of all members is
-what each member's own training step would be, running statistics included; members are
+``mode="sync"`` with ``update_running_stats=True`` a training step of all members does
+what each member's own training step would do, running statistics included. Members are
 never mixed, as the layers' weights differ along the mapped dimension.
 """
 
@@ -24,12 +24,12 @@ State = dict[str, Tensor]
 
 
 def main() -> dict[str, float]:
-    """Trains the members together and one by one.
+    """Train the members together and one by one.
 
     Returns:
-        The largest difference of a weight and of a running statistic; the accuracy on
-        images not seen, of the mean of the members' predictions and of the members, in
-        the mean.
+        The largest difference of a weight and of a running statistic, and two
+        accuracies on images not seen: that of the mean of the members' predictions, and
+        the mean of the members' own.
     """
     torch.manual_seed(0)
     images, labels = digits.load()
@@ -40,7 +40,7 @@ def main() -> dict[str, float]:
     ]
     batches = [b for order in orders for b in torch.split(order, BATCH, 1)]
 
-    base = copy.deepcopy(members[0]).to("meta")  # says what is computed, has no numbers
+    base = copy.deepcopy(members[0]).to("meta")  # the computation without the numbers
     parameters, buffers = stack_module_state(members)
     train_together(base, parameters, buffers, x, y, batches)
     for index, member in enumerate(members):
@@ -74,7 +74,7 @@ def train_together(
     y: Tensor,
     batches: list[Tensor],
 ) -> None:
-    """Training in place; parameters and buffers are (MEMBERS, ...)."""
+    """Train parameters and buffers, (MEMBERS, ...), in place."""
 
     def loss(parameters: State, buffers: State, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(base, (parameters, buffers), (x,)), y)
@@ -91,7 +91,7 @@ def train_together(
 def predictions(
     base: nn.Module, parameters: State, buffers: State, x: Tensor
 ) -> Tensor:
-    """(MEMBERS, N, 10), by each member's running statistics."""
+    """The logits, (MEMBERS, N, 10), with each member's running statistics."""
 
     def logits(parameters: State, buffers: State) -> Tensor:
         found: Tensor = functional_call(base, (parameters, buffers), (x,))
@@ -103,7 +103,7 @@ def predictions(
 
 
 def train_alone(model: nn.Module, x: Tensor, y: Tensor, batches: list[Tensor]) -> None:
-    """The slow form: an ordinary training loop, one member."""
+    """The slow form: an ordinary training loop of one member."""
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
     for some in batches:
         optimizer.zero_grad()
@@ -116,5 +116,5 @@ def largest_difference(a: State, b: State) -> float:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # more get into each other's way at this size
+    torch.set_num_threads(1)  # more threads are slower at this size
     main()

@@ -1,13 +1,13 @@
 """MAML with BatchNorm: a network that learns to tell new digits apart in a few steps.
 
 A task is three classes with five images each to learn from. The inner loop takes some
-gradient steps on them, starting at weights all tasks share; the outer gradient is that
-of the loss, after those steps, on other images of the task, by the shared weights
-(https://arxiv.org/abs/1703.03400, second order). All tasks are one ``vmap``.
+gradient steps on them, from weights that all tasks share. The outer gradient is that of
+the loss after those steps, on other images of the task, with respect to the shared
+weights (https://arxiv.org/abs/1703.03400, second order). All tasks run in one ``vmap``.
 
 In ``mode="no_running_stats"`` each task is normalised by its own images: a task is a
-batch of its own, and running statistics, which tasks would fight over, are neither
-read nor written.
+batch of its own. Running statistics, which the tasks would overwrite for each other,
+are neither read nor written.
 """
 
 import copy
@@ -21,7 +21,7 @@ from vmapsafe import vmap_safe
 from vmapsafe.examples import digits
 
 WAYS, SHOTS, QUERIES = 3, 5, 10
-TASKS, STEPS = 8, 60  # tasks a step
+TASKS, STEPS = 8, 60  # tasks in a step, and steps
 INNER_STEPS, INNER_RATE = 3, 0.2
 SEEN, NEW = range(7), range(7, 10)  # classes
 
@@ -32,12 +32,12 @@ Weights = dict[str, Tensor]
 
 
 def main() -> dict[str, float]:
-    """Learns to learn from digits 0 to 6, and meets 7, 8 and 9.
+    """Learn to learn from digits 0 to 6, then try 7, 8 and 9.
 
     Returns:
-        The largest difference of the outer gradient to that of a loop over tasks,
+        The largest difference of the outer gradient from that of a loop over tasks,
         relative to its largest entry; and the accuracy on new classes after the inner
-        steps, from the weights before and after.
+        steps, from the weights before and after training.
     """
     torch.manual_seed(0)
     images, labels = digits.load()
@@ -62,7 +62,7 @@ def main() -> dict[str, float]:
 
 
 def sample_tasks(pools: list[Tensor], classes: range, count: int) -> Tasks:
-    """Each of three of the classes; the images to learn from come first."""
+    """Draw tasks of three classes each; the images to learn from come first."""
     tasks = []
     for _ in range(count):
         chosen = torch.randperm(len(classes))[:WAYS]
@@ -88,7 +88,7 @@ def adapted(model: nn.Module, weights: Weights, x: Tensor, y: Tensor) -> Weights
 
 
 def outer_loss(model: nn.Module, tasks: Tasks) -> Tensor:
-    """The mean over tasks of the loss on the rest of a task, after the inner steps."""
+    """The mean over tasks of the loss on a task's other images, after adapting."""
 
     def of_one(weights: Weights, x: Tensor, y: Tensor) -> Tensor:
         weights = adapted(model, weights, x[:FIRST], y[:FIRST])
@@ -102,7 +102,7 @@ def outer_loss(model: nn.Module, tasks: Tasks) -> Tensor:
 
 
 def accuracy_after_adapting(model: nn.Module, tasks: Tasks) -> float:
-    """Over all tasks, each with weights of its own."""
+    """The accuracy over all tasks, each with weights of its own."""
     weights = {name: p.detach() for name, p in model.named_parameters()}
 
     def logits(x: Tensor, y: Tensor) -> Tensor:
@@ -115,8 +115,8 @@ def accuracy_after_adapting(model: nn.Module, tasks: Tasks) -> float:
 
 
 def against_the_loop(model: nn.Module, tasks: Tasks) -> float:
-    """The slow form: task after task, plain autograd, and BatchNorm layers that never
-    had running statistics."""
+    """The difference from the slow form: task after task, in plain autograd, with
+    BatchNorm layers without running statistics."""
     names, parameters = zip(*model.named_parameters())
     ours = torch.autograd.grad(outer_loss(model, tasks), parameters)
 
@@ -140,5 +140,5 @@ def against_the_loop(model: nn.Module, tasks: Tasks) -> float:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # more get into each other's way at this size
+    torch.set_num_threads(1)  # more threads are slower at this size
     main()

@@ -1,10 +1,11 @@
 """The tangent kernel of a BatchNorm network, and regression with it.
 
-The Jacobian J(x) (10, P) of the network's outputs by its weights at one image gives the
-kernel of two images, the mean over outputs of J(x) J(x')^T: how much a step on one
-image moves the outputs at the other (https://arxiv.org/abs/1806.07572). All Jacobians
-are one ``vmap(jacrev(...))``. In ``mode="eval"`` an image's Jacobian is its own; torch
-alone refuses the call, as BatchNorm in training mode would update its statistics.
+J(x), (10, P), is the Jacobian of the network's outputs with respect to its weights at
+an image. The kernel of two images is the mean over outputs of J(x) J(x')^T: how much a
+step on one image moves the outputs at the other (https://arxiv.org/abs/1806.07572). All
+Jacobians come from one ``vmap(jacrev(...))``. In ``mode="eval"`` an image's Jacobian
+depends on that image alone. Without a block torch refuses the call, as BatchNorm in
+training mode would update its statistics.
 """
 
 import copy
@@ -18,17 +19,17 @@ from vmapsafe import vmap_safe
 from vmapsafe.examples import digits
 
 TRAINING, TEST = 250, 150  # images
-RIDGE = 1e-3  # of the kernel's mean diagonal
+RIDGE = 1e-3  # as a multiple of the kernel's mean diagonal
 EPOCHS = 8
 COMPARED = 12  # images
 
 
 def main() -> dict[str, float]:
-    """Kernels before and after training, held to a loop, and what they are good for.
+    """Compute kernels before and after training, compare with a loop, and use them.
 
     Returns:
-        The largest difference to the loop's kernel, relative to its largest entry; its
-        smallest eigenvalue, relative to the largest; the alignment with the labels
+        The largest difference from the loop's kernel, relative to its largest entry;
+        the smallest eigenvalue, relative to the largest; the alignment with the labels
         before and after training; the accuracy, on images not seen, of regression with
         the kernel before training, and of ridge regression on pixels.
     """
@@ -46,7 +47,7 @@ def main() -> dict[str, float]:
     eigenvalues = torch.linalg.eigvalsh(kernel)
     smallest = float(eigenvalues[0] / eigenvalues[-1])
     print(f"relative difference to the loop, on {COMPARED} images: {difference:.1e}")
-    print(f"smallest eigenvalue, by the largest: {smallest:.1e}")
+    print(f"smallest eigenvalue, relative to the largest: {smallest:.1e}")
 
     of_kernel = digits.accuracy(regression(kernel, y), y_test)
     pixels = torch.cat([x, x_test]).flatten(1)
@@ -70,7 +71,7 @@ def main() -> dict[str, float]:
 
 
 def jacobians_of(model: nn.Module, x: Tensor) -> Tensor:
-    """(N, 10 * P): one row an image, such that products of rows are the kernel."""
+    """One row for each image, (N, 10 * P); products of rows are the kernel."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def outputs(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def jacobians_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def regression(kernel: Tensor, y: Tensor) -> Tensor:
-    """(N - len(y), 10): outputs for the last images, from the labels of the first."""
+    """The outputs for the images after the first len(y), (N - len(y), 10)."""
     n = len(y)
     ridge = RIDGE * kernel.diagonal()[:n].mean() * torch.eye(n, dtype=kernel.dtype)
     targets = F.one_hot(y, digits.CLASSES).to(kernel.dtype) - 1 / digits.CLASSES
@@ -93,9 +94,8 @@ def regression(kernel: Tensor, y: Tensor) -> Tensor:
 
 
 def alignment(kernel: Tensor, y: Tensor) -> float:
-    """The cosine, of the centred kernel and "of the same class" (Cortes et al.,
-    https://arxiv.org/abs/1203.0550, definition 4)."""
-
+    """The cosine between the centred kernel and the centred matrix of which images have
+    the same class (Cortes et al., https://arxiv.org/abs/1203.0550, definition 4)."""
     same = (y == y[:, None]).to(kernel.dtype)
     pair = [k - k.mean(0) - k.mean(1, keepdim=True) + k.mean() for k in (kernel, same)]
     ours, wanted = [k.flatten() / k.norm() for k in pair]
@@ -103,7 +103,7 @@ def alignment(kernel: Tensor, y: Tensor) -> float:
 
 
 def against_the_loop(model: nn.Module, x: Tensor, kernel: Tensor) -> float:
-    """The slow form: one backward pass for each output of each image."""
+    """The difference from the slow form: a backward pass for each output and image."""
     model = copy.deepcopy(model).eval()
     parameters = list(model.parameters())
     rows = []
@@ -118,5 +118,5 @@ def against_the_loop(model: nn.Module, x: Tensor, kernel: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # more get into each other's way at this size
+    torch.set_num_threads(1)  # more threads are slower at this size
     main()

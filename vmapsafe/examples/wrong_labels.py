@@ -1,7 +1,7 @@
 """The main job on real data: find wrong labels by the size of each sample's gradient.
 
-It reads from top to bottom as an example to copy. Nothing in the library imports it
-but the command line, and what it needs beyond torch is the extra ``[demo]``.
+It is an example to read from top to bottom, and to copy. In the library only the
+command line imports it. Beyond torch it needs the extra ``[demo]``.
 """
 
 import argparse
@@ -31,7 +31,7 @@ TOLERANCE = 1e-9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the demo's options to the parser whose namespace :func:`run` is given."""
+    """Add the options that :func:`run` takes to a parser."""
     parser.add_argument(
         "--device",
         type=_device,
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_picture,
         default="suspects.png",
         metavar="PATH",
-        help="where the PNG of the top suspects goes (default: %(default)s)",
+        help="the PNG of the top suspects to write (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
@@ -57,10 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the demo: train on spoilt labels, rank, draw, check, time.
+    """Run the demo: train on spoilt labels, rank, draw, check, time.
 
     Args:
-        options: what :func:`add_arguments` has put on the parser.
+        options: what a parser with :func:`add_arguments` has read.
 
     Returns:
         The exit status: 0, or 1 if the norms differ from those of a Python loop, or 2
@@ -88,11 +88,11 @@ def run(options: argparse.Namespace) -> int:
 
     sizes = norms(model, x, y).cpu()
     numbers = sum(p.numel() for p in model.parameters())
-    print(f"{sizes.numel()} norms of gradients of {numbers} numbers each, in one call")
+    print(f"{sizes.numel()} norms, of gradients of {numbers} numbers each, in one call")
 
     report(sizes, is_wrong)
     draw(sizes, images, labels, true_labels, options.picture)
-    print(f"the 24 first in the ranking: {options.picture}")
+    print(f"the first 24 of the ranking: {options.picture}")
 
     if not check(model, x, y):
         return 1
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------- the data
+# -- The data --------------------------------------------------------------------------
 
 
 def load(first: int | None = None) -> tuple[Tensor, Tensor]:
@@ -113,11 +113,11 @@ def load(first: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def spoil(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Makes a share of the labels wrong, each a class that differs from the true one.
+    """Make a share of the labels wrong: give each a class that is not the true one.
 
     Args:
         labels: (N,), int64, in 0..9.
-        share: of N, rounded.
+        share: the share of the N labels, rounded to a whole number of them.
         seed: the same seed spoils the same labels in the same way.
 
     Returns:
@@ -132,7 +132,7 @@ def spoil(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     return spoilt, spoilt != labels
 
 
-# ----------------------------------------------------------------------- the network
+# -- The network -----------------------------------------------------------------------
 
 
 def build() -> nn.Module:
@@ -157,7 +157,7 @@ def build() -> nn.Module:
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
-    """Trains for few epochs: a net that has learnt the wrong labels hides them."""
+    """Train for few epochs: a net that has learnt the wrong labels hides them."""
     from tqdm import tqdm
 
     steps = [s for _ in range(epochs) for s in torch.split(torch.randperm(len(x)), 64)]
@@ -173,20 +173,20 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
         schedule.step()
 
 
-# -------------------------------------------------------------- per-sample gradients
+# -- Per-sample gradients --------------------------------------------------------------
 
 
 def norms(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The Euclidean norm of each sample's own gradient, (N,).
 
     The model is in training mode, as the training loop has left it. torch alone refuses
-    to vmap it: BatchNorm would update its statistics.
+    to vmap it, because BatchNorm would update its statistics.
     """
     found: Tensor = per_sample_grad_norms(model, F.cross_entropy, x, y)
     return found
 
 
-# --------------------------------------------------------------------------- ranking
+# -- Ranking ---------------------------------------------------------------------------
 
 
 def found_among_first(sizes: Tensor, is_wrong: Tensor, share: float) -> tuple[int, int]:
@@ -204,7 +204,7 @@ def area_under_roc(sizes: Tensor, is_wrong: Tensor) -> float:
 
 
 def report(sizes: Tensor, is_wrong: Tensor) -> None:
-    """Prints how well the norms, (N,), point at the wrong labels, (N,) bool."""
+    """Print how well the norms, (N,), point at the wrong labels, (N,) bool."""
     total = int(is_wrong.sum())
     for share in (0.03, 0.10):
         found, length = found_among_first(sizes, is_wrong, share)
@@ -218,8 +218,8 @@ def report(sizes: Tensor, is_wrong: Tensor) -> None:
 def draw(
     sizes: Tensor, images: Tensor, labels: Tensor, true_labels: Tensor, path: Path
 ) -> None:
-    """Writes the 24 top-ranked digits as a PNG; red titles are labels made wrong."""
-    # Not pyplot: a Figure of its own draws with Agg and opens no window anywhere.
+    """Write the 24 top-ranked digits as a PNG; red titles are labels made wrong."""
+    # Not pyplot: a Figure by itself draws with Agg and never opens a window.
     from matplotlib.figure import Figure
 
     first = sizes.argsort(descending=True)[:24].tolist()
@@ -243,12 +243,12 @@ def draw(
     figure.savefig(path, format="png", dpi=110)
 
 
-# ------------------------------------------------------------------- check and times
+# -- Check and times -------------------------------------------------------------------
 
 
 @contextmanager
 def switched_by_hand(model: nn.Module) -> Iterator[None]:
-    """The way without this library: BatchNorm layers in eval mode, and back."""
+    """The way without this library: put BatchNorm layers in eval mode, and back."""
     layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for layer in layers:
         layer.eval()
@@ -260,7 +260,7 @@ def switched_by_hand(model: nn.Module) -> Iterator[None]:
 
 
 def norms_by_loop(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The same one sample after the other, (N,)."""
+    """The same norms, (N,), one sample after the other."""
     parameters = tuple(model.parameters())
     found = []
     with switched_by_hand(model):
@@ -272,7 +272,7 @@ def norms_by_loop(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def norms_by_torch(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The same by ``vmap(grad)`` in torch alone, of gradients made whole, (N,)."""
+    """The same norms, (N,), of full gradients by ``vmap(grad)`` in torch alone."""
 
     def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
         logits = functional_call(model, parameters, image.unsqueeze(0))
@@ -286,17 +286,17 @@ def norms_by_torch(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def summed_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """The yardstick: one forward and one backward for the whole batch."""
+    """The yardstick: one forward and one backward pass for the whole batch."""
     with switched_by_hand(model):
         loss = F.cross_entropy(model(x), y, reduction="sum")
         return torch.autograd.grad(loss, tuple(model.parameters()))
 
 
 def check(model: nn.Module, x: Tensor, y: Tensor) -> bool:
-    """Prints how far the norms are from the loop's; True if they are equal.
+    """Print how far the norms are from the loop's; return whether they are equal.
 
-    In float64, on a copy: what is compared is then the mathematics and not the
-    rounding, on a GPU's tensor cores too.
+    The comparison is in float64, on a copy, so that it shows errors and not rounding,
+    on a GPU's tensor cores too.
     """
     model, x = copy.deepcopy(model).double(), x.double()
     loop = norms_by_loop(model, x, y)
@@ -312,7 +312,7 @@ def check(model: nn.Module, x: Tensor, y: Tensor) -> bool:
 
 
 def compare_times(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None:
-    """Prints the medians of interleaved rounds as a table."""
+    """Print the medians of interleaved rounds as a table."""
     contenders: dict[str, Callable[[nn.Module, Tensor, Tensor], object]] = {
         "plain gradient of the summed loss": summed_gradient,
         "Python loop": norms_by_loop,
@@ -334,13 +334,13 @@ def compare_times(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None:
 def time_in_rounds(
     contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, float]:
-    """Median milliseconds by name, of rounds in which all meet the same noise."""
+    """Median milliseconds by name, from rounds in which all meet the same noise."""
     from tqdm import trange
 
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    # One round more, for first-time costs, is not counted.
+    # The first round is not counted, as it pays first-time costs.
     for counted in trange(rounds + 1, desc="timing", unit="round"):
-        # Forwards and backwards in turn: nobody always runs on a neighbour's memory.
+        # In alternating order: a contender does not always run after the same one.
         for name in list(contenders)[:: 1 if counted % 2 else -1]:
             started = _now(device)
             contenders[name]()
@@ -355,7 +355,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-# ------------------------------------------------------------------ types of options
+# -- Types of options ------------------------------------------------------------------
 
 
 def _device(text: str) -> torch.device:
@@ -379,5 +379,7 @@ def _picture(text: str) -> Path:
 
 def _epochs(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number of at least 1"
+        )
     return int(text)
