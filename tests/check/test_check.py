@@ -1,4 +1,4 @@
-"""``check``: what it finds, that its verdicts hold, and that it changes nothing."""
+"""``check``: what it finds, that its verdicts are right, that it changes nothing."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Calls(nn.Module):
 
 
 class Twice(torch.autograd.Function):
-    """Without a rule for vmap."""
+    """A Function without a rule for vmap."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Twice(torch.autograd.Function):
 
 
 class NoWayBack(Twice):
-    """Whose backward raises."""
+    """A Function whose backward raises."""
 
     generate_vmap_rule = True
 
@@ -130,7 +130,7 @@ class Between(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """As torchvision's: random by name, in place on a tensor of its own."""
+    """Like torchvision's: known by its name, it draws in place into a new tensor."""
 
     p = 0.5
 
@@ -460,7 +460,7 @@ def _agrees_with_a_loop(model: nn.Module, x: Tensor, mode: str) -> bool:
 
 @pytest.mark.parametrize("randomness", ["different", "same"])
 def test_randomness_that_is_passed_makes_dropout_safe(randomness: str) -> None:
-    """The finding stays, its verdict changes."""
+    """The finding stays, and its verdict changes."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
     report = check(model, torch.randn(2, 4), randomness=randomness)
     assert [finding.kind for finding in report] == ["random"]
@@ -468,18 +468,14 @@ def test_randomness_that_is_passed_makes_dropout_safe(randomness: str) -> None:
 
 
 def test_a_generator_of_its_own() -> None:
-    """A draw that moves no generator of torch's is found by vmap's own words."""
+    """A draw that does not move torch's generators is found by the error of vmap."""
     generator = torch.Generator()
 
     def noise(x: Tensor) -> Tensor:
         return x + torch.randn(x.shape, generator=generator)
 
-    report = check(after_a_linear(_Uncopied(noise)), torch.randn(2, 4))
+    report = check(after_a_linear(Calls(noise)), torch.randn(2, 4))
     assert [(f.path, f.kind) for f in report] == [("1", "random")]
-
-
-class _Uncopied(Calls):
-    """Nothing more: a closure is not copied with its layer."""
 
 
 @pytest.mark.parametrize(
@@ -497,7 +493,7 @@ class _Uncopied(Calls):
     ],
 )
 def test_without_an_example(build: Callable[[], nn.Module], kinds: list[str]) -> None:
-    """What the flags say is found without a run, and the report says what it is."""
+    """Flags are looked at without a run, and the report says that nothing was run."""
     report = check(build())
     assert [finding.kind for finding in report] == kinds
     assert not report.tried
@@ -507,7 +503,7 @@ def test_without_an_example(build: Callable[[], nn.Module], kinds: list[str]) ->
 
 @pytest.mark.parametrize("num_groups, channels, unsafe", [(2, 4, False), (3, 4, True)])
 def test_num_groups(num_groups: int, channels: int, unsafe: bool) -> None:
-    """Groups that do not divide the channels are one a channel, and said to be."""
+    """The report says when num_groups does not divide the channels."""
     model = nn.Sequential(nn.BatchNorm1d(channels))
     report = check(model, torch.randn(2, 4), mode="group_norm", num_groups=num_groups)
     assert report.safe("group_norm") is not unsafe
@@ -515,14 +511,14 @@ def test_num_groups(num_groups: int, channels: int, unsafe: bool) -> None:
 
 
 def test_every_mode_has_its_words() -> None:
-    """Each mode says something of its own of a batch norm."""
+    """Each mode has its own text about a batch norm."""
     mixes, _ = check(nn.BatchNorm2d(4))
     assert len(set(mixes.becomes.values())) == len(MODES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
 def test_dtypes(dtype: torch.dtype) -> None:
-    """Nothing is to be found in a linear layer of any dtype."""
+    """Nothing is found in a linear layer of any dtype."""
     assert len(check(nn.Linear(3, 3, dtype=dtype), torch.randn(2, 3, dtype=dtype))) == 0
 
 
@@ -546,7 +542,7 @@ def test_trees_of_inputs() -> None:
 
 @pytest.mark.parametrize("around", ["no_grad", "inference_mode", "vmap_safe", "meta"])
 def test_what_is_around_the_call_does_not_matter(around: str) -> None:
-    """The same findings as outside, a block that holds the model included."""
+    """The findings are the same as outside, also in a block around the same model."""
     model = nn.Sequential(
         nn.Linear(4, 4),
         nn.BatchNorm1d(4),
@@ -587,7 +583,7 @@ def test_a_model_on_meta() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript_is_refused_where_a_block_refuses_it() -> None:
-    """All modes but "eval"; the report names it once, not once a layer."""
+    """In all modes but "eval"; the report names the outer module only."""
     report = check(torch.jit.script(nn.Sequential(nn.Linear(4, 4))))
     (finding,) = report
     assert finding.path == "" and "TorchScript" in finding.detail
@@ -618,7 +614,7 @@ class Raises(nn.Module):
 
 
 class Held(nn.Module):
-    """Its forward, a closure, writes to the original whatever is copied."""
+    """Its forward is a closure, which writes to the original, not to the copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -663,8 +659,8 @@ UNCHANGED = [
 
 @pytest.mark.parametrize("case", UNCHANGED, ids=lambda case: case.name)
 def test_nothing_changes(case: Case) -> None:
-    """Values and identity of all tensors, gradients, flags, hooks and attributes; the
-    example; the generators; torch's modes and the warnings' filters."""
+    """What stays: values and identity of all tensors, gradients, flags, hooks and
+    attributes; the example; the generators; torch's modes and warning filters."""
     Raises.calls = 0
     model, x = built(case)
     with contextlib.suppress(ValueError, TypeError):  # those that cannot be copied
@@ -680,7 +676,7 @@ def test_nothing_changes(case: Case) -> None:
 
 
 def _state_of(model: nn.Module) -> list[Any]:
-    """All there is of a model and around it, to be compared with ==."""
+    """The state of a model and of what is around it, to compare with ==."""
     state: list[Any] = []
     for name, module in model.named_modules():
         state.append((name, id(module), type(module), sorted(vars(module))))
@@ -705,7 +701,7 @@ def _state_of(model: nn.Module) -> list[Any]:
 
 
 def test_the_comparison_sees_changes() -> None:
-    """What :func:`test_nothing_changes` compares with does change in a forward."""
+    """A forward changes the state that :func:`test_nothing_changes` compares."""
     model, x = built(Case("", lambda: after_a_linear(nn.BatchNorm1d(4)), []))
     before = _state_of(model)
     model(x)
@@ -713,7 +709,7 @@ def test_the_comparison_sees_changes() -> None:
 
 
 def test_a_tensor_in_use_is_not_touched() -> None:
-    """A backward pass of the user's that waits is not disturbed."""
+    """A backward pass that the user has yet to run still works."""
     model = after_a_linear(nn.BatchNorm1d(4))
     loss = model(torch.randn(3, 4)).square().sum()
     check(model, torch.randn(3, 4))
@@ -721,7 +717,7 @@ def test_a_tensor_in_use_is_not_touched() -> None:
 
 
 def test_the_warning_of_a_block_still_comes() -> None:
-    """A block warns once a class of statistics never updated; not because of check."""
+    """A block warns once for each class; check does not use that up."""
 
     class Fresh(nn.Sequential):
         pass
@@ -736,7 +732,7 @@ def test_the_warning_of_a_block_still_comes() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu() -> None:
-    """The same findings as on the CPU, and the GPU's generator stays."""
+    """The findings are those on the CPU, and the GPU's generator is put back."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout()).cuda()
     before = torch.cuda.get_rng_state()
     report = check(model, torch.randn(2, 3, 5, 5, device="cuda"))
@@ -771,7 +767,7 @@ path        class        under vmap              in vmap_safe               what
 
 
 def test_the_table() -> None:
-    """The text of a small report, as it is printed."""
+    """The printed text of a small report."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout())
     model[1].running_mean.fill_(0.2)
     report = check(model, torch.randn(2, 4), mode="eval")
@@ -780,7 +776,7 @@ def test_the_table() -> None:
 
 @CASE
 def test_the_table_is_narrow(case: Case) -> None:
-    """No line is over 100 characters, nor ends in blanks, however long the paths."""
+    """Lines have at most 100 characters and no blanks at their end."""
     model, x = built(case)
     for _ in range(6):
         model = nn.ModuleDict({"a_rather_long_name_of_a_block": model})
@@ -791,7 +787,7 @@ def test_the_table_is_narrow(case: Case) -> None:
 
 
 def test_rows_are_shared() -> None:
-    """Layers of which the same is to be said have one row; many are counted."""
+    """Layers with identical findings share a row; many paths are counted."""
     model = nn.Sequential(*[nn.BatchNorm2d(4) for _ in range(20)])
     report = check(model)
     assert len(report) == 40
@@ -801,7 +797,7 @@ def test_rows_are_shared() -> None:
 
 
 def test_nothing_to_report_is_one_sentence() -> None:
-    """One line without an example's note, and no table."""
+    """The report is one sentence, without notes and table."""
     report = check(nn.Linear(4, 4), torch.randn(2, 4))
     assert not report and report.notes == ()
     assert textwrap.dedent(str(report)).replace("\n", " ") == (
@@ -811,7 +807,7 @@ def test_nothing_to_report_is_one_sentence() -> None:
 
 
 def test_a_report_is_a_sequence() -> None:
-    """len, iteration, indices, slices; a short repr; findings compare, are frozen."""
+    """len, iteration, indices and slices work; findings are frozen and comparable."""
     report = check(nn.Sequential(nn.BatchNorm1d(4), nn.Dropout()))
     assert len(report) == 3 and len(list(report)) == 3
     assert report[-1].kind == "random" and report[:2] == tuple(report)[:2]
@@ -838,7 +834,7 @@ def test_what_was_not_looked_at_is_said(model: nn.Module, note: str) -> None:
 
 
 def test_a_plain_call_that_raises_is_said() -> None:
-    """One sample is no batch for a batch norm in training, yet a slice of "eval"."""
+    """A batch norm in training refuses one sample, which is safe in "eval"."""
     report = check(nn.BatchNorm1d(4), torch.randn(1, 4), mode="eval")
     assert report.safe("eval")
     assert "A plain call on the example raised (ValueError" in str(report)
@@ -917,7 +913,7 @@ def raises():
 def test_exit_status(
     arguments: str, status: int, nets: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """0 if the mode asked for, else "eval", is safe; 1 if not; the report printed."""
+    """0 if the mode, "eval" by default, is safe, else 1; the report is printed."""
     assert _run(f"{nets}:{arguments}") == status
     printed = capsys.readouterr()
     assert printed.out.startswith("check(") and printed.err == ""
@@ -939,7 +935,7 @@ def test_exit_status(
 def test_bad_usage(
     target: str, error: str, nets: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """2 and one sentence."""
+    """The status is 2, and one sentence is printed."""
     assert _run(target.format(nets=nets)) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
@@ -959,7 +955,7 @@ def test_bad_usage(
 def test_bad_options(
     option: str, error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """2 by argparse, with our words."""
+    """The status is 2, by argparse, with our texts."""
     with pytest.raises(SystemExit) as left:
         _run(f"nets:ready {option}")
     assert left.value.code == 2
@@ -967,7 +963,7 @@ def test_bad_options(
 
 
 def test_it_is_a_sub_command(nets: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """``python -m vmapsafe check``."""
+    """``python -m vmapsafe check`` runs it."""
     assert main(["check", f"{nets}:dropout", "--mode", "eval"]) == 1
     assert capsys.readouterr().out.startswith("check(Sequential): 1 finding; UNSAFE")
 
@@ -1001,7 +997,7 @@ def nets(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     ],
 )
 def test_into_a_pipe_that_is_closed(arguments: str, status: int) -> None:
-    """As ``| head`` does: no traceback, and the status is the one without a pipe."""
+    """As by ``| head``: without a traceback, and with the status without a pipe."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-W", "ignore", "-m", "vmapsafe", *arguments.split()]
@@ -1012,7 +1008,7 @@ def test_into_a_pipe_that_is_closed(arguments: str, status: int) -> None:
 
 
 def test_a_command_whose_reader_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that prints as it goes stops there, as by SIGPIPE."""
+    """A command that prints as it goes stops there, as by SIGPIPE."""
 
     def run(arguments: argparse.Namespace) -> int:
         raise BrokenPipeError
@@ -1042,7 +1038,7 @@ class RaisesInSteps(nn.Module):
 )
 @pytest.mark.filterwarnings("ignore::vmapsafe.NeverUpdatedWarning")
 def test_no_model_is_kept_alive(last: nn.Module) -> None:
-    """Nor one of the copies: all memory is free again."""
+    """Neither the model nor a copy of it: all memory is free again."""
 
     def alive() -> int:
         return sum(type(thing) is Marked for thing in gc.get_objects())
@@ -1060,4 +1056,4 @@ def test_no_model_is_kept_alive(last: nn.Module) -> None:
 
 
 class Marked(nn.Linear):
-    """Known by its class."""
+    """Tests find it by its class."""

@@ -1,4 +1,4 @@
-"""Folders of ``over(...).save``: whatever became of one, it is right or refused."""
+"""Folders of ``over(...).save``: whatever happened to one, it is right or refused."""
 
 import json
 import os
@@ -30,7 +30,7 @@ Y = torch.arange(N) % 3
 
 
 def make(activation=nn.Tanh, eps=1e-5, **settings):
-    """Rows of 28 kB a batch, more than Python keeps in a buffer."""
+    """Rows of 28 kB for each batch, more than Python keeps in a buffer."""
     torch.manual_seed(0)
     layers = nn.Linear(30, 28), nn.LayerNorm(28, eps=eps), activation()
     model = nn.Sequential(*layers, nn.Linear(28, 3)).double()
@@ -47,7 +47,7 @@ def expected(model=None):
 
 
 class Loaded(Dataset):
-    """Not in memory, as far as one can see."""
+    """A data set that does not look as if it were in memory."""
 
     def __init__(self, x=X, y=Y):
         self.x, self.y = x, y
@@ -84,7 +84,7 @@ class Stops(Exception):
 
 
 def saved(folder, loader=None, model=None, loss=F.cross_entropy, stop=None, end=None):
-    """Raises, or ends as ``end`` does, in batch number ``stop``."""
+    """A function that calls ``end`` in batch number ``stop``, or raises."""
     calls = []
 
     def function(model, loss_fn, *batch):
@@ -117,7 +117,7 @@ def assert_right(found):
 
 
 def refused(folder, *words, **options):
-    """In words, and nothing of the folder is touched."""
+    """The error is ours, and the folder is not touched."""
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(ValueError) as caught:
         saved(folder, **options)
@@ -131,8 +131,8 @@ def refused(folder, *words, **options):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("seconds,batches", [(0, "data set"), (1, "tensors")])
 def test_killed_several_times(tmp_path, monkeypatch, seconds, batches):
-    """What a dead run has written after the rows that are counted is not kept: with a
-    checkpoint a batch, and with none but the first."""
+    """Rows that a dead run wrote after the counted ones are not kept, with a checkpoint
+    for each batch or for the first alone."""
     monkeypatch.setattr(files, "_SECONDS", seconds)
     for stop in (5, 2, 1, 3, 0, 1):
         child = os.fork()
@@ -153,7 +153,7 @@ class Interrupt(KeyboardInterrupt):
 
 
 def interrupted(function, at, file):
-    """Call it, with an interrupt at a line of ``file``; says whether there was one."""
+    """Call it with an interrupt at a line of ``file``; return whether there was one."""
     left = at
 
     def trace(frame, event, argument):
@@ -261,8 +261,8 @@ def test_damages(tmp_path, name, complete):
 @pytest.mark.parametrize("batches", LOADERS)
 @pytest.mark.parametrize("complete", [False, True])
 def test_other_data(tmp_path, batches, complete):
-    """Of another size; and other numbers after the first batch, where they are loaded
-    or cost nothing to load."""
+    """Data of another size are refused, and so are other numbers after the first batch
+    if they are loaded or cost nothing to load."""
     begun(tmp_path, complete, loader=LOADERS[batches](X, Y))
     fewer, more = slice(0, N - 1), [*range(N), 0]
     for part in (fewer, more):

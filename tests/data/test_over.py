@@ -1,4 +1,4 @@
-"""A whole data set: as the calls batch by batch, and files as without a stop."""
+"""A whole data set: results as by calls, and files as by a run without a stop."""
 
 import builtins
 import functools
@@ -63,7 +63,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_each_batch_is_a_call(mlp, name):
-    """The last one short, as often as one likes; the model is left alone."""
+    """The last batch is short; the loop can be repeated; the model is left alone."""
     function, options = FUNCTIONS[name]
     before = everything(mlp)
     results = over(loader(), function, mlp, F.cross_entropy, **options)
@@ -103,7 +103,7 @@ def test_batches_are_taken_apart(mlp, name):
 
 @pytest.mark.parametrize("keys", [None, "image"])
 def test_inputs_alone(mlp, keys):
-    """A tensor, or one key, and a loss of the output."""
+    """A batch is a tensor, or has one key, and the loss takes the output alone."""
     batches = [{"image": x} if keys else x for x, _ in PAIRS]
     found = list(over(batches, per_sample_grad_norms, mlp, energy, keys=keys))
     assert_same(torch.cat(found), per_sample_grad_norms(mlp, energy, X))
@@ -150,7 +150,7 @@ def test_moved_to_the_model(mlp):
 
 
 def test_progress(mlp, capsys):
-    """A bar that ends full."""
+    """The bar ends full."""
     assert len(list(norms_over(loader(), mlp, progress=True))) == 3
     assert "3/3" in capsys.readouterr().err
     assert len(list(norms_over(iter(PAIRS), mlp, progress=True))) == 3
@@ -162,7 +162,7 @@ def test_progress(mlp, capsys):
 
 @pytest.mark.parametrize("mode", ["eval", "sync"])
 def test_an_interruption_leaves_the_model_as_it_was(mlp, mode):
-    """In the data, in the loss, between two batches, or by forgetting the loop."""
+    """It comes in the data, in the loss or between batches, or the loop is dropped."""
 
     def loss(output, target):
         calls.append(1)
@@ -205,7 +205,7 @@ def saved(folder, model, name="norms", batches=None, **options):
 
 @pytest.mark.parametrize("name", SAVED)
 def test_files_are_the_results(mlp, tmp_path, name):
-    """All of them, memory-mapped; one file a tensor; a second call loads them."""
+    """All results, memory-mapped, in one file for each tensor; a second call loads."""
     function, options = SAVED[name]
     results = over(loader(), function, mlp, F.cross_entropy, **options)
     parts = list(results)
@@ -232,8 +232,8 @@ def test_files_are_the_results(mlp, tmp_path, name):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("at", [1, 4, 9])
 def test_goes_on_where_it_stopped(mlp, tmp_path, name, error, at):
-    """Files to the bit as without a stop; finished samples are not asked for again but
-    for the first batch."""
+    """The files are bit-identical to those without a stop; of finished samples only the
+    first batch is loaded again."""
     saved(tmp_path / "whole", mlp, name)
     data = Stops(at, error)
     before = everything(mlp)
@@ -257,7 +257,7 @@ def test_goes_on_where_it_stopped(mlp, tmp_path, name, error, at):
 
 @pytest.mark.parametrize("batches", ["list", "iterable data", "own sampler", "workers"])
 def test_goes_on_with_any_loader(mlp, tmp_path, batches):
-    """Where batches cannot be left out they are loaded, and no result is made twice."""
+    """Batches that cannot be left out are loaded; results are not computed twice."""
 
     class Stream(IterableDataset):
         def __iter__(self):
@@ -287,14 +287,14 @@ def test_goes_on_with_any_loader(mlp, tmp_path, batches):
 
 
 def both(model, loss_fn, x, y):
-    """Two files, quickly, and one of no size."""
+    """Two files, quickly, and one without numbers."""
     return {"a/b": x * 2, "y": y, "nothing": x[:, :0]}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_moment(mlp, tmp_path, monkeypatch):
-    """Before each flush, each replacement of state.json and each batch: what is there
-    can be loaded, is right, and goes on to the files that there would have been."""
+    """Before each flush, each replacement of state.json and each batch: the files can
+    be loaded and are right, and a later run completes them."""
     monkeypatch.setattr(files, "_SECONDS", 0)
     monkeypatch.setattr(files, "_TIMES", 0)  # a checkpoint a batch
     monkeypatch.setattr(os, "fsync", lambda number: None)  # takes its time
@@ -328,7 +328,7 @@ def test_killed_at_any_moment(mlp, tmp_path, monkeypatch):
 
 
 def _dies_at(moment, monkeypatch):
-    """In this process: killed before the step of that number."""
+    """Let this process be killed before the step of that number."""
     left = [moment]
 
     def counted(function):
@@ -370,7 +370,7 @@ over(loader, per_sample_grads, make_mlp(), F.cross_entropy).save({folder!r})
 
 
 def test_a_process_that_is_killed(mlp, tmp_path):
-    """Another process goes on with rows, to the bit."""
+    """Another process continues; the files are bit-identical."""
     folder = tmp_path / "killed"
     support = str(Path(small_data.__file__).parent)
     script = KILLED.format(support=support, folder=str(folder))
@@ -459,7 +459,7 @@ CHANGES = {
 @pytest.mark.parametrize("text", CHANGES)
 @pytest.mark.parametrize("complete", [True, False])
 def test_another_question_is_refused(mlp, tmp_path, text, complete):
-    """It says what differs, and nothing is written."""
+    """The error says what differs, and nothing is written."""
 
     def save(
         model=make_mlp,
@@ -486,7 +486,7 @@ def test_another_question_is_refused(mlp, tmp_path, text, complete):
 
 
 def test_chunks_count_in_sync(mlp, tmp_path):
-    """There they are batches."""
+    """In "sync" the chunks are batches."""
     saved(tmp_path, mlp, "norms in sync")
     with pytest.raises(ValueError, match="chunk_size was 'None' and is '2'"):
         saved(tmp_path, mlp, "norms in sync", chunk_size=2)

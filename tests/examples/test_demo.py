@@ -1,4 +1,4 @@
-"""The demo and the command line: what is printed is true, mistakes are told apart."""
+"""The demo and the command line: what they print is true, and errors are clear."""
 
 import struct
 import sys
@@ -68,7 +68,7 @@ def test_area_under_roc_is_the_share_of_pairs_in_the_right_order():
 
 
 def test_the_three_ways_to_the_norms_agree():
-    """Ours, torch's and the loop's."""
+    """The norms of this package, of torch and of a loop."""
     torch.manual_seed(0)
     model = wrong_labels.build().double()
     x, y = torch.rand(5, 1, 8, 8).double(), torch.arange(5)

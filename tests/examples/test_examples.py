@@ -1,4 +1,4 @@
-"""The worked examples: what each prints is true, and equals its slow form."""
+"""The examples: what each prints is true, and equals its slow form."""
 
 import importlib
 import pkgutil
@@ -43,7 +43,7 @@ FOUND = {
 
 @pytest.mark.parametrize("name", FOUND)
 def test_numbers(name, capsys):
-    """Those compared with a slow form are 0 but for rounding; the others say that the
+    """Differences from a slow form are rounding; the other numbers show that the
     example does what it is for."""
     pytest.importorskip("sklearn")
     found = importlib.import_module(f"vmapsafe.examples.{name}").main()

@@ -1,12 +1,14 @@
 """What type checkers see of the public interface; mypy checks it, nothing runs it."""
 
 from collections.abc import Callable, Iterator
-from typing import assert_type
+from typing import Any, assert_type
 
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from vmapsafe import batched, vmap_safe
+from vmapsafe import batched, check, convert, norm_layer, over, vmap_safe
 
 
 class Net(nn.Module):
@@ -72,3 +74,35 @@ def of_batches(net: Net, x: Tensor) -> None:
     assert_type(batched(losses, (None, 0), out_dims=(0, 0))(net, x)[1], int)
     forward(net)  # type: ignore[arg-type]
     batched(forward, randomness="sometimes")  # type: ignore[call-overload]
+
+
+def norms(model: nn.Module, loss_fn: object, x: Tensor, *, k: int = 2) -> Tensor:
+    return x
+
+
+def rows(model: nn.Module, loss_fn: object, x: Tensor) -> dict[str, Tensor]:
+    return {}
+
+
+def whole_data_sets(net: Net, loader: DataLoader[Tensor]) -> None:
+    for result in over(loader, norms, net, F.cross_entropy, k=3):
+        assert_type(result, Tensor)
+    results = over(loader, norms, net, F.cross_entropy)
+    assert_type(results.save("folder"), NDArray[Any])
+    named = over(loader, rows, net, F.cross_entropy, keys=("x", "y"))
+    assert_type(named.save("folder", repeatable=True), dict[str, NDArray[Any]])
+    over(loader, 3, net, F.cross_entropy)  # type: ignore[arg-type]
+
+
+def reports(net: Net, x: Tensor) -> None:
+    report = check(net, x, randomness="same", also=(Net,))
+    assert_type(report.safe(report.modes[0]), bool)
+    assert_type(report[0].becomes["sync"], str)
+    report.safe("evil")  # type: ignore[arg-type]
+    check(net, x, mode="evil")  # type: ignore[arg-type]
+
+
+def conversions(net: Net) -> None:
+    assert_type(convert(net, "group_norm", num_groups=lambda c: c // 2), nn.Module)
+    assert_type(norm_layer("eval")(64, eps=1e-3), nn.Module)
+    convert(net, "evil")  # type: ignore[arg-type]

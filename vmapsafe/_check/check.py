@@ -7,8 +7,6 @@ their buffers, and random functions show in a run only.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from vmapsafe._block.models import unwrapped
@@ -24,7 +22,7 @@ from vmapsafe._modes import MODES, ModeName, NumGroups, Options
 
 def check(
     model: nn.Module,
-    *example: Any,
+    *example: object,
     mode: ModeName | None = None,
     randomness: Randomness = "error",
     num_groups: NumGroups = 32,

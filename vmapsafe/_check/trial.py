@@ -49,8 +49,8 @@ class Trial:
 class Example:
     """A batch of inputs: the tensors with a first dimension are sliced along it."""
 
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
 
     def leaves(self) -> tuple[list[Any], list[int | None], Any]:
         """Copies of the leaves, which of them are sliced, and the tree they make."""
@@ -60,11 +60,12 @@ class Example:
         return leaves, dims, tree
 
 
-def example_of(given: tuple[Any, ...]) -> Example | None:
+def example_of(given: tuple[object, ...]) -> Example | None:
     """The first two samples of the example that ``check`` was given, if it was."""
     if not given:
         return None
-    args, kwargs = given, {}
+    args: tuple[object, ...] = given
+    kwargs: Mapping[str, object] = {}
     if len(given) == 1 and isinstance(given[0], tuple):
         args = given[0]
     elif len(given) == 1 and isinstance(given[0], dict):
@@ -247,7 +248,10 @@ def _generators_kept() -> Iterator[None]:
 
 
 def _called(
-    net: nn.Module, params: dict[str, Tensor] | None, leaves: Sequence[Any], tree: Any
+    net: nn.Module,
+    params: dict[str, Tensor] | None,
+    leaves: Sequence[object],
+    tree: Any,
 ) -> list[Tensor]:
     """The tensors that the model returns."""
     args, kwargs = tree_unflatten(list(leaves), tree)

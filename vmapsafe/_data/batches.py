@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ Places = Sequence[str | Sequence[str]]
 Keys = str | Places
 
 
-def parts_of(batch: object, keys: Places | None) -> tuple[Any, ...]:
+def parts_of(batch: object, keys: Places | None) -> tuple[object, ...]:
     """Take a batch apart.
 
     Args:
@@ -54,7 +53,7 @@ def parts_of(batch: object, keys: Places | None) -> tuple[Any, ...]:
     return parts
 
 
-def moved(parts: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+def moved(parts: tuple[object, ...], device: torch.device) -> tuple[object, ...]:
     """The parts of a batch with their tensors on a device."""
 
     def to_device(leaf: object) -> object:
@@ -65,17 +64,17 @@ def moved(parts: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
     return tuple(tree_map(to_device, parts))
 
 
-def size_of(parts: tuple[Any, ...]) -> int:
+def size_of(parts: tuple[object, ...]) -> int:
     """The number of samples."""
     return len(tree_flatten(parts)[0][0])
 
 
-def several(keys: str | Sequence[Any]) -> Sequence[Any]:
+def several(keys: Keys) -> Places:
     """One key as a list of keys."""
     return [keys] if isinstance(keys, str) else keys
 
 
-def _by_keys(batch: Mapping[str, Any], keys: Places | None) -> tuple[Any, ...]:
+def _by_keys(batch: Mapping[str, object], keys: Places | None) -> tuple[object, ...]:
     if keys is None:
         raise VmapSafeTypeError(
             "over(...)",

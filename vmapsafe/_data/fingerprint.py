@@ -26,11 +26,11 @@ from vmapsafe._modes import MODES
 
 def fingerprint(
     loader: object,
-    function: Callable[..., Any],
+    function: Callable[..., object],
     model: nn.Module,
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., object],
     keys: Places | None,
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
 ) -> dict[str, str | int | None]:
     """What was asked, for people and for comparison.
 
@@ -75,8 +75,10 @@ def fingerprint(
 
 
 def with_defaults(
-    function: Callable[..., Any], given: Collection[object], options: Mapping[str, Any]
-) -> dict[str, Any]:
+    function: Callable[..., object],
+    given: Collection[object],
+    options: Mapping[str, object],
+) -> dict[str, object]:
     """The options of a call, by name, and those that were not given.
 
     Args:
@@ -129,7 +131,7 @@ def digest(values: Iterable[object]) -> str:
     return found.hexdigest()[:16]
 
 
-def described(value: Any) -> str:
+def described(value: object) -> str:
     """In words that are the same in another process."""
     if isinstance(value, functools.partial):
         given = [*value.args, *sorted(value.keywords.items())]
@@ -165,7 +167,7 @@ def _public_home(value: object) -> str:
     return "vmapsafe" if module.startswith("vmapsafe._") else module
 
 
-def _written(value: Any) -> str:
+def _written(value: object) -> str:
     """What a user's function does: its own code, and the values that it holds.
 
     A function of a library is known by its name.
@@ -198,7 +200,7 @@ def _code(code: CodeType) -> list[object]:
     return [code.co_code.hex(), code.co_names, constants]
 
 
-def _plain(values: Mapping[str, Any]) -> str:
+def _plain(values: Mapping[str, object]) -> str:
     """Those that are numbers, texts and the like, or functions and tensors."""
     kinds = (bool, int, float, complex, str, bytes, type(None), torch.dtype, Tensor)
     found = {

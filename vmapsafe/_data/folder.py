@@ -21,7 +21,15 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, NoReturn
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeAlias,
+)
 from urllib.parse import quote
 
 import torch
@@ -32,6 +40,8 @@ from vmapsafe._errors import VmapSafeValueError
 if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
+
+Array: TypeAlias = "NDArray[Any]"
 
 
 class Done(NamedTuple):
@@ -141,7 +151,7 @@ class Folder:
         if time.monotonic() >= self._next:
             self._checkpoint()
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
+    def arrays(self) -> dict[str, Array]:
         """The finished rows by name, memory-mapped if there are any."""
         import numpy
 
@@ -242,7 +252,7 @@ _SECONDS, _TIMES = 1.0, 10
 class _Growing:
     """One file of rows, whose header says how many are finished."""
 
-    def __init__(self, path: Path, like: NDArray[Any], rows: int) -> None:
+    def __init__(self, path: Path, like: Array, rows: int) -> None:
         """Open or make a file that has ``rows`` rows, for more like those of ``like``.
 
         Rows after these, of a run that died, are cut off.
@@ -321,7 +331,7 @@ def _sum_of_rows(file: BinaryIO, size: int) -> int | None:
     return found
 
 
-def _array(rows: Tensor) -> NDArray[Any]:
+def _array(rows: Tensor) -> Array:
     """The rows in numpy, which has no bfloat16."""
     rows = rows.detach()
     if rows.dtype == torch.bfloat16:

@@ -15,7 +15,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from vmapsafe._block.models import device_of
 from vmapsafe._data.batches import Keys, moved, parts_of, several, size_of
 from vmapsafe._data.fingerprint import digest, fingerprint, number_of, with_defaults
-from vmapsafe._data.folder import Folder
+from vmapsafe._data.folder import Array, Folder
 from vmapsafe._data.rest import Rest, in_order, summed
 from vmapsafe._errors import (
     MissingExtraError,
@@ -33,21 +33,18 @@ from vmapsafe._errors import (
 )
 from vmapsafe._torch import tree_flatten
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 Result = TypeVar("Result", covariant=True)
 
 
 def over(
-    loader: Iterable[Any],
+    loader: Iterable[object],
     function: Callable[..., Result],
     model: nn.Module,
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., object],
     *,
     keys: Keys | None = None,
     progress: bool = False,
-    **options: Any,
+    **options: object,
 ) -> Over[Result]:
     """Call ``function(model, loss_fn, *batch, **options)`` for every batch of a loader.
 
@@ -108,13 +105,13 @@ class Over(Generic[Result]):
 
     def __init__(
         self,
-        loader: Iterable[Any],
+        loader: Iterable[object],
         function: Callable[..., Result],
         model: nn.Module,
-        loss_fn: Callable[..., Any],
+        loss_fn: Callable[..., object],
         keys: Keys | None,
         progress: bool,
-        options: Mapping[str, Any],
+        options: Mapping[str, object],
     ) -> None:
         self._loader, self._function, self._model = loader, function, model
         self._loss_fn, self._options = loss_fn, dict(options)
@@ -138,7 +135,7 @@ class Over(Generic[Result]):
     @overload
     def save(
         self: Over[Tensor], path: str | os.PathLike[str], *, repeatable: bool = False
-    ) -> NDArray[Any]: ...
+    ) -> Array: ...
 
     @overload
     def save(
@@ -146,16 +143,16 @@ class Over(Generic[Result]):
         path: str | os.PathLike[str],
         *,
         repeatable: bool = False,
-    ) -> dict[str, NDArray[Any]]: ...
+    ) -> dict[str, Array]: ...
 
     @overload
     def save(
         self, path: str | os.PathLike[str], *, repeatable: bool = False
-    ) -> NDArray[Any] | dict[str, NDArray[Any]]: ...
+    ) -> Array | dict[str, Array]: ...
 
     def save(
         self, path: str | os.PathLike[str], *, repeatable: bool = False
-    ) -> NDArray[Any] | dict[str, NDArray[Any]]:
+    ) -> Array | dict[str, Array]:
         """Write all results as ``.npy`` files to a folder; continue an interrupted run.
 
         >>> import tempfile, torch
@@ -244,10 +241,10 @@ class Over(Generic[Result]):
         arrays = folder.arrays()
         return arrays[_ALONE] if list(arrays) == [_ALONE] else arrays
 
-    def _result(self, batch: tuple[Any, ...]) -> Result:
+    def _result(self, batch: tuple[object, ...]) -> Result:
         return self._function(self._model, self._loss_fn, *batch, **self._options)
 
-    def _moved(self, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _moved(self, parts: tuple[object, ...]) -> tuple[object, ...]:
         return moved(parts, device_of(self._model))
 
     @contextlib.contextmanager

@@ -7,7 +7,7 @@ nothing: if their data are in memory, or the loader is not a DataLoader.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Rest:
         self._skips = finished > 0 and _can_skip(loader)
         self._samples, self._data, self.total = 0, 0, 0
 
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
+    def __iter__(self) -> Iterator[tuple[int, object]]:
         if self._skips:
             for i, batch in enumerate(_with(self._loader, _Indices(self._wanted))):
                 yield (0 if i == 0 else self._finished + i - 1), batch
@@ -71,7 +71,7 @@ class Rest:
             elif i < self._finished:
                 self._samples += len(indices)
 
-    def passed(self, leaves: list[Any]) -> None:
+    def passed(self, leaves: Sequence[Any]) -> None:
         """Count a batch that was loaded although it is finished."""
         self._samples += len(leaves[0])
         self._data = summed(leaves, self._data)
@@ -135,7 +135,7 @@ class _Indices:
         return self._begin()
 
 
-def _with(loader: DataLoader[Any], batches: Iterable[list[int]]) -> Iterable[Any]:
+def _with(loader: DataLoader[Any], batches: Iterable[list[int]]) -> Iterable[object]:
     """A loader like another one, of other batches."""
     return DataLoader(
         loader.dataset,
