@@ -2,11 +2,15 @@
 
 The map, bottom up:
 
+``covered``      one model that a block covers, and its layers
 ``open_blocks``  which blocks are open, in this thread and in all
 ``switched``     the classes that modules have while a block covers them
-``models``       what is known of a model: layers, frozen and lazy ones, device
+``code``         what the code of a module's class does: assign buffers, normalise
+``models``       how layers are found, switched and put back
 ``operators``    faster batching rules of operators, while a block is open
 ``backward``     code that runs in backward: in the blocks it was made in, or refused
+``writes``       what a call writes, and which buffer of a model that is
+``callers``      which layer makes a call
 ``scope``        one open block of one thread: which rules hold, for which layers
 ``advice``       notes for errors of torch's vmap: which layer, and what to do
 ``vmap_safe``    ``vmap_safe``: a block as users write it

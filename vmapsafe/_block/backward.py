@@ -1,17 +1,17 @@
-"""What backward runs again: in the block it was made in, or refused.
+"""Code that runs in backward: it runs in the blocks it was made in, or is refused.
 
 Activation checkpointing, reversible networks and adjoint ODE solvers run a forward
-again during backward, which sees none of its thread's modes, and may come after the
-block. Python code runs in backward from three places, and each is told when it is made
-in which blocks that was:
+again during backward. Backward has none of its thread's modes, and may come after the
+block. Python code runs in backward from three places. Each of them records, when it is
+made, which blocks are open:
 
-* the backward of an autograd.Function: while a block is open, a new node notes it;
-* the unpacking of a saved tensor, as non-reentrant checkpoints use it: while somebody
-  else's hooks for saved tensors are in force, ours take their place call by call;
+* the backward of an autograd.Function: each node made in a block records them;
+* the unpacking of a saved tensor, as non-reentrant checkpoints use it: if hooks for
+  saved tensors are in force that are not ours, ours replace them in each call;
 * a hook on a tensor.
 
-While those blocks are open, that code runs in them, in whatever thread. After one has
-closed, a forward of its layers, or a write to its buffers, is refused with words. A
+While those blocks are open, the code runs in them, in whatever thread. After one of
+them has closed, a forward of its layers, or a write to its buffers, is an error. A
 graph that was made outside all blocks is left alone.
 """
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from vmapsafe._block import open_blocks
+from vmapsafe._block.open_blocks import Open
 from vmapsafe._errors import BlockError
 from vmapsafe._torch import (
     BackwardCFunction,
@@ -44,12 +45,13 @@ Hooks = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 
 
 @contextmanager
-def in_blocks(blocks: Sequence[Any]) -> Iterator[None]:
-    """What is computed here, in backward, is computed in these blocks."""
-    standing = {id(mode) for mode in modes_in_force()}
+def in_blocks(blocks: Sequence[Open]) -> Iterator[None]:
+    """A context for code in backward, which runs in these blocks."""
+    standing = modes_in_force()
     found = [_open_or_refusing(block) for block in blocks]
-    modes = [mode for mode in found if id(mode) not in standing]
-    open_ones = tuple([b for b in found if not isinstance(b, Refusing)])
+    modes = [one for one in found if isinstance(one, TorchFunctionMode)]
+    modes = [mode for mode in modes if mode not in standing]
+    open_ones = tuple([one for one in found if not isinstance(one, Refusing)])
     with open_blocks.instead(open_ones), _pushed(modes):
         yield
 
@@ -67,9 +69,9 @@ def _pushed(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
             take_off_innermost()
 
 
-def _open_or_refusing(block: Any) -> Any:
-    """The block; or one of this thread that means the same for its models; or what
-    refuses them."""
+def _open_or_refusing(block: Open) -> Open | Refusing:
+    """The block, if it is open; or one of this thread that does the same for its
+    models; or a mode that refuses them."""
     if block.alive:
         return block
     for other in reversed(open_blocks.blocks()):
@@ -82,7 +84,7 @@ def _open_or_refusing(block: Any) -> Any:
 class Refusing(TorchFunctionMode):
     """The mode in which backward runs what was made in a block that has closed."""
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Open) -> None:
         super().__init__()
         self._block = block
 
@@ -98,9 +100,8 @@ class Refusing(TorchFunctionMode):
         if layer is not None:
             raise BlockError(
                 "backward",
-                f"{layer} ran inside a vmap_safe block and is to run again after "
-                "it, as under torch.utils.checkpoint, where it would compute "
-                "something else",
+                f"{layer} ran inside a vmap_safe block and would run again after it, "
+                "as under torch.utils.checkpoint, and compute something else there",
                 "Call backward inside the block",
             )
         return func(*args, **kwargs)
@@ -110,8 +111,9 @@ class Refusing(TorchFunctionMode):
 
 
 def listen() -> None:
-    """A block opens: nodes note from now on in which blocks of their thread they are
-    made. It stays so: taking it back would cost each block 0.2 ms, a node costs 0.3 us.
+    """Let each node record, from now on, in which blocks of its thread it is made.
+
+    This is not undone. Undoing it would cost each block 0.2 ms; a node costs 0.3 us.
     """
     if vars(BackwardCFunction).get("__init__") is not _made:
         BackwardCFunction.__init__ = _made  # type: ignore[method-assign, assignment]
@@ -126,9 +128,9 @@ def _made(node: Any) -> None:
 
 
 class _Apply:
-    """Takes the place of a node's ``apply``, which runs its backward."""
+    """Replaces a node's ``apply``, which runs its backward."""
 
-    def __init__(self, node: Any, blocks: tuple[Any, ...]) -> None:
+    def __init__(self, node: Any, blocks: tuple[Open, ...]) -> None:
         self._node = weakref.ref(node)
         self._blocks = blocks
 
@@ -143,21 +145,21 @@ class _Apply:
 
 
 def foreign_hooks() -> Hooks | None:
-    """The hooks for saved tensors in force, if there are any that are not ours."""
+    """The hooks for saved tensors in force, if they are not ours."""
     hooks: Hooks | None = top_hooks(True)
     if hooks is None or isinstance(hooks[1], _Unpack):
         return None
     return hooks if hooks_are_enabled() else None
 
 
-def unpacking_in(blocks: tuple[Any, ...], hooks: Hooks) -> saved_tensors_hooks:
-    """A context in which tensors are saved by these hooks, and unpacked in blocks."""
+def unpacking_in(blocks: tuple[Open, ...], hooks: Hooks) -> saved_tensors_hooks:
+    """A context in which these hooks save tensors, and unpack them in the blocks."""
     pack, unpack = hooks
     return saved_tensors_hooks(pack, _Unpack(unpack, blocks))
 
 
 class _Unpack:
-    def __init__(self, unpack: Callable[[Any], Any], blocks: tuple[Any, ...]) -> None:
+    def __init__(self, unpack: Callable[[Any], Any], blocks: tuple[Open, ...]) -> None:
         self._unpack = unpack
         self._blocks = blocks
 
@@ -172,8 +174,7 @@ HOOKING = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
 
 
 def hooked(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a call that hooks something to a tensor, so that it runs in the
-    blocks of now."""
+    """The arguments of a call that registers a hook; it will run in these blocks."""
     if len(args) != 2:
         return args
     hook, blocks = args[1], open_blocks.in_force()
@@ -186,9 +187,12 @@ def hooked(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class Passed:
-    """An operator that calls functions of the user's, among them the forward of an
-    autograd.Function under a transform, on its way down the modes. Each takes itself
-    off the stack to hand it on; those that ask for it are in force again inside."""
+    """An operator that calls functions of the user, on its way down the modes.
+
+    One of these functions is the forward of an autograd.Function under a transform.
+    Each mode takes itself off the stack to hand the operator on. The modes in
+    ``inside`` are in force again while the functions run.
+    """
 
     def __init__(self, operator: Any) -> None:
         self.operator = operator

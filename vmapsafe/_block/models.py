@@ -1,49 +1,44 @@
-"""What a block has to know of a model, looked at once at entry.
+"""How a block finds the layers of its models, switches them and puts them back.
 
-A :class:`Model` is one module handed to a block: its normalisation layers, the flags
-the mode wants them to show, and which of them their owner has frozen. :func:`switch`
-gives its modules the classes of ``_switched``, and takes them back.
+:func:`find` looks at each model once: which of its modules are normalisation layers,
+which flags the mode wants these to show, and which of them their owner has frozen.
+:func:`switch` gives its modules the classes of ``switched``; :func:`put_back` takes
+them back.
 
-Put back as well are weights that hooks compute before each forward, as those of
-weight_norm, spectral_norm and pruning do: a forward under a transform leaves tensors
-behind that are dead after it.
+:func:`put_back` also restores weights that hooks compute before each forward, as those
+of weight_norm, spectral_norm and pruning do: a forward under a transform leaves tensors
+behind that cannot be used after it.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vmapsafe._block.code import may_assign, normalises_itself
+from vmapsafe._block.covered import Layer
+from vmapsafe._block.covered import Model as Model
+from vmapsafe._block.open_blocks import Open
 from vmapsafe._block.switched import (
     InEval,
     InTraining,
-)
-from vmapsafe._block.switched import Layer as SwitchedLayer
-from vmapsafe._block.switched import (
     PutsBack,
     PutsBackAroundCalls,
+    ShowsFlags,
+    give_class,
     kept_buffers,
-    may_assign,
-    normalises_itself,
     of_torch,
     own_class,
     owners_flags,
     put_buffers_back,
 )
-from vmapsafe._block.switched import switch as _switch
-from vmapsafe._errors import (
-    VmapSafeError,
-    VmapSafeTypeError,
-    VmapSafeValueError,
-    a_kind,
-)
+from vmapsafe._errors import VmapSafeError, VmapSafeTypeError, VmapSafeValueError
 from vmapsafe._modes import Flags, Mode, Options
 from vmapsafe._torch import BatchNormBase, LazyModuleMixin, NormBase, is_wrapped
 
@@ -51,59 +46,6 @@ _compiling = torch.compiler.is_compiling
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 _TRACED = ("TracedModule", "TopLevelTracedModule")
-
-
-class Layer(NamedTuple):
-    """One normalisation layer of a model, and the flags it shows in the block; those of
-    its owner where he has frozen it."""
-
-    shown: Flags
-    frozen: bool
-    owners: Flags
-
-
-@dataclass(frozen=True)
-class Model:
-    """One module handed to a block, as it was found at entry.
-
-    Attributes:
-        root: the module, taken out of its wrappers.
-        paths: the name in the model of every module in it, the root first.
-        layers: the normalisation layers among them.
-        buffered: the modules that own buffers.
-        parts: of each module, what of ours its class is to have.
-        scripted: the flags of layers that are TorchScript, which has no classes.
-        computed: of modules with hooks before their forward, the tensors among the
-            attributes.
-        names: of modules with parameters, what these are called.
-        kept: while torch.compile traces, the buffers.
-    """
-
-    root: nn.Module
-    paths: dict[nn.Module, str]
-    layers: dict[nn.Module, Layer] = field(default_factory=dict)
-    buffered: tuple[nn.Module, ...] = ()
-    parts: dict[nn.Module, tuple[type, ...]] = field(default_factory=dict)
-    scripted: dict[nn.Module, bool] = field(default_factory=dict)
-    computed: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict)
-    names: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
-    kept: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
-
-    @property
-    def modules(self) -> Collection[nn.Module]:
-        """Every module in it, the root first."""
-        return self.paths.keys()
-
-    def path(self, module: nn.Module) -> str:
-        """The module's name in the model, "" for the root."""
-        if module in self.paths:
-            return self.paths[module]
-        return f"<{a_kind(module)} that was not part of the model>"
-
-    def label(self, module: nn.Module) -> str:
-        """``'layer1.0.bn1' (BatchNorm2d)``, for errors."""
-        name = self.path(module) or "the model itself"
-        return f"'{name}' ({type(module).__name__})"
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -119,26 +61,26 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of its first parameter, else of its first buffer, else the CPU."""
+    """The device of the first parameter, else of the first buffer, else the CPU."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def is_frozen(module: nn.Module, root: nn.Module) -> bool:
-    """Whether its owner has put a module in eval mode in a model in training mode."""
+    """Whether a module is in eval mode in a model that is in training mode."""
     return owners_flags(root).training and not owners_flags(module).training
 
 
 def is_lazy(module: nn.Module) -> bool:
-    """Whether it is a lazy layer that has not seen a batch."""
+    """Whether a module is a lazy layer that has not seen a batch."""
     return isinstance(module, LazyModuleMixin) and bool(
         module.has_uninitialized_params()
     )
 
 
 def has_running_stats(module: nn.Module) -> bool:
-    """Whether it owns buffers named running_mean and running_var."""
+    """Whether a module owns buffers named running_mean and running_var."""
     buffers = module._buffers
     return (
         "running_mean" in buffers
@@ -149,7 +91,7 @@ def has_running_stats(module: nn.Module) -> bool:
 
 
 def never_updated(layer: nn.Module) -> bool:
-    """Whether its running statistics are as they were initialised."""
+    """Whether the running statistics of a layer are as they were initialised."""
     count, mean, var = (
         getattr(layer, name, None)
         for name in ("num_batches_tracked", "running_mean", "running_var")
@@ -169,7 +111,7 @@ def is_normalisation(module: nn.Module) -> bool:
 
 
 def has_torchs_forward(module: nn.Module) -> bool:
-    """Whether its forward is one of torch's own, other than SyncBatchNorm's."""
+    """Whether a module has a forward of torch's own, other than SyncBatchNorm's."""
     if "forward" in vars(module) or isinstance(module, nn.SyncBatchNorm):
         return False
     homes = [kind for kind in own_class(module).__mro__ if "forward" in vars(kind)]
@@ -177,9 +119,11 @@ def has_torchs_forward(module: nn.Module) -> bool:
 
 
 def is_hand_made_write(module: nn.Module, name: str) -> bool:
-    """Whether a write to this buffer in a forward is one that "eval" would be expected
-    to leave out: an update of statistics by a layer in training that is not torch's
-    own, and not a counter, an observer, or the vectors of a spectral norm."""
+    """Whether a write to this buffer in a forward looks like an update of statistics.
+
+    Such a write comes from a layer in training that is not torch's own. Counters,
+    observers and the vectors of a spectral norm are not statistics.
+    """
     kind, buffer = own_class(module), module._buffers.get(name)
     if buffer is None or not buffer.is_floating_point() or not module.training:
         return False
@@ -191,9 +135,11 @@ def is_hand_made_write(module: nn.Module, name: str) -> bool:
     )
 
 
-def process_group(module: nn.Module) -> Any:
-    """The group of several processes over which a SyncBatchNorm layer takes its
-    statistics in training; None for every other layer, and in one process."""
+def process_group(module: nn.Module) -> dist.ProcessGroup | None:
+    """The processes over which a SyncBatchNorm layer takes its statistics in training.
+
+    None for every other layer, and if there is one process.
+    """
     if not isinstance(module, nn.SyncBatchNorm):
         return None
     if not (dist.is_available() and dist.is_initialized()):
@@ -292,7 +238,7 @@ def _look_at(root: nn.Module, options: Options) -> Model:
 def _parts(
     module: nn.Module, model: Model, has_buffers: bool, also: tuple[type, ...]
 ) -> tuple[type, ...]:
-    """What of ours the module's class is to have in front."""
+    """The classes of ours that the module's class gets in front."""
     if isinstance(module, torch.jit.ScriptModule):
         return ()
     parts: list[type] = []
@@ -303,20 +249,19 @@ def _parts(
     if layer is not None:
         by_rule = isinstance(module, NormBase) and not isinstance(module, also)
         if by_rule and has_torchs_forward(module):
-            parts.append(SwitchedLayer)
+            parts.append(ShowsFlags)
         else:
             parts.append(InTraining if layer.shown.training else InEval)
     return tuple(parts)
 
 
 def _shown(module: nn.Module, owners: Flags, mode: Mode) -> Flags:
-    """The flags with which the layer's own forward does what ``mode`` says, or comes
-    closest; the rules do the rest.
+    """The flags with which a layer's own forward comes closest to what ``mode`` says.
 
-    A layer that a rule knows by its buffers shows eval mode, in which it passes them on
-    and does not count. One that has a forward of its own may use them itself, so it
-    shows training mode. SyncBatchNorm in training mode would leave for its process
-    group before a rule sees it (read in torch 2.13).
+    Rules do the rest. A layer that a rule recognises by its buffers shows eval mode, in
+    which it passes them on and does not count. A layer that uses its buffers in a
+    forward of its own shows training mode. SyncBatchNorm shows eval mode: in training
+    mode it would call its process group before a rule sees it (read in torch 2.13).
     """
     if isinstance(module, nn.SyncBatchNorm):
         return Flags(training=False)
@@ -328,10 +273,10 @@ def _shown(module: nn.Module, owners: Flags, mode: Mode) -> Flags:
 
 
 def switch(models: Sequence[Model]) -> None:
-    """Give the modules their classes; with the lock held.
+    """Give the modules their classes; the caller holds the lock.
 
-    What torch.compile traces cannot change a class: its flags are set, as no other
-    thread sees them.
+    While torch.compile traces, a class cannot be changed. The flags themselves are set,
+    which no other thread sees.
     """
     if _compiling():
         for model in models:
@@ -341,21 +286,26 @@ def switch(models: Sequence[Model]) -> None:
         return
     for model in models:
         for module, parts in model.parts.items():
-            _switch(module, parts)
+            give_class(module, parts)
         for module, training in model.scripted.items():
             _scripted.setdefault(module, training)
             module.training = False
 
 
-def put_back(models: Sequence[Model], others: Iterable[Any]) -> None:
-    """Undo :func:`switch`, but for what the blocks ``others`` want, the last of them
-    first; with the lock held."""
+def put_back(models: Sequence[Model], others: Sequence[Open]) -> None:
+    """Undo :func:`switch`, and switch to what other blocks want; the caller holds the
+    lock.
+
+    Args:
+        models: the models of the block that closes.
+        others: the blocks that stay open, those that count first in front.
+    """
     if _compiling():
         put_back_flags(models)
         return
     for model in reversed(models):
         for module in model.parts:
-            _switch(module, _wanted_by(others, module))
+            give_class(module, _wanted_by(others, module))
         for module in model.scripted:
             held = any([module in m.scripted for b in others for m in b.models])
             if not held and module in _scripted:
@@ -368,24 +318,23 @@ def put_back(models: Sequence[Model], others: Iterable[Any]) -> None:
                     module.__dict__[name] = tensor
 
 
-def _wanted_by(blocks: Iterable[Any], module: nn.Module) -> tuple[type, ...]:
+def _wanted_by(blocks: Sequence[Open], module: nn.Module) -> tuple[type, ...]:
     for block in blocks:
         for model in block.models:
             if module in model.parts:
-                parts: tuple[type, ...] = model.parts[module]
-                return parts
+                return model.parts[module]
     return ()
 
 
 _scripted: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-# Classes of which no module is refused.
+# Classes whose modules are never refused.
 _harmless: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 class Refusal(NamedTuple):
-    """Why no block of a mode can cover a module.
+    """Why a block cannot cover a module in a mode.
 
     Attributes:
         error: the class of the error that the block raises.
@@ -463,7 +412,7 @@ def _has_batch_norm(module: nn.Module) -> bool:
 
 
 def put_back_flags(models: Sequence[Model]) -> None:
-    """Undo what :func:`switch` does there, and what forwards assigned."""
+    """Undo what :func:`switch` does while compiling, and what forwards assigned."""
     for model in reversed(models):
         for module, layer in model.layers.items():
             _set_flags(module, layer.owners)

@@ -1,58 +1,105 @@
 """Which blocks are open: in this thread, and anywhere.
 
 Two tuples, each replaced as a whole: an interrupt, a signal handler or a finalizer that
-opens a block of its own meets the old one or the new one and nothing between. A block
-that was interrupted before it could close is found dead by :attr:`Open.alive`; whoever
-opens or closes a block next sweeps it up.
+opens a block of its own sees the old tuple or the new one, never a mixture. A block
+that was interrupted before it could close is dead, see :attr:`Open.alive`; the next
+block that opens or closes removes it.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from torch import Tensor, nn
+
+from vmapsafe._block.covered import Layer, Model
+from vmapsafe._modes import Mode, Options
 from vmapsafe._torch import next_sequence_number, running_node, sequence_number
 
 
 class Open(Protocol):
-    """A block in force, as much as is asked of it here."""
+    """A block in force, as code below :class:`vmapsafe._block.scope.Scope` sees it.
 
+    Attributes:
+        options: what the user asked for.
+        mode: what ``options.mode`` means.
+        models: the models covered.
+        covers: the model of each module in them.
+        layers: their normalisation layers.
+        fast: whether faster rules of operators hold.
+        thread: the thread that opened it.
+        since: the number of the first node of autograd made in it.
+        closing: whether its thread is closing it.
+        copied: whether a module was copied inside it.
+    """
+
+    options: Options
+    mode: Mode
+    models: tuple[Model, ...]
+    covers: dict[nn.Module, Model]
+    layers: dict[nn.Module, Layer]
     fast: bool
-    since: int  # the number of the first node of autograd made in it
+    thread: threading.Thread
+    since: int
+    closing: bool
+    copied: bool
 
     @property
     def alive(self) -> bool:
-        """Whether it is open, and somebody is there who will close it."""
+        """Whether it is open, and its owner, who will close it, still exists."""
+
+    def see_to_the_rules(self) -> None:
+        """Put its rules in force again if an interrupt in torch has removed them."""
+
+    def owner_of_buffer(self, tensor: Tensor) -> tuple[nn.Module, str] | None:
+        """The module and the name of the buffer that shares memory with ``tensor``."""
+
+    def buffered_below(self, module: nn.Module) -> list[nn.Module]:
+        """The modules with buffers in ``module``, itself included."""
+
+    def leaves_out(self, module: nn.Module, name: str) -> None:
+        """Warn that a write to a buffer does not happen, once for each class."""
+
+    def refused(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str | None:
+        """The layer or buffer for which a call, made after the block, differs."""
+
+    def close(self) -> str:
+        """Take it back."""
 
 
 class _Here(threading.local):
-    blocks: tuple[Any, ...] = ()
-    settled = False  # whether backward runs what was made in them
+    blocks: tuple[Open, ...] = ()
+    settled = False  # whether they hold for all that runs, in backward too
 
 
 _here = _Here()
-_everywhere: tuple[Any, ...] = ()
+_everywhere: tuple[Open, ...] = ()
 
-# For what must not happen in two threads at once; the same thread may meet it again, in
-# a signal handler or a finalizer.
+# For what two threads must not do at once. The same thread may take it again, in a
+# signal handler or a finalizer.
 lock = threading.RLock()
 
 
-def blocks() -> tuple[Any, ...]:
+def blocks() -> tuple[Open, ...]:
     """The blocks of this thread, the innermost last; some may be dead."""
     return _here.blocks
 
 
-def in_force() -> tuple[Any, ...]:
-    """Those that hold for what is running: what backward runs of a graph that was made
-    before a block runs outside it."""
+def in_force() -> tuple[Open, ...]:
+    """The blocks of this thread that hold for the code that runs.
+
+    Backward of a graph that was made before a block runs outside that block.
+    """
     found = _here.blocks
     if not found or _here.settled:
         return found
-    node = running_node()  # None but in backward
+    node = running_node()  # None outside backward
     if node is None:
         return found
     number = sequence_number(node)
@@ -60,31 +107,31 @@ def in_force() -> tuple[Any, ...]:
 
 
 def next_node() -> int:
-    """The number of the first node made from now on, or of the one that runs."""
+    """The lower of two numbers: of the node that runs, and of the next one made."""
     following: int = next_sequence_number()
     node = running_node()
     return following if node is None else min(following, sequence_number(node))
 
 
-def set_blocks(found: tuple[Any, ...]) -> None:
-    """Replace them."""
+def set_blocks(found: tuple[Open, ...]) -> None:
+    """Replace the blocks of this thread."""
     _here.blocks = found
 
 
-def everywhere() -> tuple[Any, ...]:
+def everywhere() -> tuple[Open, ...]:
     """The blocks of all threads; some may be dead."""
     return _everywhere
 
 
-def set_everywhere(found: tuple[Any, ...]) -> None:
-    """Replace them, with :data:`lock` held."""
+def set_everywhere(found: tuple[Open, ...]) -> None:
+    """Replace the blocks of all threads; the caller holds :data:`lock`."""
     global _everywhere
     _everywhere = found
 
 
 @contextmanager
-def instead(found: tuple[Any, ...]) -> Iterator[None]:
-    """The blocks of this thread are others, in backward too."""
+def instead(found: tuple[Open, ...]) -> Iterator[None]:
+    """A context in which other blocks hold in this thread, in backward too."""
     before = _here.blocks, _here.settled
     try:
         _here.blocks, _here.settled = found, True
@@ -94,7 +141,7 @@ def instead(found: tuple[Any, ...]) -> Iterator[None]:
 
 
 def _forked() -> None:
-    """A child has none of its parent's other threads, of which one may hold it."""
+    """Make a new lock: a thread of the parent may hold the old one."""
     global lock
     lock = threading.RLock()
 
