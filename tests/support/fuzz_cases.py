@@ -371,7 +371,7 @@ class Case:
             return (out - y).square().sum()
         return (out.sin() * y).sum() + out.square().mean()
 
-    def block(self) -> Block:
+    def block(self) -> Block[nn.Module]:
         return vmap_safe(
             self.net,
             mode=self.mode,

@@ -686,33 +686,33 @@ class Program:
 
     # Ways to enter and leave -------------------------------------------------------
 
-    def way_with(self, made: Block, inside: Inside) -> None:
+    def way_with(self, made: Block[Any], inside: Inside) -> None:
         with made:
             inside()
 
-    def way_stack(self, made: Block, inside: Inside) -> None:
+    def way_stack(self, made: Block[Any], inside: Inside) -> None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(made)
             inside()
 
-    def way_twice(self, made: Block, inside: Inside) -> None:
+    def way_twice(self, made: Block[Any], inside: Inside) -> None:
         """One object, entered twice and again."""
         with made, made:
             inside()
         with made:
             inside()
 
-    def way_decorated(self, made: Block, inside: Inside) -> None:
+    def way_decorated(self, made: Block[Any], inside: Inside) -> None:
         made(lambda: inside())()
 
-    def way_recursion(self, made: Block, inside: Inside) -> None:
+    def way_recursion(self, made: Block[Any], inside: Inside) -> None:
         @made
         def f(times: int) -> object:
             return inside(lambda: f(times - 1)) if times else inside()
 
         f(2)
 
-    def way_generator(self, made: Block, inside: Inside) -> None:
+    def way_generator(self, made: Block[Any], inside: Inside) -> None:
         """A plain one: the block stays open while it waits."""
 
         def f() -> Generator[None, Callable[[], object], None]:
@@ -731,7 +731,7 @@ class Program:
             del generator
             gc.collect()
 
-    def way_resumed(self, made: Block, inside: Inside) -> None:
+    def way_resumed(self, made: Block[Any], inside: Inside) -> None:
         """A decorated one: the block is closed while it waits."""
 
         @made
@@ -756,7 +756,7 @@ class Program:
             with contextlib.suppress(Planned):
                 generator.throw(Planned())
 
-    def way_twofold(self, made: Block, inside: Inside) -> None:
+    def way_twofold(self, made: Block[Any], inside: Inside) -> None:
         """A failing entry first: nothing of it is left."""
         for bad in (nn.Sequential(nn.LazyBatchNorm1d()), scripted()):
             try:
@@ -784,7 +784,7 @@ class Program:
         with made:
             inside()
 
-    def way_default_device(self, made: Block, inside: Inside) -> None:
+    def way_default_device(self, made: Block[Any], inside: Inside) -> None:
         """torch's own mode, set inside and left open."""
         try:
             with made:
@@ -793,7 +793,7 @@ class Program:
         finally:
             torch.set_default_device(None)
 
-    def way_wrong_order(self, made: Block, inside: Inside) -> None:
+    def way_wrong_order(self, made: Block[Any], inside: Inside) -> None:
         """An error, and nothing of either is left."""
         first = vmap_safe(*self.roots, mode="eval")
         outer, inner = self.rng.sample([first, made], 2)
@@ -810,7 +810,7 @@ class Program:
         with contextlib.suppress(BlockError):
             outer.__exit__(None, None, None)
 
-    def way_straggler(self, made: Block, inside: Inside) -> None:
+    def way_straggler(self, made: Block[Any], inside: Inside) -> None:
         """Another thread enters with the same options and leaves later."""
         if self.covers:
             return self.way_with(made, inside)
@@ -847,7 +847,7 @@ class Program:
             finally:
                 end.set()
 
-    def way_finalised(self, made: Block, inside: Inside) -> None:
+    def way_finalised(self, made: Block[Any], inside: Inside) -> None:
         """The block object and the generator that opened it die by themselves."""
 
         def f() -> Iterator[None]:
@@ -1307,7 +1307,7 @@ class Program:
                 if not same(thread.result, wanted[0]):
                     raise Mismatch("another number in another thread")
             return
-        other = "no_running_stats" if options["mode"] == "eval" else "eval"
+        other: ModeName = "no_running_stats" if options["mode"] == "eval" else "eval"
         if not any(isinstance(m, _BatchNorm) for m in root.modules()):
             return
         self.say(f"{one.name} entered in another thread with {other}")
