@@ -1,11 +1,11 @@
 """The one idea: a rule says what a torch call means when it sees one slice of a batch.
 
-A rule stands for a torch function. It has two forms of the same meaning: ``batched``,
-which runs inside a block, and ``reference``, slow and obviously right, which only tests
-run. The law every rule is held to is ``batched ≈ reference``, values and gradients
-(:func:`vmapsafe.testing.check_rule`).
+A rule has two forms of the same meaning: ``batched``, which runs inside a block, and
+``reference``, slow and obviously right, which only tests run. The law for every rule is
+``batched ≈ reference``, values and gradients (:func:`vmapsafe.testing.check_rule`).
 
-What happens to a call inside a block, in this order:
+There are two kinds. A :class:`FunctionRule` stands for torch functions. What happens to
+a call inside a block, in this order:
 
 1. its function has no rule in the block's table: torch's own behaviour;
 2. the forward of a model that the block covers does not make it: torch's own behaviour;
@@ -13,8 +13,8 @@ What happens to a call inside a block, in this order:
    that hold in fewer modes come first, then the order is that of registration;
 4. none says yes: torch's own behaviour.
 
-A rule may also stand for an operator, ``torch.ops.aten.…``. It is then a faster
-batching rule with the same meaning, see ``_operators``, and 2. does not apply.
+An :class:`OperatorRule` stands for an operator, ``torch.ops.aten.…``. It is a faster
+batching rule with the same meaning, see ``_block/operators``.
 """
 
 from __future__ import annotations
@@ -29,28 +29,22 @@ from torch import Tensor
 from vmapsafe._call import Call, Function, Parameters, batch_size, slices
 from vmapsafe._errors import VmapSafeValueError
 from vmapsafe._modes import check_mode
-from vmapsafe._torch import OpOverload
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What a torch function means inside a block.
+@dataclass(frozen=True, kw_only=True)
+class FunctionRule:
+    """What torch functions mean inside a block.
 
     Attributes:
         name: for tables and test ids.
         functions: the torch function it stands for, e.g. ``F.batch_norm``, or
             several where they differ in name only, as in-place methods do.
-        modes: the modes in which it holds; that of an operator holds in all.
+        modes: the modes in which it holds.
         accepts: whether it takes this call; otherwise torch's own behaviour.
-        batched: the meaning that runs, on the tensors the call sees under vmap. That of
-            an operator sees whole batches (``call.in_dims``), as do its ``accepts``
-            and ``reference``, and returns a tuple of them, batch dimension first.
+        batched: the meaning that runs, on the tensors the call sees under vmap.
         reference: the same meaning on the whole batch (``call.in_dims``), batch
             dimension first, in plain torch without vmap and without ``batched``'s code.
-        devices: of an operator's rule: the types of device on which it may take a call,
-            so that torch's own is left in place where no model is on one; None for all.
-        speed: whether it changes speed only, and is left out with ``fast=False``; those
-            of operators always are.
+        speed: whether it changes speed only, and is left out with ``fast=False``.
     """
 
     name: str
@@ -59,70 +53,93 @@ class Rule:
     accepts: Callable[[Call], bool]
     batched: Callable[[Call], Any]
     reference: Callable[[Call], Any]
-    devices: Collection[str] | None = None
     speed: bool = False
 
-    @property
-    def of_operator(self) -> bool:
-        """Whether it changes speed only."""
-        return isinstance(self.functions[0], OpOverload)
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorRule:
+    """A faster batching rule of an operator, in every mode, not with ``fast=False``.
+
+    Attributes:
+        name: for tables and test ids.
+        operator: what it stands for, ``torch.ops.aten.….default``.
+        accepts: whether it takes this call, which holds whole batches
+            (``call.in_dims``); otherwise torch's own rule runs.
+        batched: what runs, on the same call; returns a tuple of whole batches, batch
+            dimension first, None for an output that was not asked for.
+        reference: as in :class:`FunctionRule`.
+        devices: the types of device on which it holds, often a table of what was
+            measured on each; None for all. Elsewhere nobody asks it, and where no
+            model is on one of them torch's own stays in place.
+    """
+
+    name: str
+    operator: Any
+    accepts: Callable[[Call], bool]
+    batched: Callable[[Call], tuple[Tensor | None, ...]]
+    reference: Callable[[Call], Any]
+    devices: Collection[str] | None
+
+    def holds_on(self, devices: Collection[str]) -> bool:
+        """Whether it holds on one of these types of device."""
+        return self.devices is None or not {*devices}.isdisjoint(self.devices)
 
 
-Table = Mapping[Function, tuple[Rule, ...]]
+Rule = FunctionRule | OperatorRule
+Table = Mapping[Function, tuple[FunctionRule, ...]]
+OperatorTable = Mapping[Function, tuple[OperatorRule, ...]]
 
-_rules: list[Rule] = []
+_functions: list[FunctionRule] = []
 _tables: dict[tuple[str, bool], Table] = {}
-_speed_rules: dict[Function, tuple[Rule, ...]] = {}
+_operators: dict[Function, tuple[OperatorRule, ...]] = {}
 _parameters: dict[Function, Parameters] = {}
 
 
-def register(rule: Rule) -> Rule:
-    """Put ``rule`` in the table of every block entered from now on; returns it.
+def register(rule: Rule) -> None:
+    """Put ``rule`` in the tables of every block entered from now on.
 
     Raises:
         ValueError: the name is taken, or a mode is unknown.
     """
-    if any(rule.name == other.name for other in _rules):
+    if any(rule.name == other.name for other in registered()):
         raise VmapSafeValueError(
             "register(...)",
             f"a rule named {rule.name!r} is there already",
             "Give the rule another name",
         )
+    if isinstance(rule, OperatorRule):
+        _operators[rule.operator] = (*_operators.get(rule.operator, ()), rule)
+        return
     for mode in rule.modes:
         check_mode("register(...)", mode)
-    _rules.append(rule)
+    _functions.append(rule)
     _tables.clear()
     for function in rule.functions:
         _parameters.setdefault(function, Parameters.of(function))
-        if rule.of_operator:
-            _speed_rules[function] = (*_speed_rules.get(function, ()), rule)
-    return rule
 
 
 def registered() -> tuple[Rule, ...]:
-    """All rules, in the order of registration."""
-    return tuple(_rules)
+    """All rules: those of functions in the order of registration, then operators'."""
+    return (*_functions, *[rule for rules in _operators.values() for rule in rules])
 
 
 def table(mode: str, fast: bool) -> Table:
     """The rules of ``mode`` by function, those for speed only where ``fast``; what is
     registered later is not in it."""
     if (mode, fast) not in _tables:
-        found: dict[Function, tuple[Rule, ...]] = {}
+        found: dict[Function, tuple[FunctionRule, ...]] = {}
         # A rule of this mode is asked before one that holds in several.
-        for rule in sorted(_rules, key=lambda rule: len(rule.modes)):
-            if rule.of_operator or (rule.speed and not fast):
-                continue
-            if mode in rule.modes:
+        for rule in sorted(_functions, key=lambda rule: len(rule.modes)):
+            if mode in rule.modes and (fast or not rule.speed):
                 for function in rule.functions:
                     found[function] = (*found.get(function, ()), rule)
         _tables[mode, fast] = found
     return _tables[mode, fast]
 
 
-def speed_rules() -> Table:
+def operator_rules() -> OperatorTable:
     """The rules of operators, by operator."""
-    return _speed_rules
+    return _operators
 
 
 def bind(

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from vmapsafe._block.operators import only
-from vmapsafe._call import Call, Site, batch_size, slices
-from vmapsafe._rule import Rule
+from vmapsafe._call import Call, Function, Site, batch_size, slices
+from vmapsafe._rule import FunctionRule, OperatorRule, Rule
 from vmapsafe._torch import broadcast_to_leaves, tree_flatten, tree_map, tree_unflatten
 
 __all__ = ["assert_same", "check_rule", "loop"]
@@ -108,10 +108,10 @@ def check_rule(
 
     >>> import torch
     >>> import torch.nn.functional as F
-    >>> from vmapsafe._rule import Rule, slice_by_slice
+    >>> from vmapsafe._rule import FunctionRule, slice_by_slice
     >>> from vmapsafe._modes import MODES
     >>> from vmapsafe.testing import check_rule
-    >>> square = Rule(
+    >>> square = FunctionRule(
     ...     name="square",
     ...     functions=(torch.square,),
     ...     modes=MODES,
@@ -147,14 +147,16 @@ def check_rule(
             if isinstance(value, Tensor) and (batched is None or name in batched)
         ]
         trial = _Trial(case, {}, site, derived or {})
-        if not rule.of_operator:
+        if isinstance(rule, FunctionRule):
             assert rule.accepts(
-                Call(rule.functions[0], case, site)
+                Call(_function(rule), case, site)
             ), f"{rule.name}: does not accept {_shapes(case)}"
         taken = 0
         for nested, dims in ((False, (None, 0, -1)), (True, (None, 0))):
             for in_dims in _choices(tensors, dims):
-                for plain in (False, True)[: 2 if rule.of_operator else 1]:
+                for plain in (False, True)[
+                    : 2 if isinstance(rule, OperatorRule) else 1
+                ]:
                     one = replace(trial, in_dims=in_dims, nested=nested, plain=plain)
                     taken += _takes(rule, one) and _compare(rule, one)
         assert taken, f"{rule.name}: does not take {_shapes(case)}, whatever is batched"
@@ -165,6 +167,10 @@ def check_rule(
                     compared += _compare(rule, one)
     assert compared, f"{rule.name}: no case with a tensor to batch"
     return compared
+
+
+def _function(rule: Rule) -> Function:
+    return rule.operator if isinstance(rule, OperatorRule) else rule.functions[0]
 
 
 def _choices(
@@ -217,7 +223,7 @@ def _cast(dtype: torch.dtype) -> Callable[[Any], Any]:
 
 def _takes(rule: Rule, trial: _Trial) -> bool:
     """Whether the rule accepts; the rule of a function is shown one slice."""
-    if rule.of_operator:
+    if isinstance(rule, OperatorRule):
         return rule.accepts(_whole(rule, trial, _values(trial)))
     return rule.accepts(Call(rule.functions[0], trial.case, trial.site))
 
@@ -346,7 +352,7 @@ def _whole(rule: Rule, trial: _Trial, values: Mapping[str, Tensor]) -> Call:
         for name, value in trial.case.items()
         if isinstance(value, Tensor)
     }
-    call = Call(rule.functions[0], {**trial.case, **values}, trial.site, at_front)
+    call = Call(_function(rule), {**trial.case, **values}, trial.site, at_front)
     if not trial.derived:
         return call
     ones = [
@@ -366,10 +372,10 @@ def _actual(rule: Rule, trial: _Trial, values: Mapping[str, Tensor]) -> list[Ten
 
     def fast(values: Mapping[str, Tensor]) -> Any:
         arguments = _completed({**trial.case, **values}, trial.derived)
-        if not rule.of_operator:
+        if isinstance(rule, FunctionRule):
             return rule.batched(Call(rule.functions[0], arguments, trial.site))
         with only(rule):
-            outputs = rule.functions[0](**arguments)
+            outputs = rule.operator(**arguments)
         if isinstance(outputs, Tensor):
             return outputs
         return tuple(out for out in outputs if out is not None)

@@ -20,11 +20,11 @@ from measuring import now
 from torch.func import vmap
 
 from vmapsafe._block import operators
-from vmapsafe._rule import speed_rules
+from vmapsafe._rule import operator_rules
 from vmapsafe.rules import convolution
 from vmapsafe.rules.regimes import ANY, REGIMES, Convolution, regimes
 
-(RULE,) = speed_rules()[convolution._backward]
+(RULE,) = operator_rules()[convolution._backward]
 FEATURES = [field.name for field in fields(Convolution)[1:]]
 
 

@@ -18,7 +18,7 @@ from measuring import now
 from torch.func import vmap
 
 from vmapsafe._block import operators
-from vmapsafe._rule import speed_rules
+from vmapsafe._rule import operator_rules
 from vmapsafe.rules import attention, embedding, layer_norm, linear
 
 BATCHES = (4, 16, 64)
@@ -105,7 +105,7 @@ FAMILIES = {
 
 def ratio(operator, call, args, rounds, device):
     """Ours by torch's, medians of rounds in turn, of calls enough for 2 ms."""
-    (rule,) = speed_rules()[operator]
+    (rule,) = operator_rules()[operator]
     rules = {
         "ours": replace(rule, accepts=lambda call: True),
         "torch": replace(rule, accepts=lambda call: False),

@@ -9,7 +9,7 @@ from operator_rules import take_any_memory
 from torch import nn
 
 from vmapsafe._modes import MODES
-from vmapsafe._rule import Rule, registered, slice_by_slice
+from vmapsafe._rule import FunctionRule, operator_rules, registered, slice_by_slice
 from vmapsafe._torch import batched_levels
 from vmapsafe.rules import convolution, regimes
 from vmapsafe.testing import check_rule
@@ -494,7 +494,7 @@ def test_a_wrong_rule_is_caught(wrong):
         check_rule(rule, BATCH_NORMS, site=OnALayer())
 
 
-SQUARE = Rule(
+SQUARE = FunctionRule(
     name="square",
     functions=(torch.square,),
     modes=MODES,
@@ -570,7 +570,7 @@ def test_a_rule_that_does_not_take_the_case_is_caught():
         check_rule(rule, BATCH_NORMS, site=OnALayer())
 
 
-(OPERATOR,) = [r for r in registered() if convolution._backward in r.functions]
+(OPERATOR,) = operator_rules()[convolution._backward]
 WRONG_OPERATOR = {
     "a value off": lambda outs: (outs[0], outs[1] * 1.001, outs[2]),
     "a gradient cut": lambda outs: (outs[0], outs[1].detach(), outs[2]),

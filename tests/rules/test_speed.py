@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmapsafe import per_sample_grads, vmap_safe
 from vmapsafe._block import operators
-from vmapsafe._rule import registered, speed_rules
+from vmapsafe._rule import operator_rules
 from vmapsafe.rules import convolution, regimes
 from vmapsafe.testing import assert_same
 
 TABLE = regimes.REGIMES["cpu"]
-(RULE,) = [rule for rule in registered() if convolution._backward in rule.functions]
+(RULE,) = operator_rules()[convolution._backward]
 
 # torch's own jvp rules, at their first use
 pytestmark = [
@@ -270,7 +270,7 @@ def test_table_of_a_cpu(name, taken, monkeypatch):
 
 def test_missing_kernels_are_found_among_others(net, monkeypatch):
     """A kernel put in place for a rule of somebody else's stands for none of ours."""
-    missing, *rest = speed_rules()
+    missing, *rest = operator_rules()
     there = dict.fromkeys([*rest, torch.ops.aten.relu.default])
     put_in_place = []
     monkeypatch.setattr(operators, "_installed", there)

@@ -9,7 +9,7 @@ from operator_rules import TRANSFORMS, X, change_regimes, rows, tensors, watch
 from torch import nn
 
 from vmapsafe import per_sample_grads, vmap_safe
-from vmapsafe._rule import registered
+from vmapsafe._rule import operator_rules
 from vmapsafe.rules import group_norm, native_batch_norm
 from vmapsafe.rules.regimes import REGIMES
 from vmapsafe.testing import assert_same
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 RULES = [
     rule
-    for rule in registered()
-    if {native_batch_norm._forward, native_batch_norm._backward} & set(rule.functions)
+    for operator in (native_batch_norm._forward, native_batch_norm._backward)
+    for rule in operator_rules()[operator]
 ]
 MODES = {"eval": "running statistics", "no_running_stats": "statistics of the slice"}
 # Where forward mode is around it, torch takes the backward apart before vmap.

@@ -22,7 +22,7 @@ from torch.func import grad, jvp, vmap
 
 from vmapsafe import per_sample_grads, vmap_safe
 from vmapsafe._block.operators import only
-from vmapsafe._rule import registered
+from vmapsafe._rule import operator_rules
 from vmapsafe.rules import attention, embedding, layer_norm, linear, memory
 from vmapsafe.rules.regimes import REGIMES
 from vmapsafe.testing import assert_same
@@ -40,7 +40,7 @@ OPERATORS = {
     for name, operator in vars(file).items()
     if name in ("_forward", "_backward", "_addmm")
 }
-RULES = [rule for rule in registered() if OPERATORS & set(rule.functions)]
+RULES = [rule for operator in OPERATORS for rule in operator_rules()[operator]]
 LAYER_NORM = {
     "native_layer_norm, batches merged",
     "native_layer_norm_backward, batches merged",

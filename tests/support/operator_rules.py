@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 from vmapsafe._block import operators
 from vmapsafe._call import Call
-from vmapsafe._rule import Rule
+from vmapsafe._rule import OperatorRule
 from vmapsafe.rules import memory
 from vmapsafe.rules.regimes import REGIMES
 
@@ -122,23 +122,22 @@ TRANSFORMS: dict[str, Transform] = {
 
 def watch(
     monkeypatch: pytest.MonkeyPatch,
-    rules: Iterable[Rule],
-    taken: Callable[[Rule, Call], object],
+    rules: Iterable[OperatorRule],
+    taken: Callable[[OperatorRule, Call], object],
 ) -> None:
     """Puts ``rules`` in force and no others; ``taken`` hears of each call they take."""
 
-    def watched(rule: Rule) -> Rule:
+    def watched(rule: OperatorRule) -> OperatorRule:
         def batched(call: Call) -> object:
             taken(rule, call)
             return rule.batched(call)
 
         return replace(rule, batched=batched)
 
-    table: dict[object, tuple[Rule, ...]] = {}
+    table: dict[object, tuple[OperatorRule, ...]] = {}
     for rule in rules:
-        for function in rule.functions:
-            table[function] = (*table.get(function, ()), watched(rule))
-    monkeypatch.setattr(operators, "speed_rules", lambda: table)
+        table[rule.operator] = (*table.get(rule.operator, ()), watched(rule))
+    monkeypatch.setattr(operators, "operator_rules", lambda: table)
 
 
 def change_regimes(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 
 from vmapsafe._block import open_blocks
 from vmapsafe._call import Call, Function, Parameters
-from vmapsafe._rule import Rule, speed_rules
+from vmapsafe._rule import OperatorRule, OperatorTable, operator_rules
 from vmapsafe._torch import (
     below_vmap,
     current_level,
@@ -43,45 +43,36 @@ def install(devices: Collection[str]) -> None:
 
     Older versions of torch cannot give their own rule back: there are none there.
     """
-    missing = [one for one in speed_rules() if one not in _installed]
+    missing = [one for one in operator_rules() if one not in _installed]
     if not missing or not hasattr(torch.library, "get_kernel"):
         return
     with open_blocks.lock:
         for operator in missing:
             if operator not in _installed:
-                if _may_take(speed_rules()[operator], devices):
+                rules = operator_rules()[operator]
+                if any([rule.holds_on(devices) for rule in rules]):
                     _install(operator)
 
 
 @contextmanager
-def only(rule: Rule) -> Iterator[None]:
+def only(rule: OperatorRule) -> Iterator[None]:
     """Put ``rule`` in force in the place of all others, blocks or no blocks.
 
     For tests, one at a time; the rule need not be registered.
     """
     global _alone
     with open_blocks.lock:
-        for operator in rule.functions:
-            if operator not in _installed:
-                _install(operator)
-    before, _alone = _alone, {operator: (rule,) for operator in rule.functions}
+        if rule.operator not in _installed:
+            _install(rule.operator)
+    before, _alone = _alone, {rule.operator: (rule,)}
     try:
         yield
     finally:
         _alone = before
 
 
-def _may_take(rules: tuple[Rule, ...], devices: Collection[str]) -> bool:
-    return any(
-        [
-            rule.devices is None or not {*devices}.isdisjoint(rule.devices)
-            for rule in rules
-        ]
-    )
-
-
 _KEY = "FuncTorchBatched"
-_alone: Mapping[Function, tuple[Rule, ...]] | None = None
+_alone: OperatorTable | None = None
 _installed: dict[Function, torch.library.Library] = {}
 
 # torch says so once a process. The filter is put in and taken out by hand, see _scope.
@@ -124,9 +115,13 @@ def _kernel(operator: Any) -> Callable[..., Any]:
                 call = Call(operator, values, None, in_dims)
                 # A vmap that batches none of the arguments makes slices of nothing.
                 batched = any([dim is not None for dim in in_dims.values()])
+                tensors = [call[name] for name in in_dims]
+                device = (tensors[0].device.type,)
                 for rule in rules if batched else ():
-                    if rule.accepts(call) and not would_be_cast(
-                        [call[name] for name in in_dims]
+                    if (
+                        rule.holds_on(device)
+                        and rule.accepts(call)
+                        and not would_be_cast(tensors)
                     ):
                         with below_vmap():
                             outputs = rule.batched(call)
@@ -137,7 +132,7 @@ def _kernel(operator: Any) -> Callable[..., Any]:
     return kernel
 
 
-def _in_force(operator: Function) -> tuple[Rule, ...]:
+def _in_force(operator: Function) -> tuple[OperatorRule, ...]:
     if _alone is not None:
         return _alone.get(operator, ())
     fast = False
@@ -146,4 +141,4 @@ def _in_force(operator: Function) -> tuple[Rule, ...]:
             if not block.fast:
                 return ()
             fast = True
-    return speed_rules().get(operator, ()) if fast else ()
+    return operator_rules().get(operator, ()) if fast else ()

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from vmapsafe._call import Call, batch_size, expanded
-from vmapsafe._modes import MODES
-from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._rule import OperatorRule, register, slice_by_slice
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -85,10 +84,9 @@ for _name, _operator, _reference in (
     ("attention_backward", _backward, _plain_backward),
 ):
     register(
-        Rule(
+        OperatorRule(
             name=f"{_name} on the CPU, batches merged",
-            functions=(_operator,),
-            modes=MODES,
+            operator=_operator,
             accepts=_accepts,
             batched=_merged,
             reference=slice_by_slice(_reference),

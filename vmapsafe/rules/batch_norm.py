@@ -25,7 +25,7 @@ from torch.autograd import Function
 from vmapsafe._call import Call
 from vmapsafe._errors import VmapSafeValueError
 from vmapsafe._modes import MODES, groups_for
-from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._rule import FunctionRule, register, slice_by_slice
 from vmapsafe._torch import (
     autocasts,
     batched_levels,
@@ -94,7 +94,7 @@ def _plain_batch_norm(call: Call) -> Tensor:
 
 
 register(
-    Rule(
+    FunctionRule(
         name="batch_norm, statistics of the slice",
         functions=(F.batch_norm,),
         modes=("no_running_stats",),
@@ -136,7 +136,7 @@ def _plain_group_norm(call: Call) -> Tensor:
 
 
 register(
-    Rule(
+    FunctionRule(
         name="batch_norm, groups of channels",
         functions=(F.batch_norm,),
         modes=("group_norm",),
@@ -182,7 +182,7 @@ def _staying_in_eval(call: Call) -> Tensor:
 
 
 register(
-    Rule(
+    FunctionRule(
         name="batch_norm, layers that stay in eval mode",
         functions=(F.batch_norm,),
         modes=MODES,
@@ -193,7 +193,7 @@ register(
 )
 
 register(
-    Rule(
+    FunctionRule(
         name="instance_norm, layers that stay in eval mode",
         functions=(F.instance_norm,),
         modes=MODES,
@@ -208,7 +208,7 @@ register(
 
 
 register(
-    Rule(
+    FunctionRule(
         name="batch_norm, statistics not written",
         functions=(F.batch_norm,),
         modes=MODES,
@@ -253,7 +253,7 @@ def _uses_own_statistics_of_samples(call: Call) -> bool:
 
 
 register(
-    Rule(
+    FunctionRule(
         name="instance_norm, statistics of the slice",
         functions=(F.instance_norm,),
         modes=("no_running_stats",),
@@ -264,7 +264,7 @@ register(
 )
 
 register(
-    Rule(
+    FunctionRule(
         name="instance_norm, statistics not written",
         functions=(F.instance_norm,),
         modes=MODES,
@@ -331,7 +331,7 @@ def _plain_by_running_statistics(call: Call) -> Tensor:
 
 
 register(
-    Rule(
+    FunctionRule(
         name="batch_norm, running statistics",
         functions=(F.batch_norm, F.instance_norm),
         modes=MODES,
@@ -374,7 +374,7 @@ def _plain_batch_of_one(call: Call) -> Tensor:
 
 
 register(
-    Rule(
+    FunctionRule(
         name="batch_norm, a batch of one",
         functions=(F.batch_norm,),
         modes=MODES,
@@ -397,7 +397,7 @@ def _plain_instance_norm_of_both_kinds(call: Call) -> Tensor:
 
 
 register(
-    Rule(
+    FunctionRule(
         name="instance_norm, all positions in one dimension",
         functions=(F.instance_norm,),
         modes=MODES,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vmapsafe._call import Call
 from vmapsafe._modes import MODES
-from vmapsafe._rule import Rule, register
+from vmapsafe._rule import FunctionRule, register
 
 _NOT_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
 _BY_OPERATOR = (
@@ -51,7 +51,7 @@ def _is_left_out(call: Call) -> bool:
 
 
 register(
-    Rule(
+    FunctionRule(
         name="in-place write to a buffer, left out",
         functions=IN_PLACE,
         modes=MODES,

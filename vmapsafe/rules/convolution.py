@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmapsafe._call import Call, batch_first, batch_size
-from vmapsafe._modes import MODES
-from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_plain, multiplies_exactly, unwatched
 from vmapsafe.rules.regimes import REGIMES, regimes
 
@@ -264,10 +263,9 @@ def _by_autograd(call: Call) -> tuple[Tensor | None, ...]:
 
 
 register(
-    Rule(
+    OperatorRule(
         name="convolution_backward, weights by matrix products",
-        functions=(_backward,),
-        modes=MODES,
+        operator=_backward,
         accepts=_accepts,
         batched=_merged,
         reference=slice_by_slice(_by_autograd),

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from vmapsafe._call import Call, batch_first, batch_size
-from vmapsafe._modes import MODES
-from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_plain
 from vmapsafe.rules import memory
 
@@ -64,10 +63,9 @@ def _plain(call: Call) -> Tensor:
 
 
 register(
-    Rule(
+    OperatorRule(
         name="embedding_dense_backward, into memory of zeros",
-        functions=(_backward,),
-        modes=MODES,
+        operator=_backward,
         accepts=_makes_large_rows,
         batched=_sparse_sum,
         reference=slice_by_slice(_plain),

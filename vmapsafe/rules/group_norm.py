@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vmapsafe._call import Call
 from vmapsafe._modes import MODES
-from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._rule import FunctionRule, register, slice_by_slice
 from vmapsafe._torch import (
     autocasts,
     batched_levels,
@@ -93,7 +93,7 @@ def _by_groups(call: Call) -> Tensor:
 
 
 register(
-    Rule(
+    FunctionRule(
         name="group_norm, by layer norm and batch norm",
         functions=(F.group_norm,),
         modes=MODES,
@@ -104,7 +104,7 @@ register(
     )
 )
 register(
-    Rule(
+    FunctionRule(
         name="group_norm, where torch's own fails",
         functions=(F.group_norm,),
         modes=MODES,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vmapsafe._call import Call, batch_first, expanded
 from vmapsafe._modes import MODES
-from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._rule import FunctionRule, OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_differentiated, is_plain, recorded
 from vmapsafe.rules.batch_norm import (
     fused_layer_norm,
@@ -224,27 +224,27 @@ def _plain_backward(call: Call) -> tuple[Tensor | None, ...]:
 
 
 register(
-    Rule(
+    OperatorRule(
         name="native_layer_norm, batches merged",
-        functions=(_forward,),
-        modes=MODES,
+        operator=_forward,
         accepts=_accepts,
         batched=_merged,
         reference=slice_by_slice(_plain),
+        devices=None,
     )
 )
 register(
-    Rule(
+    OperatorRule(
         name="native_layer_norm_backward, batches merged",
-        functions=(_backward,),
-        modes=MODES,
+        operator=_backward,
         accepts=_accepts_backward,
         batched=_merged_backward,
         reference=slice_by_slice(_plain_backward),
+        devices=None,
     )
 )
 register(
-    Rule(
+    FunctionRule(
         name="layer_norm, where torch's own fails",
         functions=(F.layer_norm,),
         modes=MODES,

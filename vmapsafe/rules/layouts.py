@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vmapsafe._call import Call
 from vmapsafe._modes import MODES
-from vmapsafe._rule import Rule, register
+from vmapsafe._rule import FunctionRule, register
 from vmapsafe._torch import batched_levels, first_slice
 
 _LAST = {torch.channels_last: 4, torch.channels_last_3d: 5}
@@ -62,7 +62,7 @@ def _as_given(call: Call) -> Any:
 
 
 register(
-    Rule(
+    FunctionRule(
         name="copy in another order, under vmap",
         functions=(
             *(Tensor.contiguous, Tensor.clone, Tensor.to, torch.clone),
@@ -77,7 +77,7 @@ register(
     )
 )
 register(
-    Rule(
+    FunctionRule(
         name="is_contiguous in another order, under vmap",
         functions=(Tensor.is_contiguous,),
         modes=MODES,

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from vmapsafe._call import Call, batch_first
-from vmapsafe._modes import MODES
-from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe.rules.regimes import REGIMES, regimes
 
 _addmm = torch.ops.aten.addmm.default
@@ -46,10 +45,9 @@ def _plain_sum(call: Call) -> Tensor:
 
 
 register(
-    Rule(
+    OperatorRule(
         name="addmm, batches merged",
-        functions=(_addmm,),
-        modes=MODES,
+        operator=_addmm,
         accepts=_adds_a_bias,
         batched=_fused,
         reference=slice_by_slice(_plain_sum),

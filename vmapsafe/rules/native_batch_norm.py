@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from vmapsafe._call import Call, batch_first
-from vmapsafe._modes import MODES
-from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_plain
 from vmapsafe.rules.batch_norm import wide
 from vmapsafe.rules.regimes import REGIMES, regimes
@@ -276,10 +275,9 @@ for _name, _operator, _accepts, _batched, _reference in (
     ),
 ):
     register(
-        Rule(
+        OperatorRule(
             name=_name,
-            functions=(_operator,),
-            modes=MODES,
+            operator=_operator,
             accepts=_accepts,
             batched=_batched,
             reference=slice_by_slice(_reference),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vmapsafe._call import Call, Function
 from vmapsafe._modes import MODES
-from vmapsafe._rule import Rule, register
+from vmapsafe._rule import FunctionRule, register
 from vmapsafe._torch import slices_draw_their_own
 
 _OPTIONS = {"size", "dtype", "device", "requires_grad"}
@@ -44,7 +44,7 @@ def _by(function: Function, call: Call) -> Tensor:
 
 
 register(
-    Rule(
+    FunctionRule(
         name="memory of its own for each slice",
         functions=(torch.empty,),
         modes=MODES,

@@ -35,7 +35,7 @@ from torch.autograd import Function
 
 from vmapsafe._call import Call, Site
 from vmapsafe._errors import VmapSafeRuntimeError, VmapSafeValueError
-from vmapsafe._rule import Rule, register, slice_by_slice
+from vmapsafe._rule import FunctionRule, register, slice_by_slice
 from vmapsafe._torch import (
     current_level,
     derivatives_inside,
@@ -369,7 +369,7 @@ def _whole_batch(call: Call) -> Tensor:
 
 
 register(
-    Rule(
+    FunctionRule(
         name="batch_norm, statistics across the vmapped axis",
         functions=(F.batch_norm,),
         modes=("sync",),
@@ -404,7 +404,7 @@ def _instance_norm(call: Call) -> Tensor:
 
 
 register(
-    Rule(
+    FunctionRule(
         name="instance_norm, running statistics across the vmapped axis",
         functions=(F.instance_norm,),
         modes=("sync",),
