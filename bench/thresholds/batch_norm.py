@@ -1,8 +1,9 @@
 """From which size on the fused backward of an eval batch norm wins, under vmap(grad).
 
 It prints, for numbers of values per sample and channel, plain operations by the fused
-kernel, and vmapsafe's choice by torch's own rule. ``batch_norm`` in
-vmapsafe/rules/regimes.py is where the first column passes 1 for good. From bench/::
+kernel, and vmapsafe's choice by torch's own rule. ``REGIMES`` in
+vmapsafe/rules/batch_norm_operators.py is where the first column passes 1 for good. From
+bench/::
 
     python -m thresholds.batch_norm
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from measuring import seconds_in_turn
 from torch.func import grad, vmap
 
 from vmapsafe import vmap_safe
-from vmapsafe.rules.regimes import REGIMES, regimes
+from vmapsafe.rules.batch_norm_operators import REGIMES
 
 SIDES = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32)
 
@@ -34,12 +34,11 @@ def contenders(batch, channels, side, device):
         return (F.batch_norm(x, mean, var, weight, bias) * cotangent).sum()
 
     rows = vmap(grad(loss, (0, 1, 2)), (None, None, 0))
-    today = regimes(torch.device(device))
     somewhere = torch.nn.Linear(1, 1, device=device)
 
     def with_threshold(values):
         def run():
-            REGIMES[device] = replace(today, batch_norm=values)
+            REGIMES[device] = values
             with vmap_safe(somewhere):
                 return rows(weight, bias, x)
 

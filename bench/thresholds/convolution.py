@@ -2,7 +2,7 @@
 
 Each algorithm of vmapsafe/rules/convolution.py takes its turn under vmap with torch's
 own batching rule; a line of the table is a shape, its numbers are multiples of torch's
-own. At the end come the rows for vmapsafe/rules/regimes.py. From bench/::
+own. At the end come the rows for vmapsafe/rules/convolution_regimes.py. From bench/::
 
     python -m thresholds.convolution
 """
@@ -22,10 +22,12 @@ from torch.func import vmap
 from vmapsafe._block import operators
 from vmapsafe._rule import operator_rules
 from vmapsafe.rules import convolution
-from vmapsafe.rules.regimes import ANY, REGIMES, Convolution, regimes
+from vmapsafe.rules.convolution_regimes import ANY, REGIMES, Regime, Winner
 
 (RULE,) = operator_rules()[convolution._backward]
-FEATURES = [field.name for field in fields(Convolution)[1:]]
+# Of a type of device without an entry, to begin with.
+_NEW = Regime(winners=(), columns=2**24, one_by_one=2**63)
+FEATURES = [field.name for field in fields(Winner)[1:]]
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,8 @@ def call_of(shape, batch, device, dtype):
 
 def use(algorithm, device):
     """Put it in force for all shapes; "torch" is none of ours."""
-    given = regimes(torch.device(device))
-    REGIMES[device] = replace(given, convolutions=(Convolution(algorithm),))
+    today = REGIMES.get(device, _NEW)
+    REGIMES[device] = replace(today, winners=(Winner(algorithm),))
 
 
 def ratios(shape, batch, rounds, device, dtype):
@@ -188,7 +190,7 @@ def rows(measured, least, worst):
         gains = {}
         for name in next(iter(measured.values())):
             box, gain = best_box(measured, name, found, worst)
-            gains[gain] = Convolution(name, **bounds(box, measured))
+            gains[gain] = Winner(name, **bounds(box, measured))
         gain = max(gains)
         if gain < least:
             return found
@@ -251,7 +253,7 @@ def bounds(box, measured):
 def show(row):
     given = {k: v for k, v in asdict(row).items() if v != ANY and k != "algorithm"}
     text = ", ".join([f'"{row.algorithm}"', *(f"{k}={v}" for k, v in given.items())])
-    return f"Convolution({text}),".replace("inf", "MANY")
+    return f"Winner({text}),".replace("inf", "MANY")
 
 
 def main():
@@ -266,7 +268,7 @@ def main():
     parser.add_argument("--worst", type=float, default=1.03, help="loss in a row")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    given = regimes(torch.device(asked.device)).convolutions
+    given = REGIMES.get(asked.device, _NEW).winners
     measured = {}
     dtype = getattr(torch, asked.dtype)
     for shape in shapes():

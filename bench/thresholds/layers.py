@@ -1,8 +1,8 @@
 """Speed rules of layer norm, linear layers, embedding and attention, shape by shape.
 
-Prints the time of vmapsafe's rule as a multiple of torch's own. What
-vmapsafe/rules/regimes.py says was read off these tables: a rule may hold where all
-ratios are below 1. From bench/::
+Prints the time of vmapsafe's rule as a multiple of torch's own. ``REGIMES`` in the
+files of vmapsafe/rules/ was read off these tables: a rule may hold where all ratios are
+below 1. From bench/::
 
     python -m thresholds.layers
 """
@@ -105,9 +105,9 @@ FAMILIES = {
 
 def ratio(operator, call, args, rounds, device):
     """Ours by torch's, medians of rounds in turn, of calls enough for 2 ms."""
-    (rule,) = operator_rules()[operator]
+    rule = operator_rules()[operator][0]
     rules = {
-        "ours": replace(rule, accepts=lambda call: True),
+        "ours": replace(rule, accepts=lambda call: True, devices=None),
         "torch": replace(rule, accepts=lambda call: False),
     }
     times = {name: [] for name in rules}
@@ -142,6 +142,7 @@ def main():
     parser.add_argument("--only", nargs="*", default=list(FAMILIES), choices=FAMILIES)
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    layer_norm.REGIMES.setdefault(asked.device, layer_norm.REGIMES["cpu"])
     # torch says at every call that its own attention is a loop.
     torch._C._functorch._set_vmap_fallback_warning_enabled(False)
     for name in asked.only:

@@ -7,6 +7,7 @@ import pytest
 import slow
 import torch
 import torch.nn.functional as F
+from measured import change_regimes, forget_regimes
 from nets import CASES, NETS, SYNC, conv, image, mse, net, problem
 from state import assert_same_state, everything
 from torch import nn
@@ -18,24 +19,23 @@ from vmapsafe import (
     per_sample_grads,
     vmap_safe,
 )
-from vmapsafe._rows import formulas
 from vmapsafe.rules import convolution
-from vmapsafe.rules.regimes import REGIMES, Regimes
 from vmapsafe.testing import assert_same
 
 
 # torch's weight norm, under vmap
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-@pytest.mark.parametrize("table", [REGIMES["cpu"], None, Regimes(one_convolution=0)])
+@pytest.mark.parametrize("measured", ["as it is", "nothing", "one by one"])
 @pytest.mark.parametrize("name,mode", CASES)
-def test_against_the_loop(name, mode, table, monkeypatch):
+def test_against_the_loop(name, mode, measured, monkeypatch):
     """Norms, norms by parameter, clipped sums and rows into given memory; also on a
     type of device for which no regimes were measured, and convolutions by a call a
     sample."""
-    if table is None:
-        monkeypatch.delitem(REGIMES, "cpu")
-    else:
-        monkeypatch.setitem(REGIMES, "cpu", table)
+    if measured == "nothing":
+        forget_regimes(monkeypatch)
+    if measured == "one by one":
+        one_by_one = {"winners": (), "one_by_one": 0}
+        change_regimes(monkeypatch, convolution=one_by_one)
     model, x, y = problem(name)
     expected = slow.rows_in(model, mode, mse, x, y)
     before = everything(model)
@@ -364,8 +364,7 @@ def test_convolutions_without_products_of_lower_precision(monkeypatch):
     monkeypatch.setattr(
         convolution, "ALGORITHMS", dict.fromkeys(convolution.ALGORITHMS, rounded)
     )
-    monkeypatch.setattr(formulas, "ALGORITHMS", convolution.ALGORITHMS)
-    monkeypatch.setattr(formulas, "seen_by_kernel", rounded)
+    monkeypatch.setattr(convolution, "seen_by_kernel", rounded)
     for compute in (per_sample_grads, per_sample_grad_norms):
         with pytest.raises(AssertionError, match="a matrix product"):
             compute(model, mse, x, y)

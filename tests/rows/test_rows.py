@@ -18,7 +18,7 @@ from vmapsafe import (
     per_sample_grads,
     per_sample_sketch,
 )
-from vmapsafe._rows import formulas
+from vmapsafe.rules import embedding, formulas
 from vmapsafe.testing import assert_same
 
 
@@ -621,11 +621,16 @@ def test_norms_over_the_range_of_numbers(exponent, dtype):
         )
 
 
+def look_nowhere(monkeypatch):
+    for file in (formulas, embedding):
+        monkeypatch.setattr(file, "can_look", lambda x: False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("exponent", [-22, 0, 19])
 def test_norms_where_numbers_are_not_read(exponent, dtype, monkeypatch):
     """As on a device that would have to be waited for."""
-    monkeypatch.setattr(formulas, "_can_look", lambda x: False)
+    look_nowhere(monkeypatch)
     test_norms_over_the_range_of_numbers(exponent, dtype)
 
 
@@ -651,7 +656,7 @@ def test_norms_of_rows_that_are_small_differences():
 def test_norms_of_large_times_small(of_input, reads, tokens, monkeypatch):
     """Of numbers at one end of the range times those at the other."""
     if not reads:
-        monkeypatch.setattr(formulas, "_can_look", lambda x: False)
+        look_nowhere(monkeypatch)
     layer = nn.Linear(64, 64, bias=False)
     nn.init.zeros_(layer.weight)
     x = torch.randn(2, *tokens, 64)

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from measured import change_regimes, take_every_size
 from operator_rules import take_any_memory
 from torch import nn
 
 from vmapsafe._modes import MODES
 from vmapsafe._rule import FunctionRule, operator_rules, registered, slice_by_slice
 from vmapsafe._torch import batched_levels
-from vmapsafe.rules import convolution, regimes
+from vmapsafe.rules import convolution
 from vmapsafe.testing import check_rule
 
 
@@ -350,6 +351,7 @@ CASES = {
     ],
     "native_layer_norm, batches merged": LAYER_NORMS,
     "native_layer_norm_backward, batches merged": LAYER_NORM_BACKWARDS,
+    "native_layer_norm_backward, differentiated again": LAYER_NORM_BACKWARDS,
     "attention on the CPU, batches merged": [attention(*a, **k) for a, k in ATTENTIONS],
     "attention_backward on the CPU, batches merged": [
         attention_backward(*a, **k) for a, k in ATTENTIONS
@@ -381,15 +383,14 @@ BATCHED = {
     "native_batch_norm, statistics of the slice": ["input"],
     "native_batch_norm_backward, statistics of the slice": ["grad_out", "input"],
 }
+SAVED_BY_LAYER_NORM = {"mean": saved_by_layer_norm(1), "rstd": saved_by_layer_norm(2)}
 DERIVED = {
     "native_batch_norm_backward, statistics of the slice": {
         "save_mean": saved(1),
         "save_invstd": saved(2),
     },
-    "native_layer_norm_backward, batches merged": {
-        "mean": saved_by_layer_norm(1),
-        "rstd": saved_by_layer_norm(2),
-    },
+    "native_layer_norm_backward, batches merged": SAVED_BY_LAYER_NORM,
+    "native_layer_norm_backward, differentiated again": SAVED_BY_LAYER_NORM,
     "attention_backward on the CPU, batches merged": {
         "out": saved_by_attention(0),
         "logsumexp": saved_by_attention(1),
@@ -415,16 +416,8 @@ RULES = [rule for rule in registered() if rule.name not in NO_VALUES]
 
 def force(monkeypatch, algorithm):
     """Calls of all shapes go to one algorithm; windows are copied in several parts."""
-    table = regimes.Regimes(
-        convolutions=(regimes.Convolution(algorithm),),
-        columns=50,
-        batch_norm=3,
-        group_norm=3,
-        layer_norm=0,
-        layer_norm_slice=8,
-        linear=0,
-    )
-    monkeypatch.setitem(regimes.REGIMES, "cpu", table)
+    take_every_size(monkeypatch, algorithm, columns=50)
+    change_regimes(monkeypatch, batch_norm=3, group_norm=3, layer_norm={"slice": 8})
     take_any_memory(monkeypatch)
 
 

@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from operator_rules import TRANSFORMS, X, change_regimes, rows, tensors, watch
+from measured import change_regimes, forget_regimes
+from operator_rules import TRANSFORMS, X, rows, tensors, watch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import grad, vmap
@@ -17,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vmapsafe import per_sample_grads, vmap_safe
 from vmapsafe._block import operators
 from vmapsafe._rule import operator_rules
-from vmapsafe.rules import convolution, regimes
+from vmapsafe.rules import convolution
+from vmapsafe.rules.convolution_regimes import Winner
 from vmapsafe.testing import assert_same
 
-TABLE = regimes.REGIMES["cpu"]
+MEASURED = convolution.REGIMES["cpu"]
 (RULE,) = operator_rules()[convolution._backward]
 
 # torch's own jvp rules, at their first use
@@ -33,8 +35,8 @@ pytestmark = [
 
 def force(monkeypatch, algorithm):
     """For all shapes; windows are copied in several parts."""
-    rows = (regimes.Convolution(algorithm),)
-    change_regimes(monkeypatch, convolutions=rows, columns=100)
+    one = {"winners": (Winner(algorithm),), "columns": 100}
+    change_regimes(monkeypatch, convolution=one)
 
 
 @pytest.fixture(autouse=True)
@@ -258,7 +260,7 @@ ENTRIES = {
 @pytest.mark.parametrize("name", ENTRIES)
 def test_table_of_a_cpu(name, taken, monkeypatch):
     """The table itself, a shape for each of its parts."""
-    monkeypatch.setitem(regimes.REGIMES, "cpu", TABLE)
+    monkeypatch.setitem(convolution.REGIMES, "cpu", MEASURED)
     layer, size, algorithm = ENTRIES[name]
     x = torch.randn(2, 1, layer.in_channels, size, size)
     with vmap_safe(layer, fast=True):
@@ -288,7 +290,7 @@ def test_other_devices_and_precisions_are_left_alone(net, taken, monkeypatch):
             rows(net, tensors(net), X.float())
     finally:
         torch.set_float32_matmul_precision("highest")
-    monkeypatch.delitem(regimes.REGIMES, "cpu")
+    forget_regimes(monkeypatch)
     with vmap_safe(net, fast=True):
         rows(net, tensors(net), X.float())
     assert not taken

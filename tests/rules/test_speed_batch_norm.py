@@ -5,20 +5,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from operator_rules import TRANSFORMS, X, change_regimes, rows, tensors, watch
+from measured import change_regimes, forget_regimes
+from operator_rules import TRANSFORMS, X, rows, tensors, watch
 from torch import nn
 
 from vmapsafe import per_sample_grads, vmap_safe
 from vmapsafe._rule import operator_rules
-from vmapsafe.rules import group_norm, native_batch_norm
-from vmapsafe.rules.regimes import REGIMES
+from vmapsafe.rules import batch_norm_operators, group_norm
 from vmapsafe.testing import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 RULES = [
     rule
-    for operator in (native_batch_norm._forward, native_batch_norm._backward)
+    for operator in (batch_norm_operators._forward, batch_norm_operators._backward)
     for rule in operator_rules()[operator]
 ]
 MODES = {"eval": "running statistics", "no_running_stats": "statistics of the slice"}
@@ -121,7 +121,7 @@ def test_weights_of_an_ensemble_are_left_to_torch(taken):
 
 def test_other_devices_are_left_alone(taken, monkeypatch):
     """A type of device that was not measured."""
-    monkeypatch.delitem(REGIMES, "cpu")
+    forget_regimes(monkeypatch)
     model = net()
     with vmap_safe(model):
         rows(model, tensors(model), X)
@@ -193,7 +193,7 @@ def test_group_norm_that_is_left_to_torch(by_layer_norm, monkeypatch):
     layer = nn.GroupNorm(2, 4).double()
     with vmap_safe(layer):
         torch.func.vmap(layer)(x)
-    monkeypatch.delitem(REGIMES, "cpu")
+    forget_regimes(monkeypatch)
     with vmap_safe(layer):
         torch.func.vmap(torch.func.grad(lambda x: layer(x).sum()))(x)
     assert not by_layer_norm

@@ -6,10 +6,10 @@ import mmap
 import pytest
 import torch
 import torch.nn.functional as F
+from measured import change_regimes, forget_regimes
 from operator_rules import (
     TRANSFORMS,
     X,
-    change_regimes,
     like,
     loss_of,
     rows,
@@ -24,7 +24,6 @@ from vmapsafe import per_sample_grads, vmap_safe
 from vmapsafe._block.operators import only
 from vmapsafe._rule import operator_rules
 from vmapsafe.rules import attention, embedding, layer_norm, linear, memory
-from vmapsafe.rules.regimes import REGIMES
 from vmapsafe.testing import assert_same
 
 pytestmark = [
@@ -50,7 +49,8 @@ ATTENTION = {
     "attention_backward on the CPU, batches merged",
 }
 LINEAR = {"addmm, batches merged"}
-BACKWARD = [r for r in RULES if r.name == "native_layer_norm_backward, batches merged"]
+AGAIN = "native_layer_norm_backward, differentiated again"
+(BACKWARD,) = [rule for rule in RULES if rule.name == AGAIN]
 EMBEDDING = {"embedding_dense_backward, into memory of zeros"}
 
 
@@ -65,8 +65,8 @@ def taken(monkeypatch):
 @pytest.fixture(params=[2**3, 2**40], ids=["a kernel a slice", "plain operations"])
 def every_size(request, monkeypatch):
     """Small calls are taken too; both ways of layer norm's backward."""
-    small = {"layer_norm": 0, "layer_norm_slice": request.param, "linear": 0}
-    change_regimes(monkeypatch, **small)
+    of_layer_norm = {"batch": 0, "slice": request.param}
+    change_regimes(monkeypatch, layer_norm=of_layer_norm, linear=0)
     take_any_memory(monkeypatch)
 
 
@@ -323,10 +323,10 @@ def test_torchs_own_layer_norm_is_wrong_there(name):
 def test_layer_norm_is_right_at_every_size(name, monkeypatch):
     """However small, on devices that were not measured, and in no block of this
     thread."""
-    monkeypatch.delitem(REGIMES, "cpu")
+    forget_regimes(monkeypatch)
     params = scattered(normalising())
     expected = TRANSFORMS[name](normalising(plain=True), params, X)
-    with only(*BACKWARD):
+    with only(BACKWARD):
         assert_same(TRANSFORMS[name](normalising(), params, X), expected)
 
 
@@ -343,7 +343,7 @@ def test_small_calls_are_left_alone(taken):
 
 def test_other_devices_are_left_alone(taken, every_size, monkeypatch):
     """A type of device that was not measured."""
-    monkeypatch.delitem(REGIMES, "cpu")
+    forget_regimes(monkeypatch)
     monkeypatch.setattr(memory, "pays", lambda shape, like, writes: False)
     net = normalising()
     with vmap_safe(net):

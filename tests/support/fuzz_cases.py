@@ -2,17 +2,18 @@
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from blocks import MODES
 from fuzz_nets import Builder, HandMade
 from fuzz_reference import total_of
+from measured import take_every_size
 from plain import ModeName
 from torch import Tensor, nn
 from torch.func import (
@@ -32,7 +33,6 @@ import vmapsafe
 from vmapsafe import batched, vmap_safe
 from vmapsafe._block.vmap_safe import Block
 from vmapsafe._rows.chunks import ChunkSize
-from vmapsafe.rules.regimes import REGIMES, Convolution, Regimes
 
 OUTS = 3
 
@@ -802,17 +802,9 @@ class Case:
 @contextlib.contextmanager
 def everywhere(algorithm: str) -> Iterator[None]:
     """No call too small for an algorithm that wins for large ones."""
-    before = REGIMES["cpu"]
-    thresholds = dict.fromkeys(
-        (f.name for f in dataclasses.fields(Regimes) if f.type in ("float", float)), 0
-    )
-    REGIMES["cpu"] = Regimes(
-        convolutions=(Convolution(algorithm),), columns=8, **thresholds
-    )
-    try:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        take_every_size(monkeypatch, algorithm, columns=8)
         yield
-    finally:
-        REGIMES["cpu"] = before
 
 
 def _one_each(channels: int) -> int:

@@ -13,7 +13,6 @@ from vmapsafe._block import operators
 from vmapsafe._call import Call
 from vmapsafe._rule import OperatorRule
 from vmapsafe.rules import memory
-from vmapsafe.rules.regimes import REGIMES
 
 Params = dict[str, Tensor]
 # Of a network, its parameters and slices of inputs.
@@ -138,11 +137,6 @@ def watch(
     for rule in rules:
         table[rule.operator] = (*table.get(rule.operator, ()), watched(rule))
     monkeypatch.setattr(operators, "operator_rules", lambda: table)
-
-
-def change_regimes(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
-    """Those of the CPU."""
-    monkeypatch.setitem(REGIMES, "cpu", replace(REGIMES["cpu"], **fields))
 
 
 def take_any_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 The map, bottom up:
 
-``formulas``     rows of a parameter, their norms and sums, from a layer's gradient
 ``copies``       a sample's own copy of each parameter, wherever a forward reads one
 ``record``       one forward and backward that gives each layer's input and gradient
 ``chunks``       a few samples at a time

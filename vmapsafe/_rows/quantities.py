@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from vmapsafe._errors import VmapSafeValueError
-from vmapsafe._rows.formulas import Formula, Memory, norms_of, weighted_sum
 from vmapsafe._rows.processes import gathered, summed
 from vmapsafe._torch import tree_map, without_autocast
+from vmapsafe.rules.formulas import Formula, Memory, norms_of, weighted_sum
 
 T = TypeVar("T")
 

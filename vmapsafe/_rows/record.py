@@ -7,11 +7,10 @@ parameter is handed over as a batch of copies, ``p.expand(B, ...)``, which takes
 memory: sample i's own copy, whose gradient is row i, whatever is done with it.
 
 Autograd would need B x P numbers for that too. So a :class:`Recorder`, a mode below the
-block's, knows some functions (``F.linear``, convolutions, ``F.embedding``) by heart: it
-calls them on the whole batch with the plain parameter, without a derivative by it, and
-keeps the input; backward hands in the output gradient. From the two come rows, their
-norms or a weighted sum (``_formulas``). Normalisation layers, whose rows are small, are
-called on the copies of all samples in one kernel.
+block's, asks for each call whether a layer says how to keep it (``rules/recordings``).
+It makes such a call on the whole batch with the plain parameter, without a derivative
+by it, and keeps the input; backward hands in the output gradient. From the two come
+rows, their norms or a weighted sum (``rules/formulas``).
 
 A parameter with one recorded use and no other is *streamed*: nothing of size B x P is
 made. Else its row is the sum of the rows of its recorded uses and what autograd has for
@@ -27,23 +26,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import vmap
 
-from vmapsafe._call import Call
 from vmapsafe._rows.copies import Copies, leaves_of
-from vmapsafe._rows.formulas import (
-    Bias,
-    Convolution,
-    Embedding,
-    Formula,
-    Linear,
-    Made,
-    Memory,
-)
 from vmapsafe._torch import (
     batch_behind,
     below_innermost,
@@ -54,12 +42,12 @@ from vmapsafe._torch import (
     under,
     without_autocast,
 )
-from vmapsafe.rules.batch_norm import by_running_statistics, has_several_layouts
-from vmapsafe.rules.native_batch_norm import (
-    affine,
-    affine_backward,
-    normalised,
-    normalised_backward,
+from vmapsafe.rules.formulas import Formula, Made, Memory
+from vmapsafe.rules.recordings import (
+    ByFormulas,
+    Record,
+    Recording,
+    recording_of,
 )
 
 LEVEL = 1  # of the one vmap
@@ -213,74 +201,73 @@ class Recorder(Copies):
     def call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        known = _KNOWN.get(func)
-        if known is not None and current_level() == LEVEL:
-            result = known(self, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return func(*args, **kwargs)
+        if current_level() != LEVEL:
+            return func(*args, **kwargs)
+        if func in _REFUSED:
+            raise Unrecordable(_REFUSED[func])
+        if func == _REQUIRES_GRAD:
+            return self._requires_grad(*args)
+        found = recording_of(func)
+        if found is None:
+            return func(*args, **kwargs)
+        recording, parameters = found
+        y = self._recorded(recording, parameters.bind(args, kwargs))
+        return (recording.otherwise or func)(*args, **kwargs) if y is None else y
 
-    # -- For the functions below ------------------------------------------------------
+    def _recorded(
+        self, recording: Recording, arguments: Mapping[str, Any]
+    ) -> Tensor | None:
+        """The output of a call, if it is kept."""
+        given = {name: arguments[name] for name in recording.parameters}
+        if not self._takes(*given.values()):
+            return None
+        with below_innermost():
+            x = batch_behind(arguments["input"], LEVEL, self._size)
+            if x is None:
+                return None
+            plain = {name: self._without_copies(p) for name, p in given.items()}
+            record = recording.record(**{**arguments, "input": x, **plain})
+            if record is None:
+                return None
+            names = {own: self._name(p) for own, p in given.items()}
+            for name in names.values():
+                if name is not None:
+                    self.uses[name] += 1
+            y: Tensor = _Recorded.apply(self.anchor, x, self, record, names)
+            return slices_of(y, LEVEL)
 
-    def name(self, tensor: Tensor | None) -> str | None:
+    def _name(self, tensor: Tensor | None) -> str | None:
         """Of which parameter it is the copy, if of one."""
         return None if tensor is None else self._names.get(id(tensor))
 
-    def used(self, tensor: Tensor | None) -> str | None:
-        """The same, noting that there is a recorded use."""
-        name = self.name(tensor)
-        if name is not None:
-            self.uses[name] += 1
-        return name
-
-    def takes(self, *parameters: Tensor | None) -> bool:
+    def _takes(self, *parameters: Tensor | None) -> bool:
         """Whether one is a copy, and the others are plain tensors."""
         given = [p for p in parameters if p is not None]
-        others = [p for p in given if self.name(p) is None]
+        others = [p for p in given if self._name(p) is None]
         if len(others) == len(given) or any([is_wrapped(p) for p in others]):
             return False
         self.leaves_out = self.leaves_out or any([p.requires_grad for p in others])
         return True
 
-    def batch(self, slice_: Tensor) -> Tensor | None:
-        """(B, ...), if no transform but ours knows the slice."""
-        return batch_behind(slice_, LEVEL, self._size)
-
-    def plain(self, parameter: Tensor | None) -> Any:
+    def _without_copies(self, parameter: Tensor | None) -> Tensor | None:
         """The parameter without the samples' copies, and without a derivative."""
-        name = self.name(parameter)
+        name = self._name(parameter)
         return parameter if name is None else self._plain[name]
 
-    def copies(self, parameter: Tensor) -> Tensor:
-        """(B, *shape): the samples' copies."""
-        name = self.name(parameter)
-        if name is not None:
-            return self.leaves[name]
-        batch = self.batch(parameter)
-        assert batch is not None
-        return batch
-
-    def known(
-        self,
-        x: Tensor,
-        function: Callable[[Tensor], Tensor],
-        backward: Callable[[Tensor, Tensor], Tensor] | None,
-        uses: Sequence[tuple[Tensor | None, Callable[[torch.Size], Formula]]],
-    ) -> Tensor:
-        """``function(x)`` (B, ...), whose gradient by ``x`` is ``backward(x, grad)``,
-        with the copies among ``uses``."""
-        found = []
-        for parameter, formula in uses:
-            name = self.used(parameter)
-            if name is not None:
-                found.append((name, formula(self._plain[name].shape)))
-        y: Tensor = _Known.apply(self.anchor, x, self, function, backward, found)
-        return slices_of(y, LEVEL)
+    def _requires_grad(self, tensor: Tensor) -> bool:
+        """As in vmap(grad), where a slice shows it."""
+        if self._name(tensor) is not None:
+            return True
+        if is_wrapped(tensor):
+            with below_innermost():
+                batch = batch_behind(tensor, LEVEL, self._size)
+                if batch is not None:
+                    return batch.requires_grad
+        return tensor.requires_grad
 
 
-class _Known(Function):
-    """A function of the input alone, whose backward hands the input and the output
-    gradient on to the formulas of the parameters."""
+class _Recorded(Function):
+    """A function of the input alone, whose backward hands on what rows are made of."""
 
     @staticmethod
     def forward(
@@ -288,24 +275,36 @@ class _Known(Function):
         anchor: Tensor,
         x: Tensor,
         recorder: Recorder,
-        function: Callable[[Tensor], Tensor],
-        backward: Callable[[Tensor, Tensor], Tensor],
-        uses: list[tuple[str, Formula]],
+        record: Record,
+        names: Mapping[str, str | None],
     ) -> Tensor:
-        ctx.recorder, ctx.uses, ctx.by_input = recorder, uses, backward
-        ctx.save_for_backward(x)  # says so where it was written over since
-        return _no_view(function(x))
+        ctx.recorder, ctx.record, ctx.names = recorder, record, names
+        found = record.forward(x)
+        y, *saved = (found,) if isinstance(found, Tensor) else found
+        ctx.save_for_backward(x, *saved)  # says so where x was written over since
+        return _no_view(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x = ctx.saved_tensors[0].detach()  # kept, perhaps, until after backward
-        for name, formula in ctx.uses:
-            ctx.recorder.receive(name, formula, x, grads[0])
-        of_input = None
-        if ctx.needs_input_grad[1]:
-            # Autocast computes in the dtype of the output and goes back.
-            of_input = ctx.by_input(x.to(grads[0].dtype), grads[0]).to(x.dtype)
-        return None, of_input, None, None, None, None
+        (grad,) = grads
+        x, *saved = ctx.saved_tensors
+        x = x.detach()  # kept, perhaps, until after backward
+        names, record = ctx.names, ctx.record
+        by_input, of_input = ctx.needs_input_grad[1], None
+        if isinstance(record, ByFormulas):
+            for own, formula in record.formulas.items():
+                if names[own] is not None:
+                    ctx.recorder.receive(names[own], formula, x, grad)
+            if by_input and record.input_gradient is not None:
+                # Autocast computes in the dtype of the output and goes back.
+                of_input = record.input_gradient(x.to(grad.dtype), grad).to(x.dtype)
+        else:
+            wanted = [by_input, *[name is not None for name in names.values()]]
+            of_input, *made = record.backward(grad, x, saved, wanted)
+            for name, rows in zip(names.values(), made):
+                if name is not None and rows is not None:
+                    ctx.recorder.receive(name, Made(rows.shape[1:]), rows, rows)
+        return None, of_input, None, None, None
 
 
 def _no_view(y: Tensor) -> Tensor:
@@ -323,324 +322,12 @@ def _no_hooks() -> Any:
     )
 
 
-# -- The functions known by heart ------------------------------------------------------
-#
-# Each has torch's own signature after the recorder. NotImplemented: torch's own, on the
-# copies.
-
-
-def _linear(
-    recorder: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Any:
-    if not recorder.takes(weight, bias) or weight.dim() != 2:
-        return NotImplemented
-    if bias is not None and bias.shape != weight.shape[:1]:  # it broadcasts
-        y = _linear(recorder, input, weight) if recorder.takes(weight) else None
-        y = F.linear(input, weight) if y is None or y is NotImplemented else y
-        return y + bias.expand(y.shape)
-    with below_innermost():
-        x = recorder.batch(input)
-        if x is None or x.dim() < 2:
-            return NotImplemented
-        w, b = recorder.plain(weight), recorder.plain(bias)
-        return recorder.known(
-            x,
-            lambda x: F.linear(x, w, b),
-            lambda x, grad: grad @ w.to(grad.dtype),
-            ((weight, Linear), (bias, lambda shape: Bias(shape, -1))),
-        )
-
-
-def _convolution(
-    recorder: Recorder,
-    function: Callable[..., Tensor],
-    dims: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Any:
-    if not recorder.takes(weight, bias) or input.dim() != dims + 2:
-        return NotImplemented
-    stride, dilation = _each(stride, dims), _each(dilation, dims)
-    if padding == "same":
-        widths = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
-        if any([width % 2 for width in widths]):
-            return NotImplemented
-        padding = [width // 2 for width in widths]
-    padding = _each(0 if padding == "valid" else padding, dims)
-    with below_innermost():
-        x = recorder.batch(input)
-        if x is None:
-            return NotImplemented
-        w, b = recorder.plain(weight), recorder.plain(bias)
-        options = (stride, padding, dilation, groups)
-        formula = Convolution(w.shape, w, *options)
-
-        def forward(x: Tensor) -> Tensor:
-            merged = function(x.flatten(0, 1), w, b, *options)
-            return merged.view(*x.shape[:2], *merged.shape[1:])
-
-        uses = ((weight, lambda shape: formula), (bias, lambda shape: Bias(shape, 2)))
-        return recorder.known(x, forward, formula.input_gradient, uses)
-
-
-def _of(function: Callable[..., Tensor], dims: int) -> Callable[..., Any]:
-    return lambda recorder, *args, **kwargs: _convolution(
-        recorder, function, dims, *args, **kwargs
-    )
-
-
-def _each(value: Any, dims: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values * dims if len(values) == 1 else values
-
-
-def _embedding(
-    recorder: Recorder,
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Any:
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        return NotImplemented
-    if not recorder.takes(weight):
-        return NotImplemented
-    with below_innermost():
-        x = recorder.batch(input)
-        if x is None:
-            return NotImplemented
-        w = recorder.plain(weight)
-        return recorder.known(
-            x,
-            lambda x: F.embedding(x, w, padding_idx),
-            None,
-            [(weight, lambda shape: Embedding(shape, padding_idx))],
-        )
-
-
-def _batch_norm(
-    recorder: Recorder,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
-    def by_torch() -> Any:
-        if not has_several_layouts(input):
-            return NotImplemented
-        statistics = running_mean, running_var, weight, bias, training, momentum, eps
-        return F.batch_norm(input.flatten(2), *statistics).view(input.shape)
-
-    if not recorder.takes(weight, bias):
-        return by_torch()
-    statistics = [] if training else [running_mean, running_var]
-    if any([s is None or is_wrapped(s) for s in statistics]):
-        return by_torch()
-    with below_innermost():
-        x = recorder.batch(input)
-        given = [recorder.plain(p) for p in (weight, bias)] + statistics
-        if x is not None and x.numel() and _all_like(x, given):
-            names = recorder.used(weight), recorder.used(bias)
-            y = _Normed.apply(recorder.anchor, x, recorder, names, given, eps)
-            return slices_of(y, LEVEL)
-    if training:
-        return by_torch()
-    arguments = {
-        "input": input,
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "weight": weight,
-        "bias": bias,
-        "eps": eps,
-    }
-    return by_running_statistics(Call(F.batch_norm, arguments))
-
-
-def _all_like(x: Tensor, given: Sequence[Tensor | None]) -> bool:
-    """Whether all are numbers (C,), of one dtype with x."""
-    return all([t is None or t.dtype == x.dtype and t.dim() == 1 for t in given])
-
-
-def _instance_norm(recorder: Recorder, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """With one layout: torch makes it batch norm of a batch of one."""
-    if input.dim() <= 3:
-        return NotImplemented
-    return F.instance_norm(input.flatten(2), *args, **kwargs).view(input.shape)
-
-
-class _Normed(Function):
-    """Batch norm, whose backward hands the rows of weight and bias on."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        x: Tensor,
-        recorder: Recorder,
-        names: Sequence[str | None],
-        given: Sequence[Tensor | None],
-        eps: float,
-    ) -> Tensor:
-        weight, bias, *statistics = given
-        ctx.own = not statistics
-        mean, var = statistics or (None, None)
-        ctx.recorder, ctx.names = recorder, names
-        call = Call(
-            torch.ops.aten.native_batch_norm.default,
-            {
-                "input": x,
-                "weight": weight,
-                "bias": bias,
-                "running_mean": mean,
-                "running_var": var,
-                "training": ctx.own,
-                "momentum": 0.0,
-                "eps": eps,
-            },
-            in_dims={"input": 0},
-        )
-        y, *saved = (normalised if ctx.own else affine)(call)
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight, mean, var, *saved)
-        return _no_view(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight, mean, var, *saved = ctx.saved_tensors
-        wanted = [name is not None for name in ctx.names]
-        call = Call(
-            torch.ops.aten.native_batch_norm_backward.default,
-            {
-                "grad_out": grads[0],
-                "input": x,
-                "weight": weight,
-                "running_mean": mean,
-                "running_var": var,
-                "save_mean": saved[0],
-                "save_invstd": saved[1],
-                "train": ctx.own,
-                "eps": ctx.eps,
-                "output_mask": [ctx.needs_input_grad[1], *wanted],
-            },
-            in_dims={"grad_out": 0, "input": 0, "save_mean": 0, "save_invstd": 0},
-        )
-        backward = normalised_backward if ctx.own else affine_backward
-        of_input, *rows = backward(call)
-        for name, made in zip(ctx.names, rows):
-            if name is not None and made is not None:
-                ctx.recorder.receive(name, Made(made.shape[1:]), made, made)
-        return None, of_input, None, None, None, None
-
-
-def _group_norm(
-    recorder: Recorder,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Any:
-    """A norm of one sample with B x N x C channels, each with a weight of its own: the
-    kernel's gradient by the weights is the rows."""
-    if not recorder.takes(weight, bias):
-        return NotImplemented
-    with below_innermost():
-        x = recorder.batch(input)
-        if x is None or x.dim() < 3:
-            return NotImplemented
-        shape = x.shape[:3]  # B, N, C
-
-        def wide(parameter: Tensor | None) -> Tensor | None:
-            if parameter is None:
-                return None
-            return recorder.copies(parameter).unsqueeze(1).expand(shape).reshape(-1)
-
-        merged = x.reshape(1, shape.numel(), *x.shape[3:])
-        groups = num_groups * shape[0] * shape[1]
-        y = F.group_norm(merged, groups, wide(weight), wide(bias), eps)
-        return slices_of(_Viewed.apply(y, x.shape), LEVEL)
-
-
-class _Viewed(Function):
-    """A view that may be written into."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, shape: torch.Size) -> Tensor:
-        ctx.shape = y.shape
-        return _no_view(y.contiguous().view(shape))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0].contiguous().view(ctx.shape), None
-
-
-def _layer_norm(
-    recorder: Recorder,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Any:
-    if not recorder.takes(weight, bias):
-        return NotImplemented
-    with below_innermost():
-        x = recorder.batch(input)
-        if x is None:
-            return NotImplemented
-        y = F.layer_norm(x, normalized_shape, None, None, eps)
-        for parameter, apply in ((weight, torch.mul), (bias, torch.add)):
-            if parameter is not None:
-                copies = recorder.copies(parameter)
-                ones = [1 for _ in range(x.dim() - copies.dim())]
-                y = apply(y, copies.view(len(x), *ones, *parameter.shape))
-        return slices_of(y, LEVEL)
-
-
-def _refused(name: str) -> Callable[..., Any]:
-    def refuse(recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
-        raise Unrecordable(name)
-
-    return refuse
-
-
-def _requires_grad(recorder: Recorder, tensor: Tensor) -> Any:
-    """As in vmap(grad), where a slice shows it."""
-    if recorder.name(tensor) is not None:
-        return True
-    if not is_wrapped(tensor):
-        return NotImplemented
-    with below_innermost():
-        batch = recorder.batch(tensor)
-        return NotImplemented if batch is None else batch.requires_grad
-
-
-_KNOWN: Mapping[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    F.conv1d: _of(F.conv1d, 1),
-    F.conv2d: _of(F.conv2d, 2),
-    F.conv3d: _of(F.conv3d, 3),
-    F.embedding: _embedding,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
-    F.group_norm: _group_norm,
-    F.layer_norm: _layer_norm,
-    torch.autograd.grad: _refused("torch.autograd.grad"),
-    Tensor.backward: _refused("Tensor.backward"),
-    Tensor.requires_grad.__get__: _requires_grad,  # type: ignore[attr-defined]
-    # Asked for by what watches backward, as torch's FlopCounterMode does.
-    Tensor.grad_fn.__get__: _refused("Tensor.grad_fn"),  # type: ignore[union-attr]
-    Tensor.register_hook: _refused("Tensor.register_hook"),
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+# What of autograd only vmap(grad) can follow. Tensor.grad_fn is asked for by what
+# watches backward, as torch's FlopCounterMode does.
+_REFUSED: Mapping[Any, str] = {
+    torch.autograd.grad: "torch.autograd.grad",
+    Tensor.backward: "Tensor.backward",
+    Tensor.grad_fn.__get__: "Tensor.grad_fn",  # type: ignore[union-attr]
+    Tensor.register_hook: "Tensor.register_hook",
 }

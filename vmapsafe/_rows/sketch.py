@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from vmapsafe._errors import VmapSafeValueError
-from vmapsafe._rows.formulas import Formula
 from vmapsafe._rows.quantities import Batch, Part, PerSample
 from vmapsafe._torch import below_all, without_autocast
-from vmapsafe.rules.batch_norm import wide
+from vmapsafe.rules.formulas import Formula
+from vmapsafe.rules.precision import wide
 
 Kind = Literal["rademacher", "gaussian"]
 KINDS: tuple[Kind, ...] = ("rademacher", "gaussian")

@@ -2,48 +2,37 @@
 
 The map, bottom up:
 
-``memory``             large zeros that cost nothing where nobody writes
-``regimes``            thresholds of the speed rules, by type of device
-``batch_norm``         batch norm and instance norm, in every mode but "sync"
-``native_batch_norm``  the operators of batch norm
-``sync``               batch norm and instance norm across the vmapped axis
-``group_norm``         group norm
-``layer_norm``         layer norm
-``linear``             linear layers
-``convolution``        convolutions
-``embedding``          embeddings
-``attention``          scaled dot product attention
-``buffers``            writes to buffers, which a forward in a block leaves out
-``layouts``            orders in memory that vmap cannot make or ask for
-``random_numbers``     memory for random numbers
+``precision``             half precision is computed in float32
+``memory``                large zeros that cost nothing where nobody writes
+``formulas``              rows of a parameter, their norms and sums
+``recordings``            the table in which layers say what ``_rows`` keeps of a call
+``slow``                  slow forms of normalisation, for references
+``normalisation``         by statistics of the input, right in every derivative
+``layer_norm``            layer norm
+``group_norm``            group norm
+``batch_norm_operators``  the operators of batch norm
+``batch_norm``            batch norm, in every mode but "sync"
+``sync``                  batch norm across the vmapped axis
+``instance_norm``         instance norm
+``linear``                linear layers
+``convolution_regimes``   which algorithm of a convolution wins where
+``convolution``           convolutions
+``embedding``             embeddings
+``attention``             scaled dot product attention
+``buffers``               writes to buffers, which a forward in a block leaves out
+``layouts``               orders in memory that vmap cannot make or ask for
+``random_numbers``        memory for random numbers
 """
 
-from vmapsafe.rules import (
-    attention,
-    batch_norm,
-    buffers,
-    convolution,
-    embedding,
-    group_norm,
-    layer_norm,
-    layouts,
-    linear,
-    native_batch_norm,
-    random_numbers,
-    sync,
-)
-
-__all__ = [
-    "attention",
-    "batch_norm",
-    "buffers",
-    "convolution",
-    "embedding",
-    "group_norm",
-    "layer_norm",
-    "layouts",
-    "linear",
-    "native_batch_norm",
-    "random_numbers",
-    "sync",
-]
+from vmapsafe.rules import attention as attention
+from vmapsafe.rules import batch_norm as batch_norm
+from vmapsafe.rules import buffers as buffers
+from vmapsafe.rules import convolution as convolution
+from vmapsafe.rules import embedding as embedding
+from vmapsafe.rules import group_norm as group_norm
+from vmapsafe.rules import instance_norm as instance_norm
+from vmapsafe.rules import layer_norm as layer_norm
+from vmapsafe.rules import layouts as layouts
+from vmapsafe.rules import linear as linear
+from vmapsafe.rules import random_numbers as random_numbers
+from vmapsafe.rules import sync as sync

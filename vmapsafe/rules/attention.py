@@ -12,6 +12,7 @@ from torch import Tensor
 from vmapsafe._call import Call, batch_size, expanded
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
 
+DEVICES = ("cpu",)
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -90,6 +91,6 @@ for _name, _operator, _reference in (
             accepts=_accepts,
             batched=_merged,
             reference=slice_by_slice(_reference),
-            devices=("cpu",),
+            devices=DEVICES,
         )
     )

@@ -1,76 +1,35 @@
-"""Batch norm and instance norm: what normalises a slice, and that nothing is written.
+"""Batch norm: what normalises a slice in each mode, and that nothing is written.
 
 ``F.batch_norm`` is a layer's own call when a covered layer is running; a call on
-weights, as in a weight-standardised convolution, is not, and keeps its meaning.
-
-torch's own kernels (2.13) are silently wrong in two places, and no call goes to them
-there, in no mode:
-
-* in the second derivative with forward mode and in the third by reverse mode, as they
-  hold the saved statistics constant (pytorch/pytorch#196699, #186256);
-* on the CPU in the backward where a dimension has the length 1 and input and gradient
-  lie in memory in two orders. They take both orders for the same.
+weights, as in a weight-standardised convolution, is not, and keeps its meaning. Its
+operators are in ``batch_norm_operators``, mode "sync" in ``sync``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from vmapsafe._call import Call
 from vmapsafe._errors import VmapSafeValueError
 from vmapsafe._modes import MODES, groups_for
 from vmapsafe._rule import FunctionRule, register, slice_by_slice
-from vmapsafe._torch import (
-    autocasts,
-    batched_levels,
-    beyond_reverse_mode,
-    innermost,
-    merging,
-    recorded,
+from vmapsafe._torch import autocasts, innermost, is_wrapped
+from vmapsafe.rules import batch_norm_operators as operators
+from vmapsafe.rules import slow
+from vmapsafe.rules.group_norm import by_groups
+from vmapsafe.rules.normalisation import (
+    has_own_weights,
+    has_several_layouts,
+    of_a_layer,
+    own_statistics,
+    per_channel,
 )
-
-Dims = Sequence[int | None]
-_HALVES = (torch.float16, torch.bfloat16)
-
-
-def of_a_layer(call: Call) -> bool:
-    """Whether a layer that the block covers, and that is not frozen, calls."""
-    return call.site is not None and call.site.layer is not None
-
-
-def _uses_own_statistics(call: Call) -> bool:
-    """Whether the input's statistics are asked for, as by a layer that has no running
-    ones in every mode, and torch would update none but the model's."""
-    return bool(call["training"]) and (
-        of_a_layer(call) or call["running_mean"] is None or writes_statistics(call)
-    )
-
-
-def writes_statistics(call: Call) -> bool:
-    """Whether torch would update running statistics that are the model's buffers."""
-    mean = call["running_mean"]
-    use_input = call.arguments.get("training", call.arguments.get("use_input_stats"))
-    return (
-        bool(use_input)
-        and mean is not None
-        and call.site is not None
-        and call.site.holds(mean)
-    )
-
-
-def has_own_weights(call: Call) -> bool:
-    """Whether each slice has a copy of the layer's weights, to get rows from."""
-    if call.site is None or call.site.copies_at is None:
-        return False
-    given = [p for p in (call["weight"], call["bias"]) if p is not None]
-    return call.site.copies_at in batched_levels(given)
-
+from vmapsafe.rules.precision import wide
+from vmapsafe.rules.recordings import ByKernel, Recording, record_calls
 
 # -- "no_running_stats": the statistics of the slice ---------------------------------
 
@@ -78,19 +37,12 @@ def has_own_weights(call: Call) -> bool:
 def _by_own_statistics(call: Call) -> Tensor:
     x = call["input"]
     if x.numel() == x.size(1):
-        raise VmapSafeValueError(
-            *_one_value(
-                call,
-                "each channel",
-                'Use larger slices, or mode="eval" where there are running statistics',
-            )
+        raise one_value(
+            call,
+            "each channel",
+            'Use larger slices, or mode="eval" where there are running statistics',
         )
     return own_statistics(x, call["weight"], call["bias"], call["eps"])
-
-
-def _plain_batch_norm(call: Call) -> Tensor:
-    x = call["input"]
-    return _normalised(call, x, [d for d in range(x.dim()) if d != 1])
 
 
 register(
@@ -100,7 +52,7 @@ register(
         modes=("no_running_stats",),
         accepts=of_a_layer,
         batched=_by_own_statistics,
-        reference=slice_by_slice(_plain_batch_norm),
+        reference=slice_by_slice(slow.batch_norm),
     )
 )
 
@@ -114,25 +66,22 @@ def _group_norm(call: Call) -> Tensor:
     channels = x.size(1)
     groups = groups_for(channels, call.site.num_groups)
     if x.numel() == x.size(0) * groups:
-        raise VmapSafeValueError(
-            *_one_value(
-                call,
-                f"each of {groups} groups of {channels} channels",
-                "Pass a num_groups that divides the channels into fewer groups (where "
-                'it does not divide them, each channel is a group), or use mode="eval"',
-            )
+        raise one_value(
+            call,
+            f"each of {groups} groups of {channels} channels",
+            "Pass a num_groups that divides the channels into fewer groups (where "
+            'it does not divide them, each channel is a group), or use mode="eval"',
         )
     y = by_groups(x, groups, call["weight"], call["bias"], call["eps"])
     # Of an empty batch vmap forgets the length of the slices (torch 2.13).
     return y if y.shape == x.shape else x.to(y.dtype, copy=True)
 
 
-def _plain_group_norm(call: Call) -> Tensor:
+def _plain_groups(call: Call) -> Tensor:
     assert call.site is not None
-    x = call["input"]
-    groups = groups_for(x.size(1), call.site.num_groups)
-    grouped = x.reshape(x.size(0), groups, x.size(1) // groups, *x.shape[2:])
-    return _normalised(call, grouped, list(range(2, grouped.dim())), x.shape)
+    return slow.group_norm(
+        call, groups_for(call["input"].size(1), call.site.num_groups)
+    )
 
 
 register(
@@ -142,7 +91,7 @@ register(
         modes=("group_norm",),
         accepts=of_a_layer,
         batched=_group_norm,
-        reference=slice_by_slice(_plain_group_norm),
+        reference=slice_by_slice(_plain_groups),
     )
 )
 
@@ -154,10 +103,15 @@ register(
 # by somebody else.
 
 
+def uses_input(call: Call) -> bool:
+    """Whether the statistics of the input are asked for, by batch or instance norm."""
+    flag = "training" if call.function is F.batch_norm else "use_input_stats"
+    return bool(call[flag])
+
+
 def _asks_for_its_own(call: Call) -> bool:
-    asks = call.arguments.get("training", call.arguments.get("use_input_stats"))
     return (
-        bool(asks)
+        uses_input(call)
         and call.site is not None
         and call.site.stays_in_eval
         and call["running_mean"] is not None
@@ -181,30 +135,39 @@ def _staying_in_eval(call: Call) -> Tensor:
     return y
 
 
-register(
-    FunctionRule(
-        name="batch_norm, layers that stay in eval mode",
-        functions=(F.batch_norm,),
-        modes=MODES,
-        accepts=_asks_for_its_own,
-        batched=_staying_in_eval,
-        reference=slice_by_slice(lambda call: _plain_by_running_statistics(call)),
+for _function in (F.batch_norm, F.instance_norm):
+    register(
+        FunctionRule(
+            name=f"{_function.__name__}, layers that stay in eval mode",
+            functions=(_function,),
+            modes=MODES,
+            accepts=_asks_for_its_own,
+            batched=_staying_in_eval,
+            reference=slice_by_slice(slow.by_running_statistics),
+        )
     )
-)
-
-register(
-    FunctionRule(
-        name="instance_norm, layers that stay in eval mode",
-        functions=(F.instance_norm,),
-        modes=MODES,
-        accepts=_asks_for_its_own,
-        batched=_staying_in_eval,
-        reference=slice_by_slice(lambda call: _plain_by_running_statistics(call)),
-    )
-)
 
 
 # -- Every mode: a forward does not write to the running statistics ------------------
+
+
+def _uses_own_statistics(call: Call) -> bool:
+    """Whether the input's statistics are asked for, as by a layer that has no running
+    ones in every mode, and torch would update none but the model's."""
+    return uses_input(call) and (
+        of_a_layer(call) or call["running_mean"] is None or writes_statistics(call)
+    )
+
+
+def writes_statistics(call: Call) -> bool:
+    """Whether torch would update running statistics that are the model's buffers."""
+    mean = call["running_mean"]
+    return (
+        uses_input(call)
+        and mean is not None
+        and call.site is not None
+        and call.site.holds(mean)
+    )
 
 
 register(
@@ -214,63 +177,7 @@ register(
         modes=MODES,
         accepts=_uses_own_statistics,
         batched=_by_own_statistics,
-        reference=slice_by_slice(_plain_batch_norm),
-    )
-)
-
-
-def instance_norm_unwritten(call: Call) -> Tensor:
-    """By the statistics of each sample and channel."""
-    x, weight, bias = call["input"], call["weight"], call["bias"]
-    if x.numel() == x.size(0) * x.size(1):
-        raise VmapSafeValueError(
-            *_one_value(call, "each channel", 'Use larger samples, or mode="eval"')
-        )
-    if torchs_own_fails(x, weight, bias):
-        y = normalised(x, list(range(2, x.dim())), call["eps"])
-        return scaled_and_shifted(y, weight, bias).to(x.dtype)
-    flat = x.flatten(2)
-    if recorded(x, weight, bias):
-        as_channels = flat.reshape(1, -1, flat.size(2))
-        weight, bias = (p if p is None else p.repeat(len(x)) for p in (weight, bias))
-        y = _fused_batch_norm(as_channels, weight, bias, call["eps"])
-    else:
-        y = F.instance_norm(flat, None, None, weight, bias, True, 0.0, call["eps"])
-    return y.view(x.shape)
-
-
-def plain_instance_norm(call: Call) -> Tensor:
-    """Slow form of :func:`instance_norm_unwritten`."""
-    x = call["input"]
-    return _normalised(call, x, list(range(2, x.dim())))
-
-
-def _uses_own_statistics_of_samples(call: Call) -> bool:
-    x: Tensor = call["input"]
-    if call["running_mean"] is not None or not call["use_input_stats"]:
-        return writes_statistics(call)
-    return x.dim() > 2 and x.numel() > x.size(0) * x.size(1)
-
-
-register(
-    FunctionRule(
-        name="instance_norm, statistics of the slice",
-        functions=(F.instance_norm,),
-        modes=("no_running_stats",),
-        accepts=of_a_layer,
-        batched=instance_norm_unwritten,
-        reference=slice_by_slice(plain_instance_norm),
-    )
-)
-
-register(
-    FunctionRule(
-        name="instance_norm, statistics not written",
-        functions=(F.instance_norm,),
-        modes=MODES,
-        accepts=_uses_own_statistics_of_samples,
-        batched=instance_norm_unwritten,
-        reference=slice_by_slice(plain_instance_norm),
+        reference=slice_by_slice(slow.batch_norm),
     )
 )
 
@@ -284,12 +191,11 @@ def _reads_statistics(call: Call) -> bool:
     torch.compile traces it (read in torch 2.13)."""
     x: Tensor = call["input"]
     mean = call["running_mean"]
-    use_input = call.arguments.get("training", call.arguments.get("use_input_stats"))
-    if use_input or mean is None or call["running_var"] is None:
+    if uses_input(call) or mean is None or call["running_var"] is None:
         return False
     as_one = call.function is F.instance_norm  # it makes one sample of all
     if has_own_weights(call) and not as_one:
-        return False  # left to _record
+        return False  # left to _record below
     ambiguous = x.dim() > 3 and as_one or has_several_layouts(x)
     return ambiguous or _torchs_own_crawls(call)
 
@@ -302,32 +208,32 @@ def _torchs_own_crawls(call: Call) -> bool:
 
 def _by_running_statistics(call: Call) -> Tensor:
     if _torchs_own_crawls(call):
-        return by_running_statistics(call)
+        names = ("input", "running_mean", "running_var", "weight", "bias", "eps")
+        return by_running_statistics(*[call[name] for name in names])
     x = call["input"]
     named = ("running_mean", "running_var", "weight", "bias", "eps")
     y = F.batch_norm(x.flatten(2), **{name: call[name] for name in named})
     return y.view(x.shape)
 
 
-def by_running_statistics(call: Call) -> Tensor:
+def by_running_statistics(
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
     """An affine map."""
-    x = wide(call["input"])
-    scale = torch.rsqrt(wide(call["running_var"]) + call["eps"])
-    if call["weight"] is not None:
-        scale = scale * wide(call["weight"])
-    shift = -wide(call["running_mean"]) * scale
-    if call["bias"] is not None:
-        shift = shift + wide(call["bias"])
+    x = wide(input)
+    scale = torch.rsqrt(wide(var) + eps)
+    if weight is not None:
+        scale = scale * wide(weight)
+    shift = -wide(mean) * scale
+    if bias is not None:
+        shift = shift + wide(bias)
     y = torch.addcmul(per_channel(shift, x), x, per_channel(scale, x))
-    return y.to(call["input"].dtype)
-
-
-def _plain_by_running_statistics(call: Call) -> Tensor:
-    x = call["input"]
-    at_channel = [-1 if d == 1 else 1 for d in range(x.dim())]
-    mean = call["running_mean"].reshape(at_channel)
-    var = call["running_var"].reshape(at_channel)
-    return _scaled(call, (x - mean) / torch.sqrt(var + call["eps"]))
+    return y.to(input.dtype)
 
 
 register(
@@ -337,7 +243,7 @@ register(
         modes=MODES,
         accepts=_reads_statistics,
         batched=_by_running_statistics,
-        reference=slice_by_slice(_plain_by_running_statistics),
+        reference=slice_by_slice(slow.by_running_statistics),
     )
 )
 
@@ -350,17 +256,12 @@ register(
 # With three dimensions there is one layout.
 
 
-def has_several_layouts(x: Tensor) -> bool:
-    """Whether the input of a batch norm is such a batch."""
-    return x.dim() > 3 and 1 in x.shape and x.device.type == "cpu"
-
-
 def _is_batch_of_one(call: Call) -> bool:
-    # Rows from copies are left to _record.
+    # Calls with own weights are left to _record below.
     return has_several_layouts(call["input"]) and not has_own_weights(call)
 
 
-def _with_one_layout(call: Call) -> Tensor:
+def with_one_layout(call: Call) -> Tensor:
     x: Tensor = call["input"]
     flat = {**call.arguments, "input": x.flatten(2)}
     y: Tensor = call.function(**flat)
@@ -369,8 +270,8 @@ def _with_one_layout(call: Call) -> Tensor:
 
 def _plain_batch_of_one(call: Call) -> Tensor:
     if call["training"] or call["running_mean"] is None:
-        return _plain_batch_norm(call)
-    return _plain_by_running_statistics(call)
+        return slow.batch_norm(call)
+    return slow.by_running_statistics(call)
 
 
 register(
@@ -379,263 +280,16 @@ register(
         functions=(F.batch_norm,),
         modes=MODES,
         accepts=_is_batch_of_one,
-        batched=_with_one_layout,
+        batched=with_one_layout,
         reference=slice_by_slice(_plain_batch_of_one),
     )
 )
 
 
-def _has_several_layouts(call: Call) -> bool:
-    x: Tensor = call["input"]
-    return x.dim() > 3 and x.device.type == "cpu"
-
-
-def _plain_instance_norm_of_both_kinds(call: Call) -> Tensor:
-    if call["use_input_stats"] or call["running_mean"] is None:
-        return plain_instance_norm(call)
-    return _plain_by_running_statistics(call)
-
-
-register(
-    FunctionRule(
-        name="instance_norm, all positions in one dimension",
-        functions=(F.instance_norm,),
-        modes=MODES,
-        accepts=_has_several_layouts,
-        batched=_with_one_layout,
-        reference=slice_by_slice(_plain_instance_norm_of_both_kinds),
-    )
-)
-
-
-# -- What they share -------------------------------------------------------------------
-
-
-def own_statistics(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """Batch norm by the statistics of ``x`` itself."""
-    if torchs_own_fails(x, weight, bias):
-        y = normalised(x, [d for d in range(x.dim()) if d != 1], eps)
-        return scaled_and_shifted(y, weight, bias).to(x.dtype)
-    flat = x.flatten(2) if has_several_layouts(x) else x
-    if recorded(x, weight, bias):
-        y = _fused_batch_norm(flat, weight, bias, eps)
-    else:
-        y = F.batch_norm(flat, None, None, weight, bias, True, 0.0, eps)
-    return y.view(x.shape)
-
-
-def by_groups(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """Group norm."""
-    fails = torchs_own_fails(x, weight, bias)
-    if not fails and not batched_levels((x,)):
-        # torch's backward can end the process where channels lie last (2.13).
-        return F.group_norm(x.contiguous(), groups, weight, bias, eps)
-    grouped = x.reshape(x.size(0), groups, x.shape[1:].numel() // groups)
-    if fails:
-        y = normalised(grouped, [2], eps).reshape(x.shape)
-        given = F.group_norm(specimen(x), 1).dtype
-        return scaled_and_shifted(y, weight, bias).to(given)
-    # torch's group norm asks for a layout that vmap cannot tell; layer norm does not.
-    y = fused_layer_norm(grouped, grouped.shape[2:], None, None, eps)
-    return scaled_and_shifted(y.reshape(x.shape), weight, bias)
-
-
-def fused_layer_norm(
-    x: Tensor,
-    shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """Layer norm where :func:`torchs_own_fails` says no."""
-    if not recorded(x, weight, bias):
-        return F.layer_norm(x, shape, weight, bias, eps)
-
-    def plain(*tensors: Tensor | None) -> Tensor:
-        y: Tensor = LayerNorm.apply(*tensors, tuple(shape), eps)
-        return y
-
-    def merged(size: int, dims: Dims, tensors: Sequence[Tensor | None]) -> Tensor:
-        x, weight, bias = tensors
-        assert x is not None
-        if dims[1] is None and dims[2] is None:
-            assert dims[0] is not None
-            return merging(merged, plain, (x.movedim(dims[0], 0), weight, bias))
-        x, weight, bias = _expanded(size, dims, tensors)
-        y = merging(merged, plain, (x, None, None))
-        ones = [1 for _ in range(x.dim() - 1 - len(shape))]
-        if weight is not None:
-            y = y * weight.reshape(size, *ones, *shape)
-        if bias is not None:
-            y = y + bias.reshape(size, *ones, *shape)
-        return y
-
-    return merging(merged, plain, (x, weight, bias))
-
-
-def _fused_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """Batch norm by the statistics of ``x``, where :func:`recorded` says yes."""
-
-    def plain(*tensors: Tensor | None) -> Tensor:
-        y: Tensor = BatchNorm.apply(*tensors, eps)
-        return y
-
-    def merged(size: int, dims: Dims, tensors: Sequence[Tensor | None]) -> Tensor:
-        x, *affine = _expanded(size, dims, tensors)
-        n, channels = x.shape[1:3]
-        affine = [p if p is None else p.flatten() for p in affine]
-        as_channels = x.movedim(1, 0).reshape(n, size * channels, *x.shape[3:])
-        y = merging(merged, plain, (as_channels, *affine))
-        return y.view(n, size, channels, *x.shape[3:]).movedim(1, 0)
-
-    return merging(merged, plain, (x, weight, bias))
-
-
-class BatchNorm(Function):
-    """torch's kernel by the statistics of ``x``, where only plain autograd takes
-    derivatives: the first by torch's kernel, all others written out."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> Tensor:
-        found = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-        ctx.save_for_backward(x, weight, bias, *found[1:])
-        ctx.eps = eps
-        return found[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        asked = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            y = normalised(x, [d for d in range(x.dim()) if d != 1], ctx.eps)
-            y = scaled_and_shifted(y, weight, bias).to(x.dtype)
-            return *_gradients(y, (x, weight, bias), asked, grads[0]), None
-        rest = None, None, mean, rstd, True, ctx.eps, asked
-        backward = torch.ops.aten.native_batch_norm_backward
-        return *backward(grads[0], x, weight, *rest), None
-
-
-class LayerNorm(Function):
-    """As :class:`BatchNorm`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        shape: tuple[int, ...],
-        eps: float,
-    ) -> Tensor:
-        found = torch.native_layer_norm(x, shape, weight, bias, eps)
-        ctx.save_for_backward(x, weight, bias, *found[1:])
-        ctx.shape, ctx.eps = shape, eps
-        return found[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        asked = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            y = layer_norm_written_out(x, ctx.shape, weight, bias, ctx.eps).to(x.dtype)
-            return *_gradients(y, (x, weight, bias), asked, grads[0]), None, None
-        # The kernel on the CPU reads the incoming gradient as if it were contiguous.
-        given = grads[0].contiguous(), x, ctx.shape, mean, rstd, weight, bias, asked
-        return *torch.ops.aten.native_layer_norm_backward(*given), None, None
-
-
-def _expanded(size: int, dims: Dims, tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Each with a batch dimension in front."""
-    batches = []
-    for t, dim in zip(tensors, dims):
-        if t is not None:
-            t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-        batches.append(t)
-    return batches
-
-
-def _gradients(
-    y: Tensor, inputs: Sequence[Tensor | None], asked: Sequence[bool], grad: Tensor
-) -> list[Tensor | None]:
-    """Those that can be differentiated again."""
-    wanted = [t for t, ask in zip(inputs, asked) if ask and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-    return [next(found) if ask else None for ask in asked]
-
-
-def layer_norm_written_out(
-    x: Tensor,
-    shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """In plain operations; wide."""
-    y = normalised(x, list(range(-len(shape), 0)), eps)
-    if weight is not None:
-        y = y * wide(weight)
-    if bias is not None:
-        y = y + wide(bias)
-    return y
-
-
-def torchs_own_fails(x: Tensor, *affine: Tensor | None) -> bool:
-    """Whether torch's own normalisation by statistics of ``x`` is not right in every
-    derivative that may be taken, or raises under vmap, as it does where weights are
-    wider than the input, under autocast say."""
-    return (
-        beyond_reverse_mode(x, *affine)
-        or autocasts(x.device)
-        or x.dtype in _HALVES
-        and any([t is not None and t.dtype == torch.float32 for t in affine])
-    )
-
-
-def normalised(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    """In plain operations, which can be differentiated any number of times; wide."""
-    x = wide(x)
-    centred = x - x.mean(dims, keepdim=True)
-    var = centred.square().mean(dims, keepdim=True)
-    return centred * torch.rsqrt(var + eps)
-
-
-def specimen(x: Tensor) -> Tensor:
-    """Two numbers like those of ``x``, to see which dtype autocast makes of them."""
-    return torch.ones((1, 1, 2), dtype=x.dtype, device=x.device)
-
-
-def scaled_and_shifted(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """y * weight + bias, by channel."""
-    if weight is not None:
-        y = y * per_channel(weight, y)
-    if bias is not None:
-        y = y + per_channel(bias, y)
-    return y
-
-
-def wide(x: Tensor) -> Tensor:
-    """In the dtype in which torch's kernels normalise."""
-    return x.float() if x.dtype in _HALVES else x
-
-
-def per_channel(values: Tensor, y: Tensor) -> Tensor:
-    """(C,) in the shape that broadcasts against ``y`` (N, C, ...)."""
-    return values.reshape([len(values) if d == 1 else 1 for d in range(y.dim())])
-
-
-def _one_value(call: Call, per: str, do: str) -> tuple[str, str, str]:
-    """The parts of an error: one value has no spread, so normalised it is 0, and the
-    output is the bias."""
+def one_value(call: Call, per: str, do: str) -> VmapSafeValueError:
+    """One value has no spread: normalised it is 0, and the output is the bias."""
     assert call.site is not None
-    return (
+    return VmapSafeValueError(
         f"{call.function.__name__} of {call.site.path()}",
         f"input of shape {tuple(call['input'].shape)} has one value for {per}, which "
         "would leave only the bias",
@@ -643,21 +297,57 @@ def _one_value(call: Call, per: str, do: str) -> tuple[str, str, str]:
     )
 
 
-def _normalised(
-    call: Call, x: Tensor, dims: list[int], shape: torch.Size | None = None
+# -- Rows ------------------------------------------------------------------------------
+
+
+def _record(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> ByKernel | None:
+    statistics = (None, None) if training else (running_mean, running_var)
+    if not training and any([s is None or is_wrapped(s) for s in statistics]):
+        return None
+    given = [t for t in (weight, bias, *statistics) if t is not None]
+    if not all([t.dtype == input.dtype and t.dim() == 1 for t in given]):
+        return None
+    if not input.numel():
+        return None
+
+    def forward(x: Tensor) -> Sequence[Tensor]:
+        return operators.forward(x, weight, bias, *statistics, eps)
+
+    def backward(
+        grad: Tensor, x: Tensor, saved: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        return operators.backward(grad, x, weight, *statistics, saved, eps, wanted)
+
+    return ByKernel(forward, backward)
+
+
+def _otherwise(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias, as written (Ioffe and Szegedy,
-    https://arxiv.org/abs/1502.03167, algorithm 1)."""
-    mean = x.mean(dims, keepdim=True)
-    var = ((x - mean) ** 2).mean(dims, keepdim=True)
-    y = (x - mean) / torch.sqrt(var + call["eps"])
-    return _scaled(call, y.reshape(shape or x.shape))
+    own_weights = any([p is not None and is_wrapped(p) for p in (weight, bias)])
+    if own_weights and not training and running_mean is not None:
+        assert running_var is not None
+        statistics = running_mean, running_var
+        return by_running_statistics(input, *statistics, weight, bias, eps)
+    x = input.flatten(2) if has_several_layouts(input) else input
+    rest = running_mean, running_var, weight, bias, training, momentum, eps
+    return F.batch_norm(x, *rest).view(input.shape)
 
 
-def _scaled(call: Call, y: Tensor) -> Tensor:
-    at_channel = [-1 if d == 1 else 1 for d in range(y.dim())]
-    if call["weight"] is not None:
-        y = y * call["weight"].reshape(at_channel)
-    if call["bias"] is not None:
-        y = y + call["bias"].reshape(at_channel)
-    return y
+record_calls(F.batch_norm, Recording(_record, otherwise=_otherwise))

@@ -1,8 +1,8 @@
-"""The backward of a convolution, of one sample each: a faster batching rule.
+"""Convolutions: a faster batching rule of the backward, and the rows of the weight.
 
 Under ``vmap(grad)`` torch computes the weight gradients of all samples as one
 convolution with a group a sample. Where that loses, one of ``ALGORITHMS`` takes its
-place; where is a matter of the machine, see ``regimes``.
+place; where is a matter of the machine, see ``convolution_regimes``.
 
 Tried on a CPU and beaten everywhere: a product for each position of the kernel, with or
 without a copy of what it sees; an ordinary convolution a sample; ``F.unfold``, which
@@ -17,6 +17,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +28,9 @@ from torch import Tensor
 from vmapsafe._call import Call, batch_first, batch_size
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_plain, multiplies_exactly, unwatched
-from vmapsafe.rules.regimes import REGIMES, regimes
+from vmapsafe.rules.convolution_regimes import REGIMES
+from vmapsafe.rules.formulas import Bias, Formula, Memory, Products, times
+from vmapsafe.rules.recordings import ByFormulas, Recording, record_calls
 
 _backward = torch.ops.aten.convolution_backward.default
 
@@ -54,9 +58,10 @@ def algorithm(call: Call) -> str:
     seen_by = x if call["transposed"] else grad
     positions = seen_by.numel() // (batch_size(call) * outputs)
     shape = (len(kernel), math.prod(kernel), groups, channels, outputs // groups)
-    for row in regimes(weight.device).convolutions:
-        if row.holds(*shape, positions):
-            return row.algorithm
+    regime = REGIMES.get(weight.device.type)
+    for winner in regime.winners if regime else ():
+        if winner.holds(*shape, positions):
+            return winner.algorithm
     return "torch"
 
 
@@ -152,7 +157,7 @@ def _plain_products(
     else:
         result = out.view(shape_of_result)
     padding = call["padding"]
-    step = max(1, regimes(x.device).columns // (groups * columns * positions))
+    step = max(1, REGIMES[x.device.type].columns // (groups * columns * positions))
     copies = room = None
     as_it_is = columns == channels and not any(padding)  # a kernel of one position
     if as_it_is and x.shape[1:].numel() == groups * columns * positions:
@@ -272,3 +277,134 @@ register(
         devices=REGIMES,
     )
 )
+
+
+# -- Rows ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weight(Products):
+    """``F.conv1d`` to ``3d``: x (B, N, C, *S), grad (B, N, O, *L)."""
+
+    weight: Tensor
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+    def columns(self, x: Tensor) -> Tensor:
+        return seen_by_kernel(self._call(x, x), x)
+
+    def outputs(self, grad: Tensor) -> Tensor:
+        return grad.movedim(2, 1).flatten(2)
+
+    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
+        call = self._call(x, grad)
+        winner = algorithm(call)
+        if winner in ALGORITHMS:
+            return ALGORITHMS[winner](call, grad, x, out and out())
+        regime = REGIMES.get(x.device.type)
+        if not regime or len(grad) * self.shape.numel() < regime.one_by_one:
+            return self._groups(x, grad)
+        rows = out() if out else grad.new_empty(len(grad), *self.shape)
+        for row, one_x, one_grad in zip(rows, x, grad):
+            row.copy_(self._ordinary(one_x, one_grad))
+        return rows
+
+    def norms(self, x: Tensor, grad: Tensor) -> Tensor:
+        products = set(self.dilation) == {1} and products_are_exact(self.weight)
+        if self.groups == 1 and products:
+            return super().norms(x, grad)
+        return Formula.norms(self, x, grad)
+
+    def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
+        dtype = grad.dtype
+        x, grad = times(x, grad, factors)
+        return self._ordinary(x.flatten(0, 1), grad.flatten(0, 1)).to(dtype)
+
+    def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """(B, N, C, *S), in the dtype of the two."""
+        return input_gradient(self._call(x, grad), grad, x)
+
+    def _ordinary(self, x: Tensor, grad: Tensor) -> Tensor:
+        """The weight gradient of one batch: x (N, C, *S), grad (N, O, *L)."""
+        return _weight_gradient(self._call(x, grad).arguments)
+
+    def _groups(self, x: Tensor, grad: Tensor) -> Tensor:
+        """One convolution of (N, B * C, *S) with the groups of all samples, as torch's
+        own batching rule has it, without what vmap takes to begin."""
+        size, (outputs, *rest) = len(x), self.shape
+        merged = {
+            "grad_output": grad.movedim(0, 1).flatten(1, 2),
+            "input": x.movedim(0, 1).flatten(1, 2),
+            # Of which only the shape counts.
+            "weight": self.weight.new_empty(()).expand(size * outputs, *rest),
+            "groups": size * self.groups,
+        }
+        arguments = {**self._call(x, grad).arguments, **merged}
+        return _weight_gradient(arguments).view(size, *self.shape)
+
+    def _call(self, x: Tensor, grad: Tensor) -> Call:
+        arguments = {
+            "grad_output": grad,
+            "input": x,
+            "weight": self.weight.to(grad.dtype),
+            "bias_sizes": None,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "transposed": False,
+            "output_padding": [0 for _ in self.stride],
+            "groups": self.groups,
+            "output_mask": [False, True, False],
+        }
+        in_dims = {"grad_output": 0, "input": 0, "weight": None}
+        return Call(_backward, arguments, None, in_dims)
+
+
+def _weight_gradient(arguments: Mapping[str, Any]) -> Tensor:
+    found: Tensor
+    _, found, _ = _backward(*arguments.values())
+    return found
+
+
+def _record(
+    function: Callable[..., Tensor],
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> ByFormulas | None:
+    if input.dim() != dims + 3:
+        return None
+    stride, dilation = _each(stride, dims), _each(dilation, dims)
+    if padding == "same":
+        widths = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
+        if any([width % 2 for width in widths]):
+            return None
+        padding = [width // 2 for width in widths]
+    padding = _each(0 if padding == "valid" else padding, dims)
+    options = (stride, padding, dilation, groups)
+    formula = Weight(weight.shape, weight, *options)
+    formulas: dict[str, Formula] = {"weight": formula}
+    if bias is not None:
+        formulas["bias"] = Bias(bias.shape, 2)
+
+    def forward(x: Tensor) -> Tensor:
+        merged = function(x.flatten(0, 1), weight, bias, *options)
+        return merged.view(*x.shape[:2], *merged.shape[1:])
+
+    return ByFormulas(forward, formula.input_gradient, formulas)
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dims if len(values) == 1 else values
+
+
+for _dims, _function in enumerate((F.conv1d, F.conv2d, F.conv3d), 1):
+    record_calls(_function, Recording(partial(_record, _function, _dims)))

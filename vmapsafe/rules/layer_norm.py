@@ -12,6 +12,7 @@ kernels, which torch's own do not.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,14 +23,33 @@ from vmapsafe._call import Call, batch_first, expanded
 from vmapsafe._modes import MODES
 from vmapsafe._rule import FunctionRule, OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_differentiated, is_plain, recorded
-from vmapsafe.rules.batch_norm import (
+from vmapsafe.rules import slow
+from vmapsafe.rules.normalisation import (
     fused_layer_norm,
     has_own_weights,
     layer_norm_written_out,
     specimen,
     torchs_own_fails,
 )
-from vmapsafe.rules.regimes import regimes
+
+
+@dataclass(frozen=True)
+class Regime:
+    """From which numbers on ours wins.
+
+    Attributes:
+        batch: numbers in the whole batch.
+        slice: numbers in a slice from which on a call of torch's kernel a slice wins:
+            it needs no memory for what it sums up.
+    """
+
+    batch: int
+    slice: int
+
+
+# By type of device; without an entry torch's own rules run. Measured by
+# bench/thresholds/layers.py on an x86 server core, float32, torch 2.13.
+REGIMES = {"cpu": Regime(batch=2**17, slice=2**13)}
 
 _forward = torch.ops.aten.native_layer_norm.default
 _backward = torch.ops.aten.native_layer_norm_backward.default
@@ -46,7 +66,7 @@ def _accepts(call: Call) -> bool:
 
 
 def _is_worth(x: Tensor) -> bool:
-    return x.numel() >= max(1, regimes(x.device).layer_norm)
+    return x.numel() >= max(1, REGIMES[x.device.type].batch)
 
 
 def _has_affine(call: Call, dtype: torch.dtype) -> bool:
@@ -68,17 +88,24 @@ _SAVED = ("grad_out", "input", "mean", "rstd")
 
 
 def _accepts_backward(call: Call) -> bool:
+    return (
+        _has_one_dtype(call)
+        and _is_worth(call["input"])
+        and _shares_affine(call)
+        and all([call.in_dims[name] is not None for name in _SAVED])
+    )
+
+
+def _is_differentiated(call: Call) -> bool:
+    return _has_one_dtype(call) and is_differentiated(call["input"])
+
+
+def _has_one_dtype(call: Call) -> bool:
     x = call["input"]
     return (
         x.numel() > 0
         and _has_affine(call, x.dtype)
         and all([call[name].dtype == x.dtype for name in _SAVED])
-        and (
-            is_differentiated(x)
-            or _is_worth(x)
-            and _shares_affine(call)
-            and all([call.in_dims[name] is not None for name in _SAVED])
-        )
     )
 
 
@@ -89,17 +116,26 @@ def _merged(call: Call) -> tuple[Tensor, ...]:
 
 
 def _merged_backward(call: Call) -> tuple[Tensor | None, ...]:
+    batches = _batches(call)
+    x, least = batches["input"], REGIMES[call["input"].device.type].slice
+    by_kernel = is_plain(x) and x.shape[1:].numel() >= least
+    rows = (_rows_by_kernel if by_kernel else _rows)(call, batches)
+    return _gradient_of_input(call, batches), *rows
+
+
+def _differentiated_backward(call: Call) -> tuple[Tensor | None, ...]:
+    batches = _batches(call)
+    return _gradient_of_input(call, batches), *_rows(call, batches)
+
+
+def _batches(call: Call) -> dict[str, Tensor]:
     # The kernel on the CPU reads the incoming gradient as if it were contiguous.
-    batches = {name: expanded(call, name).contiguous() for name in _SAVED}
-    wants_input, *wanted = call["output_mask"]
-    of_input = _gradient_of_input(call, batches) if wants_input else None
-    x = batches["input"]
-    if is_plain(x) and x.shape[1:].numel() >= regimes(x.device).layer_norm_slice:
-        return of_input, *_rows_by_kernel(call, batches, wanted)
-    return of_input, *_rows(call, batches, wanted)
+    return {name: expanded(call, name).contiguous() for name in _SAVED}
 
 
-def _gradient_of_input(call: Call, batches: dict[str, Tensor]) -> Tensor:
+def _gradient_of_input(call: Call, batches: dict[str, Tensor]) -> Tensor | None:
+    if not call["output_mask"][0]:
+        return None
     changed: dict[str, Any] = {**batches, "output_mask": [True, False, False]}
     if not _shares_affine(call):
         grad = batches["grad_out"]
@@ -111,10 +147,8 @@ def _gradient_of_input(call: Call, batches: dict[str, Tensor]) -> Tensor:
     return found
 
 
-def _rows_by_kernel(
-    call: Call, batches: dict[str, Tensor], wanted: list[bool]
-) -> list[Tensor | None]:
-    rows = []
+def _rows_by_kernel(call: Call, batches: dict[str, Tensor]) -> list[Tensor | None]:
+    rows, wanted = [], call["output_mask"][1:]
     for i in range(len(batches["input"])):
         one = {name: batch[i] for name, batch in batches.items()}
         mask = [False, *wanted]
@@ -123,12 +157,10 @@ def _rows_by_kernel(
     return [torch.stack(row) if want else None for row, want in zip(zip(*rows), wanted)]
 
 
-def _rows(
-    call: Call, batches: dict[str, Tensor], wanted: list[bool]
-) -> list[Tensor | None]:
+def _rows(call: Call, batches: dict[str, Tensor]) -> list[Tensor | None]:
     """The sums of g x̂ and of g over what the slices normalise."""
     grad, x, mean, rstd = batches.values()
-    wants_weight, wants_bias = wanted
+    _, wants_weight, wants_bias = call["output_mask"]
     last = len(call["normalized_shape"])
     dims = list(range(1, x.dim() - last))
     of_weight = of_bias = None
@@ -161,10 +193,13 @@ def _as_functions(
 
 def _torchs_own_fails(call: Call) -> bool:
     x, shape = call["input"], tuple(call["normalized_shape"])
-    if tuple(x.shape[x.dim() - len(shape) :]) != shape or has_own_weights(call):
-        return False  # for torch to refuse, or left to _record
+    if tuple(x.shape[x.dim() - len(shape) :]) != shape:
+        return False  # for torch to refuse
     tensors = x, call["weight"], call["bias"]
-    return torchs_own_fails(*tensors) or recorded(*tensors)
+    if torchs_own_fails(*tensors):
+        return True
+    # Of rows, for which slices have weights of their own, there is one derivative.
+    return recorded(*tensors) and not has_own_weights(call)
 
 
 def _right(call: Call) -> Tensor:
@@ -182,8 +217,7 @@ def _plain(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Ba et al., https://arxiv.org/abs/1607.06450, section 3.1."""
     x = call["input"]
     dims = list(range(-len(call["normalized_shape"]), 0))
-    mean = x.mean(dims, keepdim=True)
-    rstd = 1 / torch.sqrt(((x - mean) ** 2).mean(dims, keepdim=True) + call["eps"])
+    mean, rstd = slow.statistics(x, dims, call["eps"])
     y = (x - mean) * rstd
     y = y if call["weight"] is None else y * call["weight"]
     y = y if call["bias"] is None else y + call["bias"]
@@ -230,7 +264,7 @@ register(
         accepts=_accepts,
         batched=_merged,
         reference=slice_by_slice(_plain),
-        devices=None,
+        devices=REGIMES,
     )
 )
 register(
@@ -239,6 +273,16 @@ register(
         operator=_backward,
         accepts=_accepts_backward,
         batched=_merged_backward,
+        reference=slice_by_slice(_plain_backward),
+        devices=REGIMES,
+    )
+)
+register(
+    OperatorRule(
+        name="native_layer_norm_backward, differentiated again",
+        operator=_backward,
+        accepts=_is_differentiated,
+        batched=_differentiated_backward,
         reference=slice_by_slice(_plain_backward),
         devices=None,
     )

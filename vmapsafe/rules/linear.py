@@ -1,4 +1,4 @@
-"""Linear layers, of one sample each: a faster batching rule.
+"""Linear layers: a faster batching rule, and the rows of weight and bias.
 
 The forward is one fused call where torch multiplies and then adds the bias. The rows of
 the weight are products of a batch of matrices in torch's rule, which nothing beats.
@@ -6,12 +6,22 @@ the weight are products of a batch of matrices in torch's rule, which nothing be
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmapsafe._call import Call, batch_first
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
-from vmapsafe.rules.regimes import REGIMES, regimes
+from vmapsafe.rules.formulas import Bias, Formula, Memory, Products, times
+from vmapsafe.rules.recordings import ByFormulas, Recording, record_calls
+
+# Numbers in the output of the whole batch from which on one fused product and sum wins,
+# by type of device. Measured by bench/thresholds/layers.py on an x86 server core,
+# float32, torch 2.13.
+REGIMES = {"cpu": 2**17}
 
 _addmm = torch.ops.aten.addmm.default
 
@@ -20,7 +30,7 @@ def _adds_a_bias(call: Call) -> bool:
     bias, x, weight = call["self"], call["mat1"], call["mat2"]
     numbers = x.numel() // max(1, len(weight)) * weight.size(-1)
     return (
-        numbers >= regimes(x.device).linear
+        numbers >= REGIMES[x.device.type]
         and call.in_dims["mat1"] is not None
         and call.in_dims["mat2"] is None
         and call.in_dims["self"] is None
@@ -54,3 +64,48 @@ register(
         devices=REGIMES,
     )
 )
+
+
+# -- Rows ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weight(Products):
+    """``F.linear``: x (B, ..., C), grad (B, ..., O), weight (O, C)."""
+
+    def columns(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), math.prod(x.shape[1:-1]), x.size(-1)).mT
+
+    def outputs(self, grad: Tensor) -> Tensor:
+        return self.columns(grad)
+
+    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
+        a, b = self.outputs(grad), self.columns(x)
+        if a.size(2) == 1:  # the outer product, written once
+            return torch.mul(a, b.mT, out=out and out())
+        return torch.bmm(a, b.mT, out=out and out())
+
+    def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
+        dtype = grad.dtype
+        x, grad = times(x, grad, factors)
+        return (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(dtype)
+
+
+def _record(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> ByFormulas | None:
+    if input.dim() < 2 or weight.dim() != 2:
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:  # it broadcasts
+        return None
+    formulas: dict[str, Formula] = {"weight": Weight(weight.shape)}
+    if bias is not None:
+        formulas["bias"] = Bias(bias.shape, -1)
+    return ByFormulas(
+        forward=lambda x: F.linear(x, weight, bias),
+        input_gradient=lambda x, grad: grad @ weight.to(grad.dtype),
+        formulas=formulas,
+    )
+
+
+record_calls(F.linear, Recording(_record))

@@ -35,7 +35,7 @@ from torch.autograd import Function
 
 from vmapsafe._call import Call, Site
 from vmapsafe._errors import VmapSafeRuntimeError, VmapSafeValueError
-from vmapsafe._rule import FunctionRule, register, slice_by_slice
+from vmapsafe._rule import FunctionRule, register
 from vmapsafe._torch import (
     current_level,
     derivatives_inside,
@@ -43,16 +43,15 @@ from vmapsafe._torch import (
     vmap_size,
     whole_while_compiling,
 )
-from vmapsafe.rules.batch_norm import (
+from vmapsafe.rules import slow
+from vmapsafe.rules.normalisation import (
     has_own_weights,
-    instance_norm_unwritten,
     of_a_layer,
     own_statistics,
     per_channel,
-    plain_instance_norm,
     scaled_and_shifted,
-    wide,
 )
+from vmapsafe.rules.precision import wide
 
 Levels = tuple[int, ...]
 
@@ -355,17 +354,10 @@ def _update(call: Call, merged: Levels, group: Any) -> None:
 
 
 def _whole_batch(call: Call) -> Tensor:
-    """The plain formula on the merged batch, slices put back."""
+    """Of the merged batch, slices put back."""
     x: Tensor = call["input"]
-    dims = [d for d in range(x.dim()) if d != 2]
-    centred = x - x.mean(dims, keepdim=True)
-    y: Tensor = centred / ((centred**2).mean(dims, keepdim=True) + call["eps"]).sqrt()
-    at_channel = [1, 1, -1] + [1] * (x.dim() - 3)
-    if call["weight"] is not None:
-        y = y * call["weight"].reshape(at_channel)
-    if call["bias"] is not None:
-        y = y + call["bias"].reshape(at_channel)
-    return y
+    merged = {**call.arguments, "input": x.flatten(0, 1)}
+    return slow.batch_norm(Call(call.function, merged)).view(x.shape)
 
 
 register(
@@ -376,40 +368,5 @@ register(
         accepts=of_a_layer,
         batched=_across_slices,
         reference=_whole_batch,
-    )
-)
-
-
-# -- Instance norm ---------------------------------------------------------------------
-
-
-def _instance_norm(call: Call) -> Tensor:
-    """Samples are normalised one by one: only the running statistics are merged."""
-    site, x = call.site, call["input"]
-    assert site is not None
-    y = instance_norm_unwritten(call)
-    if site.update_running_stats:
-        UpdateRunningStats.apply(
-            x,
-            call["running_mean"],
-            call["running_var"],
-            None,  # torch's instance norm does not count
-            call["momentum"],
-            "instance_norm",
-            site.merged_levels(x),
-            None,
-            site.path(),
-        )
-    return y
-
-
-register(
-    FunctionRule(
-        name="instance_norm, running statistics across the vmapped axis",
-        functions=(F.instance_norm,),
-        modes=("sync",),
-        accepts=of_a_layer,
-        batched=_instance_norm,
-        reference=slice_by_slice(plain_instance_norm),
     )
 )

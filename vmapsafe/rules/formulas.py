@@ -27,24 +27,14 @@ such samples are computed again from rows, each divided by its largest entry.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vmapsafe._call import Call
 from vmapsafe._torch import is_plain
-from vmapsafe.rules.batch_norm import wide
-from vmapsafe.rules.convolution import (
-    ALGORITHMS,
-    algorithm,
-    input_gradient,
-    products_are_exact,
-    seen_by_kernel,
-)
-from vmapsafe.rules.regimes import regimes
+from vmapsafe.rules.precision import wide
 
 Memory = Callable[[], Tensor]
 
@@ -66,14 +56,14 @@ class Formula:
 
     def norms(self, x: Tensor, grad: Tensor) -> Tensor:
         """(B,), the norms of the rows."""
-        parts = [norms_of(self.rows(*part)) for part in self._few(x, grad)]
+        parts = [norms_of(self.rows(*part)) for part in self.few(x, grad)]
         return torch.cat(parts)
 
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
         """(*shape): the sum of the rows, each times its factor, a number (B,)."""
         return weighted_sum(self.rows(x, grad), factors)
 
-    def _few(
+    def few(
         self, x: Tensor, grad: Tensor, numbers: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Few samples at a time, so that ``numbers`` a sample stay in the cache."""
@@ -85,7 +75,7 @@ class Formula:
 def norms_of(rows: Tensor) -> Tensor:
     """(B,) of (B, ...); half precision in float32."""
     rows = wide(rows).unsqueeze(-1).flatten(1)
-    if not _can_look(rows):
+    if not can_look(rows):
         return _norms_of_scaled(rows)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     low, high = _range(norms.dtype)
@@ -108,7 +98,7 @@ def _scaled_to_one(x: Tensor) -> tuple[Tensor, Tensor]:
         return x, flat.new_ones(len(flat))
     scale = flat.abs().amax(1)
     scale = torch.where((scale > 0) & scale.isfinite(), scale, 1)
-    return x / _at(scale, x), scale
+    return x / at_samples(scale, x), scale
 
 
 def _range(dtype: torch.dtype) -> tuple[float, float]:
@@ -117,7 +107,7 @@ def _range(dtype: torch.dtype) -> tuple[float, float]:
     return numbers.tiny * 2.0**40, numbers.max * 2.0**-10
 
 
-def _can_look(x: Tensor) -> bool:
+def can_look(x: Tensor) -> bool:
     """Whether the numbers may be read: on the CPU, where that is cheap, and where no
     transform, autograd or compiler watches."""
     return not torch.compiler.is_compiling() and x.device.type == "cpu" and is_plain(x)
@@ -158,7 +148,7 @@ class Made(_Small):
         return x
 
 
-class _Products(Formula):
+class Products(Formula):
     """A matrix product at each of T positions."""
 
     def columns(self, x: Tensor) -> Tensor:
@@ -180,7 +170,7 @@ class _Products(Formula):
         if positions * of_weight >= numbers:
             return super().norms(x, grad)
         parts = []
-        for some_x, some_grad in self._few(x, grad, positions * of_weight):
+        for some_x, some_grad in self.few(x, grad, positions * of_weight):
             a, b = wide(self.columns(some_x)), wide(self.outputs(some_grad))
             parts.append(_norms_of_products(a, b))
         return torch.cat(parts)
@@ -188,7 +178,7 @@ class _Products(Formula):
 
 def _norms_of_products(a: Tensor, b: Tensor) -> Tensor:
     """(B,), of b_i a_i^T, from (B, C, T) and (B, O, T)."""
-    if not _can_look(a):
+    if not can_look(a):
         (a, of_a), (b, of_b) = _scaled_to_one(a), _scaled_to_one(b)
         squares = (torch.bmm(a.mT, a) * torch.bmm(b.mT, b)).flatten(1).sum(1)
         found = squares.clamp_min(0).sqrt().double() * of_a * of_b
@@ -202,10 +192,10 @@ def _norms_of_products(a: Tensor, b: Tensor) -> Tensor:
         norm = norms_of(torch.bmm(other, one.mT))
         return norm.double() * of_a * of_b
 
-    return _roots(squares, most, again)
+    return roots_of(squares, most, again)
 
 
-def _roots(
+def roots_of(
     squares: Tensor, most: Sequence[Tensor], again: Callable[[int], Tensor]
 ) -> Tensor:
     """(B,): of each of ``squares``, which is at most the product of ``most``.
@@ -228,177 +218,18 @@ def _roots(
     return norms
 
 
-@dataclass(frozen=True)
-class Linear(_Products):
-    """``F.linear``: x (B, ..., C), grad (B, ..., O), weight (O, C)."""
-
-    def columns(self, x: Tensor) -> Tensor:
-        return x.reshape(len(x), math.prod(x.shape[1:-1]), x.size(-1)).mT
-
-    def outputs(self, grad: Tensor) -> Tensor:
-        return self.columns(grad)
-
-    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
-        a, b = self.outputs(grad), self.columns(x)
-        if a.size(2) == 1:  # the outer product, written once
-            return torch.mul(a, b.mT, out=out and out())
-        return torch.bmm(a, b.mT, out=out and out())
-
-    def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
-        dtype = grad.dtype
-        x, grad = _times(x, grad, factors)
-        return (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(dtype)
-
-
-@dataclass(frozen=True)
-class Convolution(_Products):
-    """``F.conv1d`` to ``3d``: x (B, N, C, *S), grad (B, N, O, *L)."""
-
-    weight: Tensor
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
-
-    def columns(self, x: Tensor) -> Tensor:
-        return seen_by_kernel(self._call(x, x), x)
-
-    def outputs(self, grad: Tensor) -> Tensor:
-        return grad.movedim(2, 1).flatten(2)
-
-    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
-        call = self._call(x, grad)
-        winner = algorithm(call)
-        if winner in ALGORITHMS:
-            return ALGORITHMS[winner](call, grad, x, out and out())
-        if len(grad) * self.shape.numel() < regimes(x.device).one_convolution:
-            return self._groups(x, grad)
-        rows = out() if out else grad.new_empty(len(grad), *self.shape)
-        for row, one_x, one_grad in zip(rows, x, grad):
-            row.copy_(self._ordinary(one_x, one_grad))
-        return rows
-
-    def norms(self, x: Tensor, grad: Tensor) -> Tensor:
-        products = set(self.dilation) == {1} and products_are_exact(self.weight)
-        if self.groups == 1 and products:
-            return super().norms(x, grad)
-        return Formula.norms(self, x, grad)
-
-    def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
-        dtype = grad.dtype
-        x, grad = _times(x, grad, factors)
-        return self._ordinary(x.flatten(0, 1), grad.flatten(0, 1)).to(dtype)
-
-    def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        """(B, N, C, *S), in the dtype of the two."""
-        return input_gradient(self._call(x, grad), grad, x)
-
-    def _ordinary(self, x: Tensor, grad: Tensor) -> Tensor:
-        """The weight gradient of one batch: x (N, C, *S), grad (N, O, *L)."""
-        return _weight_gradient(self._call(x, grad).arguments)
-
-    def _groups(self, x: Tensor, grad: Tensor) -> Tensor:
-        """One convolution of (N, B * C, *S) with the groups of all samples, as torch's
-        own batching rule has it, without what vmap takes to begin."""
-        size, (outputs, *rest) = len(x), self.shape
-        merged = {
-            "grad_output": grad.movedim(0, 1).flatten(1, 2),
-            "input": x.movedim(0, 1).flatten(1, 2),
-            # Of which only the shape counts.
-            "weight": self.weight.new_empty(()).expand(size * outputs, *rest),
-            "groups": size * self.groups,
-        }
-        arguments = {**self._call(x, grad).arguments, **merged}
-        return _weight_gradient(arguments).view(size, *self.shape)
-
-    def _call(self, x: Tensor, grad: Tensor) -> Call:
-        arguments = {
-            "grad_output": grad,
-            "input": x,
-            "weight": self.weight.to(grad.dtype),
-            "bias_sizes": None,
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "transposed": False,
-            "output_padding": [0 for _ in self.stride],
-            "groups": self.groups,
-            "output_mask": [False, True, False],
-        }
-        in_dims = {"grad_output": 0, "input": 0, "weight": None}
-        function = torch.ops.aten.convolution_backward.default
-        return Call(function, arguments, None, in_dims)
-
-
-def _weight_gradient(arguments: Mapping[str, Any]) -> Tensor:
-    found: Tensor
-    _, found, _ = torch.ops.aten.convolution_backward(*arguments.values())
-    return found
-
-
-@dataclass(frozen=True)
-class Embedding(Formula):
-    """``F.embedding``: indices x (B, ...), grad (B, ..., D), weight (V, D)."""
-
-    padding_idx: int | None
-
-    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
-        size = len(grad)
-        rows = out() if out else grad.new_empty(size, *self.shape)
-        first = torch.arange(size, device=x.device).unsqueeze(1) * self.shape[0]
-        index = (x.reshape(size, math.prod(x.shape[1:])) + first).flatten()
-        flat = rows.view(-1, self.shape[1]).zero_()
-        flat.index_add_(0, index, self._seen(x, grad).flatten(0, -2))
-        return rows
-
-    def norms(self, x: Tensor, grad: Tensor) -> Tensor:
-        positions = x[:1].numel()
-        if positions**2 >= self.shape.numel() or not _can_look(grad):
-            return super().norms(x, grad)
-        if not positions:
-            return wide(grad).new_zeros(len(grad))
-        parts = []
-        for some_x, some_grad in self._few(x, grad, positions**2):
-            index = some_x.flatten(1) if some_x.dim() > 1 else some_x.unsqueeze(1)
-            seen = wide(self._seen(some_x, some_grad)).reshape(*index.shape, -1)
-            same = index.unsqueeze(1) == index.unsqueeze(2)
-            products = torch.bmm(seen, seen.mT)
-            most = products.diagonal(dim1=1, dim2=2).sum(1)
-            squares = torch.where(same, products, 0).flatten(1).sum(1)
-
-            def again(i: int, x: Tensor = some_x, grad: Tensor = some_grad) -> Tensor:
-                return norms_of(self.rows(x[i : i + 1], grad[i : i + 1]))
-
-            # A word that stands there several times adds up to that many times more.
-            parts.append(_roots(squares, [most * positions], again))
-        return torch.cat(parts)
-
-    def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
-        seen = wide(self._seen(x, grad))
-        seen = seen * _at(factors, seen)
-        total = seen.new_zeros(self.shape)
-        total.index_add_(0, x.flatten(), seen.flatten(0, -2))
-        return total.to(grad.dtype)
-
-    def _seen(self, x: Tensor, grad: Tensor) -> Tensor:
-        if self.padding_idx is None:
-            return grad
-        padding = self.padding_idx % self.shape[0]
-        return grad.masked_fill((x == padding).unsqueeze(-1), 0)
-
-
 # Numbers that are worked on at a time, at most; measured on a CPU.
 _CACHED = 2**19
 
 
-def _times(x: Tensor, grad: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+def times(x: Tensor, grad: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """One of the two times the factors, the smaller one; half precision in float32,
     as a factor may be below its range."""
     x, grad = wide(x), wide(grad)
     if x.numel() < grad.numel():
-        return x * _at(factors, x), grad
-    return x, grad * _at(factors, grad)
+        return x * at_samples(factors, x), grad
+    return x, grad * at_samples(factors, grad)
 
 
-def _at(factors: Tensor, x: Tensor) -> Tensor:
+def at_samples(factors: Tensor, x: Tensor) -> Tensor:
     return factors.to(x.dtype).view(-1, *[1 for _ in x.shape[1:]])

@@ -10,14 +10,21 @@ themselves, as an ensemble's, stay with torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from vmapsafe._call import Call, batch_first
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_plain
-from vmapsafe.rules.batch_norm import wide
-from vmapsafe.rules.regimes import REGIMES, regimes
+from vmapsafe.rules import slow
+from vmapsafe.rules.precision import wide
+
+# Values per sample and channel from which on the fused backward by running statistics
+# wins over plain operations, by type of device; without an entry torch's own rules run.
+# Measured by bench/thresholds/batch_norm.py on an x86 server core, float32, torch 2.13.
+REGIMES = {"cpu": 128}
 
 _forward = torch.ops.aten.native_batch_norm.default
 _backward = torch.ops.aten.native_batch_norm_backward.default
@@ -29,8 +36,7 @@ def _takes(call: Call, *batched: str) -> bool:
     x = call["input"]
     given = [call.arguments.get(name) for name in _CHANNELWISE]
     return (
-        x.device.type in REGIMES
-        and x.numel() > 0
+        x.numel() > 0
         and all([call.in_dims[name] is not None for name in batched])
         and all([call.in_dims.get(name) is None for name in _CHANNELWISE])
         and all([t.dtype == x.dtype for t in given if t is not None])
@@ -39,7 +45,7 @@ def _takes(call: Call, *batched: str) -> bool:
 
 def _as_channels(batched: Tensor) -> Tensor:
     """(B, N, C, *L) as (N, B * C) or (N, B * C, L): with more dimensions than three
-    torch's kernel is wrong for a batch of one in some layouts, see batch_norm.py."""
+    torch's kernel is wrong for a batch of one in some layouts, see normalisation.py."""
     merged = batched.movedim(1, 0).flatten(1, 2)
     return merged.flatten(2) if merged.dim() > 3 else merged
 
@@ -54,6 +60,63 @@ def _repeated(values: Tensor | None, batch: int) -> Tensor | None:
     return None if values is None else values.repeat(batch)
 
 
+# -- For rows --------------------------------------------------------------------------
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of whole batches (B, N, C, ...), by the running statistics or, without any, by
+    those of each slice; with what the backward needs."""
+    own = mean is None
+    arguments = {
+        "input": x,
+        "weight": weight,
+        "bias": bias,
+        "running_mean": mean,
+        "running_var": var,
+        "training": own,
+        "momentum": 0.0,
+        "eps": eps,
+    }
+    call = Call(_forward, arguments, in_dims={"input": 0})
+    return _by_own(call) if own else _by_running(call)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    saved: Sequence[Tensor],
+    eps: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the input and, of each slice, of the weight and the bias."""
+    own = mean is None
+    arguments = {
+        "grad_out": grad,
+        "input": x,
+        "weight": weight,
+        "running_mean": mean,
+        "running_var": var,
+        "save_mean": saved[0],
+        "save_invstd": saved[1],
+        "train": own,
+        "eps": eps,
+        "output_mask": list(wanted),
+    }
+    batched = ("grad_out", "input", "save_mean", "save_invstd")
+    call = Call(_backward, arguments, in_dims=dict.fromkeys(batched, 0))
+    return _by_own_backward(call) if own else _by_running_backward(call)
+
+
 # -- By running statistics -----------------------------------------------------------
 
 
@@ -65,7 +128,7 @@ def _forward_by_running(call: Call) -> bool:
     )
 
 
-def affine(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _by_running(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the mean and 1 / sqrt(var + eps) of each slice."""
     x = batch_first(call, "input")
     y, mean, rstd = _forward(*{**call.arguments, "input": x.flatten(0, 1)}.values())
@@ -81,11 +144,14 @@ def _backward_by_running(call: Call) -> bool:
     )
 
 
-def affine_backward(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _by_running_backward(
+    call: Call,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of the input and, of each slice, of the weight and the bias."""
     x, grad = batch_first(call, "input"), batch_first(call, "grad_out")
     batch, n, channels = x.shape[:3]
-    if 0 < x.numel() >= regimes(x.device).batch_norm * batch * n * channels:
+    least = REGIMES.get(x.device.type)
+    if least is not None and 0 < x.numel() >= least * batch * n * channels:
         merged = {
             "grad_out": grad.reshape(1, batch * n * channels, -1).contiguous(),
             "input": x.reshape(1, batch * n * channels, -1),
@@ -142,8 +208,8 @@ def _forward_by_own(call: Call) -> bool:
     )
 
 
-def normalised(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`affine`."""
+def _by_own(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_by_running`."""
     x = batch_first(call, "input")
     batch, n, channels = x.shape[:3]
     as_channels = {
@@ -169,10 +235,10 @@ def _backward_by_own(call: Call) -> bool:
     )
 
 
-def normalised_backward(
+def _by_own_backward(
     call: Call,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As :func:`affine_backward`."""
+    """As :func:`_by_running_backward`."""
     x, grad = batch_first(call, "input"), batch_first(call, "grad_out")
     batch, n, channels = x.shape[:3]
     as_channels = {
@@ -197,49 +263,43 @@ def normalised_backward(
 
 
 def _statistics(call: Call, training: bool) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(var + eps), in the shape that broadcasts."""
     x = call["input"]
-    over = [d for d in range(x.dim()) if d != 1]
     if training:
-        mean = x.mean(over)
-        variance = (x - _at_channel(mean, x)).square().mean(over)
-    else:
-        mean, variance = call["running_mean"], call["running_var"]
+        return slow.statistics(x, slow.but_channels(x), call["eps"])
+    mean, variance = (
+        slow.along_channels(call[name], x) for name in ("running_mean", "running_var")
+    )
     return mean, (variance + call["eps"]).rsqrt()
 
 
-def _at_channel(values: Tensor, x: Tensor) -> Tensor:
-    return values.reshape([-1 if d == 1 else 1 for d in range(x.dim())])
-
-
-def _written_out(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """(x - mean) / sqrt(var + eps) * weight + bias (Ioffe and Szegedy,
-    https://arxiv.org/abs/1502.03167, algorithm 1)."""
+def _plain(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     x, training = call["input"], call["training"]
     mean, rstd = _statistics(call, training)
-    y = (x - _at_channel(mean, x)) * _at_channel(rstd, x)
-    if call["weight"] is not None:
-        y = y * _at_channel(call["weight"], x)
-    if call["bias"] is not None:
-        y = y + _at_channel(call["bias"], x)
-    saved = (mean.detach(), rstd.detach()) if training else [x.new_empty(0)] * 2
-    return y, *saved  # which torch does not differentiate
+    y = slow.affine(call, (x - mean) * rstd)
+    if not training:
+        return y, x.new_empty(0), x.new_empty(0)
+    # torch does not differentiate what it saves.
+    return y, mean.detach().flatten(), rstd.detach().flatten()
 
 
-def _backward_written_out(call: Call) -> tuple[Tensor | None, ...]:
+def _plain_backward(call: Call) -> tuple[Tensor | None, ...]:
     """Its three derivatives."""
     x, grad = call["input"], call["grad_out"]
     wants_input, wants_weight, wants_bias = call["output_mask"]
-    over = [d for d in range(x.dim()) if d != 1]
+    over = slow.but_channels(x)
     mean, rstd = _statistics(call, call["train"])
-    scaled = (x - _at_channel(mean, x)) * _at_channel(rstd, x)
-    weighted = grad if call["weight"] is None else grad * _at_channel(call["weight"], x)
+    normalised = (x - mean) * rstd
+    weighted = grad
+    if call["weight"] is not None:
+        weighted = grad * slow.along_channels(call["weight"], x)
     if call["train"]:
         mean_of = weighted.mean(over, keepdim=True)
-        along = (weighted * scaled).mean(over, keepdim=True)
-        weighted = weighted - mean_of - scaled * along
+        along = (weighted * normalised).mean(over, keepdim=True)
+        weighted = weighted - mean_of - normalised * along
     return (
-        weighted * _at_channel(rstd, x) if wants_input else None,
-        (grad * scaled).sum(over) if wants_weight else None,
+        weighted * rstd if wants_input else None,
+        (grad * normalised).sum(over) if wants_weight else None,
         grad.sum(over) if wants_bias else None,
     )
 
@@ -249,29 +309,29 @@ for _name, _operator, _accepts, _batched, _reference in (
         "native_batch_norm, running statistics",
         _forward,
         _forward_by_running,
-        affine,
-        _written_out,
+        _by_running,
+        _plain,
     ),
     (
         "native_batch_norm_backward, running statistics",
         _backward,
         _backward_by_running,
-        affine_backward,
-        _backward_written_out,
+        _by_running_backward,
+        _plain_backward,
     ),
     (
         "native_batch_norm, statistics of the slice",
         _forward,
         _forward_by_own,
-        normalised,
-        _written_out,
+        _by_own,
+        _plain,
     ),
     (
         "native_batch_norm_backward, statistics of the slice",
         _backward,
         _backward_by_own,
-        normalised_backward,
-        _backward_written_out,
+        _by_own_backward,
+        _plain_backward,
     ),
 ):
     register(

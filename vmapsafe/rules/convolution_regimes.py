@@ -1,29 +1,26 @@
-"""What wins where: the thresholds of the speed rules, by type of device.
+"""Which algorithm for the weight gradients of a convolution wins where.
 
-Read off the benchmarks in bench/, which propose what may stand here; a further device
-is added by running them on it. On a type of device without an entry nothing has won
-yet: torch's own rules.
+Made by bench/thresholds/convolution.py, which proposes the rows; another type of device
+is added by running it there. Without an entry torch's own rule runs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 Interval = tuple[float, float]
 ANY: Interval = (0, float("inf"))
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Winner:
     """An algorithm for the weight gradients of a convolution, and where it wins.
 
     All intervals have both their ends. In a transposed convolution the roles of its
     input and of what it gives are exchanged, here as in the algorithms.
 
     Attributes:
-        algorithm: a name in ``ALGORITHMS`` of rules/convolution.py, or "torch".
+        algorithm: a name in ``ALGORITHMS`` of convolution.py, or "torch".
         dims: spatial dimensions.
         kernel: positions of the kernel.
         groups: 1 unless the convolution is a grouped one.
@@ -60,53 +57,33 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class Regimes:
+class Regime:
     """What wins on one type of device.
 
     Attributes:
-        convolutions: the first row that holds counts; where none does, torch's own.
+        winners: the first row that holds counts; where none does, torch's own.
         columns: how many numbers of copied windows to hold at a time, at most; they
             are to stay in the cache.
-        one_convolution: where no row of ``convolutions`` holds: numbers in the rows of
-            a batch from which on a call a sample wins over one convolution with the
-            groups of all samples, as torch's own rule has it.
-        batch_norm: values per sample and channel from which on the fused backward by
-            running statistics wins over plain operations.
-        group_norm: values per sample and channel from which on it wins to take it apart
-            into layer norm and batch norm.
-        layer_norm: numbers in the whole batch from which on ours wins.
-        layer_norm_slice: numbers in a slice from which on a call of torch's kernel a
-            slice wins: it needs no memory for what it sums up.
-        linear: numbers in the output of the whole batch from which on one fused
-            product and sum wins.
+        one_by_one: where no row of ``winners`` holds: numbers in the rows of a batch
+            from which on a call a sample wins over one convolution with the groups of
+            all samples, as torch's own rule has it.
     """
 
-    convolutions: tuple[Convolution, ...] = ()
-    columns: int = 2**24
-    one_convolution: float = float("inf")
-    batch_norm: float = float("inf")
-    group_norm: float = float("inf")
-    layer_norm: float = float("inf")
-    layer_norm_slice: float = float("inf")
-    linear: float = float("inf")
+    winners: tuple[Winner, ...]
+    columns: int
+    one_by_one: int
 
 
-def regimes(device: torch.device) -> Regimes:
-    """Those of its type."""
-    return REGIMES.get(device.type, _UNKNOWN)
-
-
-_UNKNOWN = Regimes()
 ONE, MANY = (1, 1), float("inf")
 DEPTHWISE = {"groups": (2, MANY), "channels": ONE, "outputs": ONE}
 
 REGIMES = {
     # An x86 server core, float32, torch 2.13.
-    "cpu": Regimes(
-        convolutions=(
-            Convolution("products", kernel=ONE, groups=ONE, channels=(12, MANY)),
+    "cpu": Regime(
+        winners=(
+            Winner("products", kernel=ONE, groups=ONE, channels=(12, MANY)),
             # The first layer of a network.
-            Convolution(
+            Winner(
                 "turned products",
                 dims=(1, 2),
                 groups=ONE,
@@ -116,7 +93,7 @@ REGIMES = {
             ),
             # Its last ones: the fewer positions, the fewer channels it takes.
             *[
-                Convolution(
+                Winner(
                     "products",
                     dims=(1, 2),
                     groups=ONE,
@@ -130,12 +107,12 @@ REGIMES = {
                 )
             ],
             # Long kernels in one dimension.
-            Convolution(
+            Winner(
                 "products", dims=ONE, kernel=(11, MANY), groups=ONE, channels=(12, MANY)
             ),
             # Depthwise, where torch has no fast kernel.
-            Convolution("products", dims=ONE, kernel=(15, MANY), **DEPTHWISE),
-            Convolution(
+            Winner("products", dims=ONE, kernel=(15, MANY), **DEPTHWISE),
+            Winner(
                 "products",
                 dims=(2, 2),
                 kernel=(20, MANY),
@@ -144,7 +121,7 @@ REGIMES = {
             ),
             # Groups that are almost so.
             *[
-                Convolution(
+                Winner(
                     "products",
                     dims=(2, 2),
                     groups=(2, MANY),
@@ -156,11 +133,6 @@ REGIMES = {
             ],
         ),
         columns=2**19,
-        one_convolution=2**23,
-        batch_norm=128,
-        group_norm=256,
-        layer_norm=2**17,
-        layer_norm_slice=2**13,
-        linear=2**17,
+        one_by_one=2**23,
     ),
 }

@@ -1,0 +1,56 @@
+"""What was measured on the CPU, changed for a while."""
+
+from dataclasses import is_dataclass, replace
+from typing import Any
+
+import pytest
+
+from vmapsafe.rules import (
+    batch_norm_operators,
+    convolution,
+    group_norm,
+    layer_norm,
+    linear,
+)
+from vmapsafe.rules.convolution_regimes import Winner
+
+FILES = {
+    "batch_norm": batch_norm_operators,
+    "convolution": convolution,
+    "group_norm": group_norm,
+    "layer_norm": layer_norm,
+    "linear": linear,
+}
+
+
+def change_regimes(monkeypatch: pytest.MonkeyPatch, **regimes: Any) -> None:
+    """Those of these families: a threshold, or a dict of fields."""
+    for family, changed in regimes.items():
+        table = FILES[family].REGIMES  # type: ignore[attr-defined]
+        if is_dataclass(table["cpu"]):
+            changed = replace(table["cpu"], **changed)
+        monkeypatch.setitem(table, "cpu", changed)
+
+
+def take_every_size(
+    monkeypatch: pytest.MonkeyPatch, algorithm: str, columns: int
+) -> None:
+    """No call is too small; all convolutions go to one algorithm."""
+    change_regimes(
+        monkeypatch,
+        batch_norm=0,
+        convolution={
+            "winners": (Winner(algorithm),),
+            "columns": columns,
+            "one_by_one": 0,
+        },
+        group_norm=0,
+        layer_norm={"batch": 0, "slice": 0},
+        linear=0,
+    )
+
+
+def forget_regimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a type of device on which nothing was measured."""
+    for file in FILES.values():
+        monkeypatch.delitem(file.REGIMES, "cpu")  # type: ignore[attr-defined]

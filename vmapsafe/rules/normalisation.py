@@ -1,0 +1,254 @@
+"""Normalisation by statistics of the input itself, right in every derivative.
+
+torch's own kernels (2.13) are silently wrong in two places, and no call goes to them
+there, in no mode:
+
+* in the second derivative with forward mode and in the third by reverse mode, as they
+  hold the saved statistics constant (pytorch/pytorch#196699, #186256);
+* on the CPU in the backward of batch and instance norm where a dimension has the length
+  1 and input and gradient lie in memory in two orders. They take both orders for the
+  same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from vmapsafe._call import Call
+from vmapsafe._torch import (
+    autocasts,
+    batched_levels,
+    beyond_reverse_mode,
+    merging,
+    recorded,
+)
+from vmapsafe.rules.precision import HALVES, wide
+
+Dims = Sequence[int | None]
+
+
+def of_a_layer(call: Call) -> bool:
+    """Whether a layer that the block covers, and that is not frozen, calls."""
+    return call.site is not None and call.site.layer is not None
+
+
+def has_own_weights(call: Call) -> bool:
+    """Whether each slice has a copy of the layer's weights, to get rows from."""
+    if call.site is None or call.site.copies_at is None:
+        return False
+    given = [p for p in (call["weight"], call["bias"]) if p is not None]
+    return call.site.copies_at in batched_levels(given)
+
+
+# -- In plain operations ---------------------------------------------------------------
+
+
+def torchs_own_fails(x: Tensor, *affine: Tensor | None) -> bool:
+    """Whether torch's own normalisation by statistics of ``x`` is not right in every
+    derivative that may be taken, or raises under vmap, as it does where weights are
+    wider than the input, under autocast say."""
+    return (
+        beyond_reverse_mode(x, *affine)
+        or autocasts(x.device)
+        or x.dtype in HALVES
+        and any([t is not None and t.dtype == torch.float32 for t in affine])
+    )
+
+
+def normalised(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    """In plain operations, which can be differentiated any number of times; wide."""
+    x = wide(x)
+    centred = x - x.mean(dims, keepdim=True)
+    var = centred.square().mean(dims, keepdim=True)
+    return centred * torch.rsqrt(var + eps)
+
+
+def layer_norm_written_out(
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """In plain operations; wide."""
+    y = normalised(x, list(range(-len(shape), 0)), eps)
+    if weight is not None:
+        y = y * wide(weight)
+    if bias is not None:
+        y = y + wide(bias)
+    return y
+
+
+def specimen(x: Tensor) -> Tensor:
+    """Two numbers like those of ``x``, to see which dtype autocast makes of them."""
+    return torch.ones((1, 1, 2), dtype=x.dtype, device=x.device)
+
+
+def scaled_and_shifted(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y * weight + bias, by channel."""
+    if weight is not None:
+        y = y * per_channel(weight, y)
+    if bias is not None:
+        y = y + per_channel(bias, y)
+    return y
+
+
+def per_channel(values: Tensor, y: Tensor) -> Tensor:
+    """(C,) in the shape that broadcasts against ``y`` (N, C, ...)."""
+    return values.reshape([len(values) if d == 1 else 1 for d in range(y.dim())])
+
+
+# -- By torch's kernels ----------------------------------------------------------------
+
+
+def own_statistics(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Batch norm by the statistics of ``x`` itself."""
+    if torchs_own_fails(x, weight, bias):
+        y = normalised(x, [d for d in range(x.dim()) if d != 1], eps)
+        return scaled_and_shifted(y, weight, bias).to(x.dtype)
+    flat = x.flatten(2) if has_several_layouts(x) else x
+    if recorded(x, weight, bias):
+        y = fused_batch_norm(flat, weight, bias, eps)
+    else:
+        y = F.batch_norm(flat, None, None, weight, bias, True, 0.0, eps)
+    return y.view(x.shape)
+
+
+def has_several_layouts(x: Tensor) -> bool:
+    """Whether the input of a batch norm is such a batch."""
+    return x.dim() > 3 and 1 in x.shape and x.device.type == "cpu"
+
+
+def fused_layer_norm(
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Layer norm where :func:`torchs_own_fails` says no."""
+    if not recorded(x, weight, bias):
+        return F.layer_norm(x, shape, weight, bias, eps)
+
+    def plain(*tensors: Tensor | None) -> Tensor:
+        y: Tensor = LayerNorm.apply(*tensors, tuple(shape), eps)
+        return y
+
+    def merged(size: int, dims: Dims, tensors: Sequence[Tensor | None]) -> Tensor:
+        x, weight, bias = tensors
+        assert x is not None
+        if dims[1] is None and dims[2] is None:
+            assert dims[0] is not None
+            return merging(merged, plain, (x.movedim(dims[0], 0), weight, bias))
+        x, weight, bias = _expanded(size, dims, tensors)
+        y = merging(merged, plain, (x, None, None))
+        ones = [1 for _ in range(x.dim() - 1 - len(shape))]
+        if weight is not None:
+            y = y * weight.reshape(size, *ones, *shape)
+        if bias is not None:
+            y = y + bias.reshape(size, *ones, *shape)
+        return y
+
+    return merging(merged, plain, (x, weight, bias))
+
+
+def fused_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Batch norm by the statistics of ``x``, where :func:`recorded` says yes."""
+
+    def plain(*tensors: Tensor | None) -> Tensor:
+        y: Tensor = BatchNorm.apply(*tensors, eps)
+        return y
+
+    def merged(size: int, dims: Dims, tensors: Sequence[Tensor | None]) -> Tensor:
+        x, *affine = _expanded(size, dims, tensors)
+        n, channels = x.shape[1:3]
+        affine = [p if p is None else p.flatten() for p in affine]
+        as_channels = x.movedim(1, 0).reshape(n, size * channels, *x.shape[3:])
+        y = merging(merged, plain, (as_channels, *affine))
+        return y.view(n, size, channels, *x.shape[3:]).movedim(1, 0)
+
+    return merging(merged, plain, (x, weight, bias))
+
+
+class BatchNorm(Function):
+    """torch's kernel by the statistics of ``x``, where only plain autograd takes
+    derivatives: the first by torch's kernel, all others written out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        found = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        ctx.save_for_backward(x, weight, bias, *found[1:])
+        ctx.eps = eps
+        return found[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        asked = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            y = normalised(x, [d for d in range(x.dim()) if d != 1], ctx.eps)
+            y = scaled_and_shifted(y, weight, bias).to(x.dtype)
+            return *_gradients(y, (x, weight, bias), asked, grads[0]), None
+        rest = None, None, mean, rstd, True, ctx.eps, asked
+        backward = torch.ops.aten.native_batch_norm_backward
+        return *backward(grads[0], x, weight, *rest), None
+
+
+class LayerNorm(Function):
+    """As :class:`BatchNorm`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shape: tuple[int, ...],
+        eps: float,
+    ) -> Tensor:
+        found = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, *found[1:])
+        ctx.shape, ctx.eps = shape, eps
+        return found[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        asked = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            y = layer_norm_written_out(x, ctx.shape, weight, bias, ctx.eps).to(x.dtype)
+            return *_gradients(y, (x, weight, bias), asked, grads[0]), None, None
+        # The kernel on the CPU reads the incoming gradient as if it were contiguous.
+        given = grads[0].contiguous(), x, ctx.shape, mean, rstd, weight, bias, asked
+        return *torch.ops.aten.native_layer_norm_backward(*given), None, None
+
+
+def _expanded(size: int, dims: Dims, tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Each with a batch dimension in front."""
+    batches = []
+    for t, dim in zip(tensors, dims):
+        if t is not None:
+            t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+        batches.append(t)
+    return batches
+
+
+def _gradients(
+    y: Tensor, inputs: Sequence[Tensor | None], asked: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Those that can be differentiated again."""
+    wanted = [t for t, ask in zip(inputs, asked) if ask and t is not None]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(found) if ask else None for ask in asked]

@@ -1,0 +1,13 @@
+"""Half precision, which torch's kernels compute in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In the dtype in which torch's kernels compute."""
+    return x.float() if x.dtype in HALVES else x
