@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from vmapsafe import NeverUpdatedWarning, check, vmap_safe
+from vmapsafe import NeverUpdatedWarning, VmapSafeError, check, vmap_safe
 from vmapsafe.__main__ import COMMANDS, Command, main
 from vmapsafe._check.command import add_arguments, run
 from vmapsafe._check.report import Report
@@ -831,6 +831,51 @@ def test_what_was_not_looked_at_is_said(model: nn.Module, note: str) -> None:
     report = check(model, torch.randn(2, 4))
     assert note in " ".join(str(report).split())
     assert bool(note) is not report.tried
+
+
+def test_an_error_of_a_rule() -> None:
+    """The finding has the parts of the error that the user will see."""
+    model, x = nn.Sequential(nn.BatchNorm1d(4)), torch.randn(2, 4)
+    finding = check(model, x, mode="no_running_stats")[-1]
+    with pytest.raises(VmapSafeError) as caught:
+        with vmap_safe(model, mode="no_running_stats"):
+            vmap(lambda x: model(x[None]))(x)
+    assert finding.detail == f"in slices of one, {caught.value.found}"
+    assert finding.advice == f"{caught.value.do}."
+
+
+def test_a_refusal_at_entry() -> None:
+    """The finding has the parts of the error without the layer, which is its path."""
+    model = nn.Sequential(nn.LazyLinear(3))
+    (finding,) = check(model, mode="eval")
+    with pytest.raises(VmapSafeError) as caught, vmap_safe(model, mode="eval"):
+        pass
+    assert caught.value.found == f"'0' (LazyLinear) {finding.detail}"
+    assert caught.value.do + "." == finding.advice
+
+
+@pytest.mark.parametrize(
+    "function, detail, advice",
+    [
+        (Twice.apply, "under vmap it raises RuntimeError: ", "a vmap staticmethod"),
+        (
+            NoWayBack.apply,
+            "under vmap(grad) it raises ValueError: no way back",
+            "Take it out of the function that is mapped",
+        ),
+        (
+            lambda x: x.no_such_method(),
+            "without vmap too, it raises AttributeError: ",
+            "Make sure that the model runs on a batch of one.",
+        ),
+    ],
+)
+def test_another_error(
+    function: Callable[[Tensor], Tensor], detail: str, advice: str
+) -> None:
+    """The finding says under what it was raised; the advice is that of a block."""
+    (finding,) = check(after_a_linear(Calls(function)), torch.randn(2, 4))
+    assert finding.detail.startswith(detail) and advice in finding.advice
 
 
 def test_a_plain_call_that_raises_is_said() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from vmapsafe._block.models import Model
 from vmapsafe._torch import HOME_OF_VMAP, current_level
 
-_VALUE = "The value of a tensor is asked for there, which differs from slice to slice. "
+_VALUE = "The code asks for the value of a tensor, which differs from slice to slice. "
 
 _NO_RANDOMNESS = "random operation while in randomness error mode"
 
@@ -34,12 +34,12 @@ _ADVICE = (
         "It is an autograd.Function of the old form, forward(ctx, ...), as in "
         "torch.utils.checkpoint with use_reentrant=True. Give it forward(...), "
         "setup_context and a vmap staticmethod, or use plain torch operations in its "
-        "place; leave the checkpoint out, and take a smaller chunk_size for memory.",
+        "place. Leave a checkpoint out, and take a smaller chunk_size to save memory.",
     ),
     (
         r"support saved tensor hooks",
         "Such hooks are what torch.utils.checkpoint and save_on_cpu set. Leave them "
-        "out under vmap, and take a smaller chunk_size for memory.",
+        "out under vmap, and take a smaller chunk_size to save memory.",
     ),
     (
         r"inplace arithmetic",
@@ -48,7 +48,7 @@ _ADVICE = (
     ),
     (
         r"data-dependent control flow",
-        f"{_VALUE}Use torch.where, or take the question out of the forward.",
+        f"{_VALUE}Use torch.where, or take the condition out of the forward.",
     ),
     (r"\.item\(\)", f"{_VALUE}Keep it a tensor."),
     (
@@ -68,8 +68,8 @@ _ADVICE = (
     ),
     (
         r"Batching rule not implemented",
-        "torch's vmap does not know this operation, as those of nn.LSTM, nn.GRU and "
-        "nn.RNN. Write it with others, or loop over the slices.",
+        "torch's vmap does not know this operation; those of nn.LSTM, nn.GRU and "
+        "nn.RNN are examples. Write it with others, or loop over the slices.",
     ),
     (
         r"running_mean or running_var, which will be updated in place",
@@ -111,7 +111,7 @@ _SLICE = (
 )
 _OF_ONE = (
     "The model is called with a batch of one, x[i:i+1] with its dimension of size 1. "
-    "See that x has the shape (B, ...) of a batch of the model's inputs."
+    "Make sure that x has the shape (B, ...) of a batch of the model's inputs."
 )
 
 

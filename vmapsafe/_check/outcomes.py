@@ -48,17 +48,9 @@ def _of_write(
     updates: list[str],
     past: Collection[ModeName],
 ) -> Finding:
-    """A forward that writes tensors of its module.
+    """A forward that writes tensors of its module; in modes ``past``, past a block.
 
-    Args:
-        question: which model, in which modes.
-        path: of the module.
-        names: of the tensors.
-        updates: those of them whose shape stays.
-        past: the modes in which it writes them although a block is open.
-
-    Returns:
-        The finding.
+    ``updates`` are those of the tensors whose shape stays.
     """
     module, listed = question.modules[path], ", ".join(names)
     named = question.named(module)
