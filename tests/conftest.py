@@ -1,7 +1,8 @@
-"""Seeds, one thread, and after every test: nothing of a block is left."""
+"""What tests share: seeds, one thread, and a look at what a block may have left."""
 
 import pytest
 import torch
+from cases import CASES
 from torch.nn.modules import module as torch_module
 
 from vmapsafe._block import open_blocks
@@ -25,4 +26,9 @@ def nothing_left():
 
 @pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 def device(request):
+    return request.param
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request):
     return request.param

@@ -29,11 +29,6 @@ def mode(request):
     return request.param
 
 
-@pytest.fixture(params=CASES, ids=str)
-def case(request):
-    return request.param
-
-
 @pytest.fixture(params=[c for c in CASES if c.name != "no affine"], ids=str)
 def case_with_parameters(request):
     return request.param

@@ -15,7 +15,8 @@ import pytest
 import small_data
 import torch
 import torch.nn.functional as F
-from small_data import Stops, X, Y, make_mlp
+from nets import small_mlp
+from small_data import Stops, X, Y
 from state import assert_same_state, everything
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -38,7 +39,7 @@ PAIRS = list(zip(X.split(4), Y.split(4)))
 
 @pytest.fixture
 def mlp():
-    return make_mlp()
+    return small_mlp()
 
 
 def loader(**options):
@@ -351,7 +352,8 @@ KILLED = """
 import os, signal, sys
 sys.path.append({support!r})
 import torch, torch.nn.functional as F
-from small_data import Stops, make_mlp
+from nets import small_mlp
+from small_data import Stops
 from torch.utils.data import DataLoader
 from vmapsafe import over, per_sample_grads
 from vmapsafe._data import folder as files
@@ -365,7 +367,7 @@ class Killed(Stops):
 torch.set_num_threads(1)
 files._SECONDS = files._TIMES = 0
 loader = DataLoader(Killed(), batch_size=4)
-over(loader, per_sample_grads, make_mlp(), F.cross_entropy).save({folder!r})
+over(loader, per_sample_grads, small_mlp(), F.cross_entropy).save({folder!r})
 """
 
 
@@ -401,25 +403,25 @@ def test_half_precision_and_a_slash(tmp_path):
 
 
 def other_weights():
-    model = make_mlp()
+    model = small_mlp()
     model[0].bias.data[0] += 1e-9
     return model
 
 
 def other_statistics():
-    model = make_mlp()
+    model = small_mlp()
     model[1].running_var[0] += 1e-9
     return model
 
 
 def frozen():
-    model = make_mlp()
+    model = small_mlp()
     model[1].eval()
     return model
 
 
 def without_a_gradient():
-    model = make_mlp()
+    model = small_mlp()
     model[0].bias.requires_grad_(False)
     return model
 
@@ -462,7 +464,7 @@ def test_another_question_is_refused(mlp, tmp_path, text, complete):
     """The error says what differs, and nothing is written."""
 
     def save(
-        model=make_mlp,
+        model=small_mlp,
         batches=loader,
         loss_fn=F.cross_entropy,
         function=per_sample_sketch,
@@ -562,7 +564,7 @@ MAKING = [
     ({"loader": X}, TypeError, "the loader is a Tensor"),
     ({"loader": 3}, TypeError, "over(...): the loader is an int. Give batches, e.g. "),
     (
-        {"function": make_mlp()},
+        {"function": small_mlp()},
         TypeError,
         "function is a Sequential. Write over(loader",
     ),
@@ -618,7 +620,7 @@ SAVING = [
     (
         {"function": clipped_grad_sum, "max_grad_norm": 1.0},
         ValueError,
-        "for a batch of 4 the function gave '0.weight': (5, 4). Give a function that",
+        "for a batch of 4 the function gave '0.weight': (6, 4). Give a function that",
     ),
     (
         {"function": lambda *args: list(args)},

@@ -8,7 +8,7 @@ import slow
 import torch
 import torch.nn.functional as F
 from measured import change_regimes, forget_regimes
-from nets import CASES, NETS, SYNC, conv, image, mse, net, problem
+from nets import CASES, NETS, SYNC, conv, image, mse, net, problem, small_mlp
 from state import assert_same_state, everything
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -202,9 +202,7 @@ def test_other_rows_in_sync(rows):
 
 @pytest.fixture
 def mlp():
-    model = net(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
-    model(torch.randn(9, 4, dtype=torch.float64))
-    return model
+    return small_mlp()
 
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from blocks import EACH_ALONE
 from cases import CASES
+from nets import small_mlp
 from state import assert_same_state, everything
 from torch import nn
 
@@ -51,12 +52,7 @@ def test_rows(case, mode, loss_fn):
 
 @pytest.fixture
 def net():
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)
-    ).double()
-    net(torch.randn(9, 3).double())
-    return net
+    return small_mlp(3, 4, 2)
 
 
 X, Y = torch.randn(5, 3).double(), torch.tensor([0, 1, 1, 0, 1])

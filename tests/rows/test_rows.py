@@ -8,6 +8,7 @@ import pytest
 import slow
 import torch
 import torch.nn.functional as F
+from nets import small_mlp
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,12 +45,7 @@ def check_all(model, loss_fn, *batch, want=None, fast=(True, False), **options):
 
 
 def mlp():
-    torch.manual_seed(1)
-    net = nn.Sequential(
-        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)
-    ).double()
-    net(torch.randn(16, 4).double())
-    return net.eval()
+    return small_mlp().eval()
 
 
 def data():

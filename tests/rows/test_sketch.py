@@ -6,9 +6,8 @@ import pytest
 import slow
 import torch
 import torch.nn.functional as F
-from nets import CASES, SYNC, mse, problem
+from nets import CASES, SYNC, mse, problem, small_mlp
 from state import assert_same_state, everything
-from torch import nn
 
 from vmapsafe import per_sample_grads, per_sample_sketch
 from vmapsafe._rows import sketch as module
@@ -62,10 +61,7 @@ Y = torch.arange(9) % 3
 
 @pytest.fixture
 def mlp():
-    layers = nn.Linear(4, 30), nn.BatchNorm1d(30), nn.Tanh(), nn.Linear(30, 3)
-    model = nn.Sequential(*layers).double()
-    model(X)
-    return model
+    return small_mlp(hidden=30)
 
 
 def sketch(model, k=6, x=X, y=Y, **options):

@@ -25,11 +25,6 @@ from vmapsafe import per_sample_grads, vmap_safe
 from vmapsafe.testing import assert_same
 
 
-@pytest.fixture(params=CASES, ids=str)
-def case(request):
-    return request.param
-
-
 def plain_step(model, x):
     """A copy in training mode after one call on the merged batch, and its output."""
     model = copy.deepcopy(model)

@@ -116,6 +116,15 @@ class Mean(nn.Module):
         return x.mean(2)
 
 
+def small_mlp(inputs: int = 4, hidden: int = 6, outputs: int = 3) -> nn.Sequential:
+    """In float64, with a batch norm that has seen one batch."""
+    torch.manual_seed(0)
+    layers = nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.Tanh()
+    model = net(*layers, nn.Linear(hidden, outputs)).double()
+    model(torch.randn(9, inputs, dtype=torch.float64))
+    return model
+
+
 def conv(
     dims: int,
     channels: int,

@@ -1,19 +1,11 @@
-"""Ten samples, a network for them, and a data set that stops."""
+"""Ten samples, and a data set of them that stops."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 X = torch.randn(10, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Y = torch.arange(10) % 3
-
-
-def make_mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    layers = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)
-    model = nn.Sequential(*layers).double()
-    model(X)
-    return model
 
 
 class Stops(Dataset[tuple[Tensor, Tensor]]):
