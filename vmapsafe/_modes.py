@@ -175,6 +175,8 @@ class Options:
 
     def _check_updates(self) -> None:
         levels = self.sync_levels
+        if levels is None and not self.update_running_stats:
+            return
         called = self.called.replace("...", str(self))
         if levels is not None and (type(levels) is not int or levels < 1):
             raise VmapSafeValueError(
@@ -182,8 +184,7 @@ class Options:
                 "sync_levels is the number of vmaps to merge, innermost first",
                 "Pass an int of at least 1, or None for all",
             )
-        asks_for_one_batch = self.update_running_stats or levels is not None
-        if asks_for_one_batch and not self.meaning.merges:
+        if not self.meaning.merges:
             raise VmapSafeValueError(
                 called,
                 'update_running_stats and sync_levels have a meaning in "sync" only, '

@@ -99,14 +99,9 @@ def innermost_mode() -> TorchFunctionMode | None:
     return torch._C._get_function_stack_at(size - 1) if size else None
 
 
-def put_on(mode: TorchFunctionMode) -> None:
-    """Put it in force."""
-    _push_mode(mode)  # type: ignore[no-untyped-call]
-
-
-def take_off_innermost() -> None:
-    """Take the last mode off this thread's stack."""
-    _pop_mode()  # type: ignore[no-untyped-call]
+# Put a mode on this thread's stack; take the innermost one off.
+put_on: Callable[[TorchFunctionMode], None] = _push_mode
+take_off_innermost: Callable[[], TorchFunctionMode] = _pop_mode
 
 
 def take_off(mode: TorchFunctionMode) -> str:

@@ -38,7 +38,7 @@ from vmapsafe._torch import (
 )
 
 
-def install(devices: Collection[str]) -> None:
+def install(types_of_device: Callable[[], Collection[str]]) -> None:
     """Put in place the rules that may take a call on these types of device.
 
     Older versions of torch cannot give their own rule back: there are none there.
@@ -46,6 +46,7 @@ def install(devices: Collection[str]) -> None:
     missing = [one for one in operator_rules() if one not in _installed]
     if not missing or not hasattr(torch.library, "get_kernel"):
         return
+    devices = types_of_device()
     with open_blocks.lock:
         for operator in missing:
             if operator not in _installed:

@@ -40,7 +40,6 @@ from vmapsafe._block.models import (
     put_back_flags,
     switch,
 )
-from vmapsafe._block.open_blocks import Open
 from vmapsafe._block.operators import install
 from vmapsafe._block.switched import covering, own_class
 from vmapsafe._block.writes import BuffersOf, writes_by_schema, written_by
@@ -253,8 +252,8 @@ class Scope(TorchFunctionMode):
         """Whether a block around this one covers the layer that makes the call."""
         if _compiling():
             return True  # this cannot be seen
-        others = [b for b in _scopes(open_blocks.in_force()) if b is not self]
-        return any([b.callers.find(bound) is not None for b in others if b.alive])
+        others = [b for b in open_blocks.in_force() if isinstance(b, Scope) and b.alive]
+        return any([b.callers.find(bound) is not None for b in others if b is not self])
 
     def _look_for_copies(self, bound: Mapping[str, Any]) -> None:
         """Warn once that the block does not cover a copy of a layer, made inside it.
@@ -360,7 +359,7 @@ class Scope(TorchFunctionMode):
             listen()
             switch(self.models)
         if self.fast:
-            install({device_of(model.root).type for model in self.models})
+            install(lambda: {device_of(model.root).type for model in self.models})
         open_blocks.set_blocks((*open_blocks.blocks(), self))
         put_on(self)
 
@@ -430,10 +429,6 @@ _NATIVE_NAMES = (
 )
 
 
-def _scopes(blocks: Sequence[Open]) -> list[Scope]:
-    return [block for block in blocks if isinstance(block, Scope)]
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.device != b.device or a.dtype != b.dtype or a.is_meta:
         return False
@@ -489,7 +484,7 @@ def entered_by(block: object) -> Scope | None:
     if _compiling():
         mode = innermost_mode()
         return mode if isinstance(mode, Scope) else None
-    for scope in reversed(_scopes(open_blocks.blocks())):
-        if scope.alive and scope.block is block:
+    for scope in reversed(open_blocks.blocks()):
+        if isinstance(scope, Scope) and scope.alive and scope.block is block:
             return scope
     return None
