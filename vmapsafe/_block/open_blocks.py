@@ -78,7 +78,7 @@ class _Here(threading.local):
     settled = False  # whether they hold for all that runs, in backward too
 
 
-_here = _Here()
+here = _Here()  # what every call of torch reads
 _everywhere: tuple[Open, ...] = ()
 
 # For what two threads must not do at once. The same thread may take it again, in a
@@ -88,7 +88,7 @@ lock = threading.RLock()
 
 def blocks() -> tuple[Open, ...]:
     """The blocks of this thread, the innermost last; some may be dead."""
-    return _here.blocks
+    return here.blocks
 
 
 def in_force() -> tuple[Open, ...]:
@@ -96,8 +96,8 @@ def in_force() -> tuple[Open, ...]:
 
     Backward of a graph that was made before a block runs outside that block.
     """
-    found = _here.blocks
-    if not found or _here.settled:
+    found = here.blocks
+    if not found or here.settled:
         return found
     node = running_node()  # None outside backward
     if node is None:
@@ -115,7 +115,7 @@ def next_node() -> int:
 
 def set_blocks(found: tuple[Open, ...]) -> None:
     """Replace the blocks of this thread."""
-    _here.blocks = found
+    here.blocks = found
 
 
 def everywhere() -> tuple[Open, ...]:
@@ -132,12 +132,12 @@ def set_everywhere(found: tuple[Open, ...]) -> None:
 @contextmanager
 def instead(found: tuple[Open, ...]) -> Iterator[None]:
     """A context in which other blocks hold in this thread, in backward too."""
-    before = _here.blocks, _here.settled
+    before = here.blocks, here.settled
     try:
-        _here.blocks, _here.settled = found, True
+        here.blocks, here.settled = found, True
         yield
     finally:
-        _here.blocks, _here.settled = before
+        here.blocks, here.settled = before
 
 
 def _forked() -> None:

@@ -40,9 +40,15 @@ from vmapsafe._block.models import (
     put_back_flags,
     switch,
 )
+from vmapsafe._block.open_blocks import here
 from vmapsafe._block.operators import install
 from vmapsafe._block.switched import covering, own_class
-from vmapsafe._block.writes import BuffersOf, writes_by_schema, written_by
+from vmapsafe._block.writes import (
+    WRITE_SEVERAL,
+    BuffersOf,
+    writes_by_schema,
+    written_by,
+)
 from vmapsafe._call import Call
 from vmapsafe._errors import BlockError, LeftOutWarning, warn_user, worded
 from vmapsafe._modes import Options
@@ -58,6 +64,7 @@ from vmapsafe._torch import (
     modes_in_force,
     put_on,
     run_while_compiling,
+    running_node,
     take_off,
     take_off_innermost,
     top_hooks,
@@ -132,7 +139,7 @@ class Scope(TorchFunctionMode):
             self._refuse_a_break()
         if not self.alive:
             return func(*args, **kwargs)
-        blocks = open_blocks.in_force()
+        blocks = here.blocks if running_node() is None else open_blocks.in_force()
         if self not in blocks:  # backward of a graph from before the block
             return func(*args, **kwargs)
         self._handling += 1
@@ -165,10 +172,10 @@ class Scope(TorchFunctionMode):
         out = kwargs.get("out")
         if rules is None and out is None and not kwargs.get("inplace"):
             if not _compiling():
-                if func in NATIVE_BATCH_NORMS or isinstance(func, OpOverloadPacket):
+                if isinstance(func, OpOverloadPacket) or func in _NOT_OF_LAYERS:
                     self._refuse_native(func, args, kwargs)
-                if writes_by_schema(func):
-                    return self._call_operator(func, args, kwargs)
+                    if writes_by_schema(func):
+                        return self._call_operator(func, args, kwargs)
                 if isinstance(func, HigherOrderOperator):
                     func = Passed(func)
                 if isinstance(func, Passed):
@@ -422,6 +429,8 @@ class Scope(TorchFunctionMode):
 
 
 _warned: weakref.WeakSet[type] = weakref.WeakSet()  # classes with a write left out
+# What no layer calls, and may write buffers.
+_NOT_OF_LAYERS = NATIVE_BATCH_NORMS | WRITE_SEVERAL
 # The first arguments of NATIVE_BATCH_NORMS.
 _NATIVE_NAMES = (
     *("input", "weight", "bias", "running_mean", "running_var"),

@@ -20,7 +20,7 @@ from vmapsafe._torch import (
 _compiling = torch.compiler.is_compiling
 
 # Functions that write to several tensors, as their operators' schemas say.
-_SEVERAL = frozenset(
+WRITE_SEVERAL = frozenset(
     [
         torch.fused_moving_avg_obs_fake_quant,
         *[
@@ -73,14 +73,14 @@ def writes_by_schema(func: Callable[..., object]) -> bool:
     Overloads do not count: torch.compile calls them in code that it has made, which may
     write.
     """
-    return func in _SEVERAL or isinstance(func, OpOverloadPacket)
+    return func in WRITE_SEVERAL or isinstance(func, OpOverloadPacket)
 
 
 def written_by(
     func: Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[Tensor]:
     """The tensors that a function writes, as the schema of its operator says."""
-    if func in _SEVERAL:
+    if func in WRITE_SEVERAL:
         func = getattr(torch.ops.aten, func.__name__)
     overloads: list[Any] = [func]
     if isinstance(func, OpOverloadPacket):
