@@ -8,7 +8,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vmapsafe import batched, check, convert, norm_layer, over, vmap_safe
+from vmapsafe import (
+    batched,
+    check,
+    clipped_grad_sum,
+    convert,
+    norm_layer,
+    over,
+    per_sample_grad_norms,
+    per_sample_grads,
+    per_sample_sketch,
+    vmap_safe,
+)
 
 
 class Net(nn.Module):
@@ -74,6 +85,31 @@ def of_batches(net: Net, x: Tensor) -> None:
     assert_type(batched(losses, (None, 0), out_dims=(0, 0))(net, x)[1], int)
     forward(net)  # type: ignore[arg-type]
     batched(forward, randomness="sometimes")  # type: ignore[call-overload]
+
+
+def with_aux(output: Tensor, target: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return F.mse_loss(output, target), [output]
+
+
+def samples(net: Net, x: Tensor) -> None:
+    found = per_sample_grads(net, F.mse_loss, x, x, mode="sync", rows="detached")
+    assert_type(found, dict[str, Tensor])
+    found, aux = per_sample_grads(net, with_aux, x, x, has_aux=True, out=found)
+    assert_type(aux, list[Tensor])
+    assert_type(per_sample_grad_norms(net, nn.MSELoss(), x, x), Tensor)
+    by_name = per_sample_grad_norms(net, F.mse_loss, x, x, per_parameter=True)
+    assert_type(by_name, dict[str, Tensor])
+    pair = per_sample_grad_norms(
+        net, with_aux, x, x, per_parameter=True, has_aux=True, chunk_size="auto"
+    )
+    assert_type(pair, tuple[dict[str, Tensor], list[Tensor]])
+    total = clipped_grad_sum(net, F.mse_loss, x, x, max_grad_norm=1.0, reduce="all")
+    assert_type(total, dict[str, Tensor])
+    sketch = per_sample_sketch(net, with_aux, x, x, k=8, has_aux=True, gather="all")
+    assert_type(sketch, tuple[Tensor, list[Tensor]])
+    per_sample_grads(net, F.mse_loss, x, x, mode="evil")  # type: ignore[call-overload]
+    clipped_grad_sum(net, F.mse_loss, x, x)  # type: ignore[call-overload]
+    per_sample_sketch(net, F.mse_loss, x, k=8, kind="x")  # type: ignore[call-overload]
 
 
 def norms(model: nn.Module, loss_fn: object, x: Tensor, *, k: int = 2) -> Tensor:
