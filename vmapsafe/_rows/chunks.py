@@ -1,7 +1,8 @@
-"""Samples a few at a time: as many as asked for, or as the memory takes.
+"""Samples a few at a time: as many as the caller asks for, or as fit into memory.
 
-``"auto"`` starts with few, looks at what they took, and goes on with what fits into
-half of the free memory; a chunk that runs out of it is run again in halves.
+``"auto"`` starts with few samples and looks at the memory they took. Then it takes as
+many as fit into half of the free memory. It runs a chunk that does not fit again, in
+halves.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ ChunkSize = int | Literal["auto"] | None
 
 
 def check_chunk_size(called: str, chunk_size: ChunkSize, options: Options) -> None:
-    """Raise a ValueError unless ``chunk_size`` is one."""
+    """Raise unless ``chunk_size`` is one.
+
+    Args:
+        called: the public function, for errors.
+        chunk_size: what the user wrote.
+        options: of the block.
+
+    Raises:
+        VmapSafeValueError: it is another value, or "auto" in a mode that merges.
+    """
     if chunk_size == "auto":
         if options.meaning.merges:
             raise VmapSafeValueError(
@@ -46,9 +56,16 @@ def in_chunks(
 ) -> None:
     """Call ``run(start, stop)`` until all ``size`` samples are done.
 
-    A call that runs out of memory must leave nothing behind: it is made again for
-    fewer samples, with the same random numbers. With ``randomness="same"`` all chunks
-    begin with the same ones.
+    A call that runs out of memory must leave nothing behind: it is made again for fewer
+    samples, with the same random numbers. With ``randomness="same"`` each chunk begins
+    with the same ones.
+
+    Args:
+        size: how many samples there are.
+        chunk_size: how many to run at a time.
+        device: where the memory is that they take.
+        randomness: as in vmap.
+        run: of the first sample of a chunk, and the first after it.
     """
     if chunk_size is None:
         run(0, size)
@@ -103,7 +120,7 @@ def _fits(run: Callable[[int, int], None], start: int, stop: int) -> bool:
 
 
 def _free(device: torch.device) -> float:
-    """Bytes; what torch holds and does not use counts as free."""
+    """Bytes. Memory that torch holds and does not use counts as free."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
             device

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from vmapsafe._block.models import device_of
 from vmapsafe._draws import Draws
 from vmapsafe._errors import VmapSafeRuntimeError
 from vmapsafe._modes import Options
@@ -103,7 +104,9 @@ class Asked:
         if value is None:
             return self.found(quantity)
         called = f'{self.called} with {option}="all"'
-        result, aux = agreed(called, self.model, lambda: self._computed(quantity))
+        result, aux = agreed(
+            called, device_of(self.model), lambda: self._computed(quantity)
+        )
         return self.shown((quantity().of_all_processes(result), aux))
 
     def shown(self, pair: tuple[T, Any]) -> Any:

@@ -1,20 +1,21 @@
 """Results of all processes of torch.distributed's default group, put together.
 
-A process that fails before the others send would leave them waiting. So all first tell
-whether they have something to send, and if one has not, all raise.
+A process that fails would leave the others waiting for what it does not send. So each
+process first says whether it has failed, and if one has, all raise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from vmapsafe._block.models import device_of
 from vmapsafe._errors import VmapSafeRuntimeError, VmapSafeValueError
+
+T = TypeVar("T")
 
 
 def check_all_or_none(called: str, option: str, value: str | None, one: str) -> None:
@@ -27,8 +28,8 @@ def check_all_or_none(called: str, option: str, value: str | None, one: str) -> 
         one: what None gives.
 
     Raises:
-        ValueError: another value.
-        RuntimeError: "all" without a process group.
+        VmapSafeValueError: another value.
+        VmapSafeRuntimeError: "all" without a process group.
     """
     if value not in (None, "all"):
         raise VmapSafeValueError(
@@ -45,19 +46,28 @@ def check_all_or_none(called: str, option: str, value: str | None, one: str) -> 
         )
 
 
-def agreed(called: str, model: nn.Module, compute: Callable[[], Any]) -> Any:
-    """What ``compute`` gives, in all processes or in none: none is left waiting.
+def agreed(called: str, device: torch.device, compute: Callable[[], T]) -> T:
+    """Compute something in all processes or in none; a process does not wait for one
+    that has failed.
+
+    Args:
+        called: the public function, for errors.
+        device: one that the process group can send from.
+        compute: what each process computes.
+
+    Returns:
+        What it gives in this process.
 
     Raises:
-        RuntimeError: it failed in another process.
+        BaseException: it failed in this process.
+        VmapSafeRuntimeError: it failed in another process.
     """
     failed: BaseException | None = None
-    found = None
     try:
         found = compute()
     except BaseException as error:
         failed = error
-    flag = torch.tensor(float(failed is not None), device=device_of(model))
+    flag = torch.tensor(float(failed is not None), device=device)
     dist.all_reduce(flag)
     if failed is not None:
         raise failed
@@ -71,7 +81,7 @@ def agreed(called: str, model: nn.Module, compute: Callable[[], Any]) -> Any:
 
 
 def summed(total: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Over all processes, in one message a dtype."""
+    """The sums over all processes; one message for each dtype."""
     found = dict(total)
     for dtype in dict.fromkeys([t.dtype for t in total.values()]):
         names = [name for name, t in total.items() if t.dtype == dtype]
@@ -84,7 +94,7 @@ def summed(total: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gathered(part: Tensor) -> Tensor:
-    """(sum of all B, ...) of each process's (B, ...), by rank; the B may differ."""
+    """The rows (B, ...) of all processes, those of rank 0 first; the B may differ."""
     world = dist.get_world_size()
     size = torch.tensor([len(part)], device=part.device)
     sizes = [torch.empty_like(size) for _ in range(world)]

@@ -1,9 +1,9 @@
 """What can be wanted of every sample's gradient, and how it comes from one pass.
 
-Backward meets the parameters one by one. Of each it hands a quantity either a formula
-with the layer's input and output gradient, from which the rows could be made, or the
-rows themselves. Few quantities need the rows of more than one parameter at a time, and
-many need none: a norm follows from two Gram matrices.
+Backward meets the parameters one by one. For each it hands over either a formula, with
+the layer's input and output gradient, from which rows could be made, or the rows
+themselves. Few quantities need the rows of more than one parameter at a time, and many
+need none: a norm follows from two Gram matrices.
 """
 
 from __future__ import annotations

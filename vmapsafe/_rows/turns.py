@@ -1,8 +1,9 @@
 """One call at a time on a model.
 
 The functions of per-sample gradients put copies in the place of a model's parameters,
-in modules that all threads share. So calls in several threads whose models have modules
-in common take turns. One that is interrupted ends with its frame.
+in modules that all threads share. So calls take turns if they are in several threads
+and their models have modules in common. A call that is interrupted gives its turn back
+when its frame ends.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class _Turn:
         return not {*mine.modules()}.isdisjoint(others.modules())
 
     def waits_for_thread(self, thread: threading.Thread) -> bool:
-        """Whether this one's thread cannot go on before ``thread`` does."""
+        """Whether this call waits for ``thread``, directly or through other calls."""
         waiting = [t for t in _turns() if t.thread is self.thread and t.waits_for]
         for turn in waiting:
             held = turn.waits_for
