@@ -578,8 +578,8 @@ UNSEEN = (
     " that has not seen a batch. Run the model on one batch first, then convert it."
 )
 SYNC = (
-    '(...), mode="sync": the mode needs statistics across the vmapped axis, which '
-    'exist only while a block is open. Use vmap_safe(model, mode="sync").'
+    '(...), mode="sync": the mode holds only while a block is open, as it needs '
+    'statistics across the vmapped axis. Use vmap_safe(model, mode="sync").'
 )
 IN_NET = "convert(model, mode=\"group_norm\"): layer '1.0' is a "
 REFUSED = [

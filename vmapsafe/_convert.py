@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from vmapsafe._block.models import has_running_stats, is_frozen, is_lazy
 from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, shown
 from vmapsafe._modes import (
+    MODES,
     ModeName,
     NumGroups,
     check_mode,
@@ -146,12 +147,11 @@ def norm_layer(
 def _conversion(called: str, mode: str) -> _Conversion:
     check_mode(called, mode)
     if mode not in _CONVERSIONS:
-        raise VmapSafeValueError(
-            f'{called}, mode="{mode}"',
-            "the mode needs statistics across the vmapped axis, which exist only while "
-            "a block is open",
-            f'Use vmap_safe(model, mode="{mode}")',
-        )
+        found = "the mode holds only while a block is open"
+        if MODES[mode].merges:
+            found += ", as it needs statistics across the vmapped axis"
+        do = f'Use vmap_safe(model, mode="{mode}")'
+        raise VmapSafeValueError(f'{called}, mode="{mode}"', found, do)
     return _CONVERSIONS[mode]
 
 
