@@ -1,33 +1,34 @@
 """What was measured on the CPU, changed for a while."""
 
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from vmapsafe.rules import (
     batch_norm_operators,
-    convolution,
+    convolution_regimes,
     group_norm,
     layer_norm,
     linear,
 )
 from vmapsafe.rules.convolution_regimes import Winner
 
-FILES = {
-    "batch_norm": batch_norm_operators,
-    "convolution": convolution,
-    "group_norm": group_norm,
-    "layer_norm": layer_norm,
-    "linear": linear,
+# Their tables hold numbers or dataclasses of their own, by the type of a device.
+REGIMES: dict[str, dict[str, Any]] = {
+    "batch_norm": batch_norm_operators.REGIMES,
+    "convolution": convolution_regimes.REGIMES,
+    "group_norm": group_norm.REGIMES,
+    "layer_norm": layer_norm.REGIMES,
+    "linear": linear.REGIMES,
 }
 
 
 def change_regimes(monkeypatch: pytest.MonkeyPatch, **regimes: Any) -> None:
     """Those of these families: a threshold, or a dict of fields."""
     for family, changed in regimes.items():
-        table = FILES[family].REGIMES  # type: ignore[attr-defined]
-        if is_dataclass(table["cpu"]):
+        table = REGIMES[family]
+        if isinstance(changed, dict):
             changed = replace(table["cpu"], **changed)
         monkeypatch.setitem(table, "cpu", changed)
 
@@ -52,5 +53,5 @@ def take_every_size(
 
 def forget_regimes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a type of device on which nothing was measured."""
-    for file in FILES.values():
-        monkeypatch.delitem(file.REGIMES, "cpu")  # type: ignore[attr-defined]
+    for table in REGIMES.values():
+        monkeypatch.delitem(table, "cpu")

@@ -127,7 +127,7 @@ def watch(
     """Puts ``rules`` in force and no others; ``taken`` hears of each call they take."""
 
     def watched(rule: OperatorRule) -> OperatorRule:
-        def batched(call: Call) -> object:
+        def batched(call: Call) -> tuple[Tensor | None, ...]:
             taken(rule, call)
             return rule.batched(call)
 
