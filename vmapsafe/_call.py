@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from vmapsafe._modes import NumGroups
+from vmapsafe._modes import NumGroups, RowsName
 from vmapsafe._torch import OpOverload
 
 Function = Callable[..., Any]
 
 
 class Site(Protocol):
-    """Where in a covered model a call was made, as much as a rule needs to know."""
+    """Where in a covered model a call was made: what a rule may ask about it."""
 
     @property
     def layer(self) -> nn.Module | None:
@@ -24,7 +25,7 @@ class Site(Protocol):
 
     @property
     def stays_in_eval(self) -> bool:
-        """Whether it is a layer that is to normalise as in eval mode."""
+        """Whether a layer made it that must normalise as in eval mode."""
 
     @property
     def tracks(self) -> bool:
@@ -39,16 +40,16 @@ class Site(Protocol):
         """The block's ``update_running_stats``."""
 
     @property
-    def rows(self) -> str:
-        """What the rows of ``per_sample_grads`` are to be, "contribution" elsewhere."""
+    def rows(self) -> RowsName:
+        """What the rows of ``per_sample_grads`` mean; "contribution" elsewhere."""
 
     @property
     def copies_at(self) -> int | None:
-        """The vmap level whose slices have copies of the parameters to themselves, to
-        get per-sample gradients from; None elsewhere."""
+        """The vmap level whose slices have copies of the parameters, one each, for
+        per-sample gradients; None elsewhere."""
 
     @property
-    def process_group(self) -> Any:
+    def process_group(self) -> dist.ProcessGroup | None:
         """The processes over which a SyncBatchNorm layer takes its statistics, if there
         are several; None for every other layer."""
 
@@ -62,8 +63,8 @@ class Site(Protocol):
         """Whether ``tensor`` is a buffer of the model, or shares its storage."""
 
     def leaves_out(self, tensor: Tensor) -> bool:
-        """Whether a write to ``tensor``, made here, is left out: a forward of the model
-        writes a buffer of it."""
+        """Whether a write to ``tensor`` must not happen, as a forward of the model
+        writes a buffer there. Warns of a write that users may expect."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Parameters:
 
     @staticmethod
     def of(function: Function) -> Parameters:
-        """Read them off the signature; empty where a function has none of its own."""
+        """Read them from the signature; empty if a function has none of its own."""
         if isinstance(function, OpOverload):
             arguments = function._schema.arguments
             return Parameters(
@@ -129,12 +130,12 @@ class Parameters:
             elif name in self.defaults:
                 bound[name] = self.defaults[name]
         if len(bound) < len(args) + len(kwargs):
-            bound.update(kwargs)  # what a function without a signature is given
+            bound.update(kwargs)  # of a function without a signature
         return bound
 
 
 def slices(call: Call, size: int) -> list[Call]:
-    """The batch of calls that ``call`` stands for, one slice each, without vmap."""
+    """The calls of the slices of a call that holds whole batches, one by one."""
     batch = []
     for i in range(size):
         arguments = dict(call.arguments)
@@ -146,7 +147,7 @@ def slices(call: Call, size: int) -> list[Call]:
 
 
 def batch_size(call: Call) -> int:
-    """The length of the batch dimensions of ``call``, which agree."""
+    """The size that all batch dimensions of ``call`` have."""
     sizes = {
         call[name].size(dim) for name, dim in call.in_dims.items() if dim is not None
     }
@@ -155,7 +156,7 @@ def batch_size(call: Call) -> int:
 
 
 def batch_first(call: Call, name: str) -> Tensor:
-    """A batched argument of ``call``, its batch dimension in front."""
+    """A batched argument of ``call``, with its batch dimension in front."""
     value: Tensor = call[name]
     dim = call.in_dims[name]
     return value.movedim(dim, 0) if dim else value

@@ -1,4 +1,4 @@
-"""Where torch's random generators stand, so that a draw can be made again."""
+"""The state of torch's random generators, so that a draw can be made again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RANDOMNESS: tuple[Randomness, ...] = ("error", "different", "same")
 
 
 def check_randomness(called: str, randomness: Any) -> None:
-    """Raise unless ``randomness`` is one that vmap knows.
+    """Raise unless ``randomness`` is a value that vmap knows.
 
     Args:
         called: the public function, for the error.
@@ -34,9 +34,9 @@ def check_randomness(called: str, randomness: Any) -> None:
 
 
 class Draws:
-    """Where torch's random generators stand, of the CPU and of devices.
+    """The state of torch's random generators, for the CPU and for devices.
 
-    Noted only where vmap lets them be used: not with ``randomness="error"``.
+    It is empty with ``randomness="error"``, where vmap does not allow draws.
     """
 
     def __init__(self, randomness: str) -> None:
@@ -47,7 +47,7 @@ class Draws:
             self._states = [(note, back, note()) for note, back in _generators()]
 
     def put_back(self) -> None:
-        """Let what is drawn next be what was drawn since."""
+        """Set the generators back: the next draws repeat those made since."""
         with below_all():
             for _, put_back, state in self._states:
                 put_back(state)

@@ -1,4 +1,4 @@
-"""How a failure is worded: what was called, what was found, what to do."""
+"""Errors and warnings: what was called, what was found, what to do."""
 
 import contextlib
 import os
@@ -54,7 +54,7 @@ class VmapSafeTypeError(VmapSafeError, TypeError):
 
 
 class VmapSafeRuntimeError(VmapSafeError, RuntimeError):
-    """Something that a call meets as it runs has no right result."""
+    """A call cannot give the right result, which shows while it runs."""
 
     __module__ = "vmapsafe"
 
@@ -78,13 +78,13 @@ class NeverUpdatedWarning(UserWarning):
 
 
 class LeftOutWarning(UserWarning):
-    """A forward writes a buffer of its own, which does not happen inside a block."""
+    """A forward writes a buffer of its module; inside a block it does not happen."""
 
     __module__ = "vmapsafe"
 
 
 def warn_user(text: str, category: type[Warning]) -> None:
-    """Warn at the line that called the package, past torch's lines in between."""
+    """Warn at the user's line that called the package, directly or through torch."""
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(
         _PASSED_OVER
@@ -94,7 +94,7 @@ def warn_user(text: str, category: type[Warning]) -> None:
     warnings.warn(text, category, stacklevel=level)
 
 
-# Not the user's lines.
+# Files whose lines are not the user's.
 _PASSED_OVER = tuple(
     [
         os.path.dirname(__file__) + os.sep,
@@ -105,7 +105,7 @@ _PASSED_OVER = tuple(
 
 
 def worded(called: str, found: str, do: str) -> str:
-    """One text for every failure of the package.
+    """The text of every error and warning of the package.
 
     >>> worded("vmap_safe(...)", "got no model", "Write vmap_safe(model)")
     'vmap_safe(...): got no model. Write vmap_safe(model).'
@@ -114,7 +114,7 @@ def worded(called: str, found: str, do: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a few words: of a tensor or an array its class and shape.
+    """A value in a few words; for a tensor or an array, its class and shape.
 
     >>> import torch
     >>> shown([torch.zeros(3, 4), "a"])
@@ -143,7 +143,7 @@ class _Short(reprlib.Repr):
             return str(x.__qualname__)
         if hasattr(x, "shape") and hasattr(x, "dtype"):
             return f"{type(x).__name__} {tuple(x.shape)}"
-        if isinstance(x, dict):  # of a subclass too, as a state_dict is
+        if isinstance(x, dict):  # a subclass too, such as a state_dict
             return self.repr_dict(x, level)
         if isinstance(x, tuple):
             return self.repr_tuple(x, level)
@@ -155,11 +155,11 @@ class _Short(reprlib.Repr):
 
 
 _short = _Short()
-_MOST = 1500  # characters of what is said
+_MOST = 1500  # characters
 
 
 def _cut(text: str) -> str:
-    """Without the middle of what takes several lines, as a printed tensor does."""
+    """The text without its middle, if it has several lines, as a printed tensor."""
     first, *rest = text.split("\n")
     if rest:
         text = f"{first} ... {rest[-1]}"

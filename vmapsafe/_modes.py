@@ -100,29 +100,29 @@ ROWS: tuple[RowsName, ...] = ("contribution", "jacobian", "detached")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a block was asked to do; raises when it is made of what makes no sense.
+    """What a block was asked to do. Options that make no sense cannot be created.
 
     Attributes:
         called: the public function, for errors.
         rows: what the rows of per-sample gradients are in a mode that merges.
-        copies_at: the vmap level whose slices have copies of the parameters of their
-            own, to get per-sample gradients from; None elsewhere.
+        copies_at: the vmap level whose slices have copies of the parameters, one each,
+            for per-sample gradients; None elsewhere.
 
     The other attributes are those of :func:`vmapsafe.vmap_safe`.
 
     Raises:
-        VmapSafeValueError: a value that the option may not have.
-        VmapSafeTypeError: a type that it may not have.
+        VmapSafeValueError: an option has a value that it may not have.
+        VmapSafeTypeError: an option has a type that it may not have.
     """
 
     called: str = field(default="vmap_safe(...)", compare=False)
-    mode: str = "eval"
+    mode: ModeName = "eval"
     num_groups: NumGroups = 32
     update_running_stats: bool = False
     sync_levels: int | None = None
     also: Also = ()
     fast: bool = True
-    rows: str = "contribution"
+    rows: RowsName = "contribution"
     copies_at: int | None = None
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ class Options:
         return MODES[self.mode]
 
     def agree(self, other: Options) -> bool:
-        """Whether two threads may hold one model with these options."""
+        """Whether two threads may hold one model, one with each of these options."""
         return _shared(self) == _shared(other)
 
     def _check_rows(self) -> None:
@@ -188,13 +188,13 @@ class Options:
             raise VmapSafeValueError(
                 called,
                 'update_running_stats and sync_levels have a meaning in "sync" only, '
-                "where there is one batch whose statistics could be written",
+                "where all slices are one batch",
                 'Use mode="sync", or leave them out',
             )
 
 
 def _shared(options: Options) -> tuple[Any, ...]:
-    """The options whose effect on a model other threads see."""
+    """The options whose effect on a model is seen by other threads."""
     return (
         options.mode,
         options.num_groups,
@@ -212,7 +212,7 @@ def check_mode(called: str, mode: Any) -> None:
         mode: what the user wrote.
 
     Raises:
-        VmapSafeValueError: it is not; the text lists the modes.
+        VmapSafeValueError: it is another value; the text lists the modes.
     """
     if mode not in tuple(MODES):  # a value that is not a string may not be hashable
         listed = ", ".join([f'"{name}"' for name in MODES])
@@ -257,15 +257,15 @@ def groups_for(num_channels: int, num_groups: NumGroups) -> int:
         num_groups: the number of groups, or a callable that takes C and returns it.
 
     Returns:
-        That number where it divides C, else C (one group a channel).
+        The number of groups if it divides C, else C: each channel is a group.
 
     Raises:
         VmapSafeTypeError: ``num_groups``, or what it returned, is not an int.
         VmapSafeValueError: it is below 1.
 
     It does not look for the nearest divisor. If the number of groups does not divide C,
-    as for every smaller C, each channel is normalised by itself. Source of the
-    fall-back: https://docs.pytorch.org/docs/stable/func.batch_norm.html, option 1.
+    as for every smaller C, each channel is normalised by itself, as
+    https://docs.pytorch.org/docs/stable/func.batch_norm.html, option 1, says.
     """
     if callable(num_groups):
         groups = num_groups(num_channels)
@@ -294,7 +294,7 @@ def check_num_groups(called: str, num_groups: Any) -> None:
 
 def _check_count(called: str, groups: object, found: str) -> None:
     do = "Pass an int of at least 1, or a callable from C to one"
-    # bool is an int to Python, but True groups is a slip of the pen.
+    # bool is an int in Python, but num_groups=True is a mistake.
     if isinstance(groups, bool) or not isinstance(groups, int):
         raise VmapSafeTypeError(called, f"{found}, which is not an int", do)
     if groups < 1:

@@ -1,8 +1,8 @@
 """Every private name of torch that the package uses, and what each one does.
 
-A name stands here with the version of torch in which it was read. When torch moves one,
-this file is the one to change. Other files import these functions and classes, and see
-nothing of torch that torch does not document.
+Each name has the version of torch in which it was read. When torch moves a name, this
+is the file to change. Other files import these functions and classes, and use only
+names of torch that torch documents.
 """
 
 from __future__ import annotations
@@ -46,21 +46,23 @@ HOME_OF_VMAP = "torch._functorch.vmap"
 C = TypeVar("C", bound=Callable[..., Any])
 
 
-# torch.compile cannot trace what looks at transforms, nor the vmap rule of an
-# autograd.Function: it would leave the rule out, silently. Both are kept whole. Read in
+# torch.compile cannot trace functions that look at transforms, nor the vmap rule of an
+# autograd.Function: it would silently leave the rule out. Both are kept whole. Read in
 # torch 2.13: this attribute marks a function that is run while tracing and whose result
-# is a constant; torch.compiler's own decorators would import all of torch._dynamo.
+# is a constant. torch.compiler's own decorators would import all of torch._dynamo.
 
 
 def constant_while_compiling(function: C) -> C:
-    """A decorator for functions of constants, which torch.compile need not trace."""
+    """A decorator for functions of constants: torch.compile runs them, untraced."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def run_while_compiling(function: C) -> C:
-    """A decorator for functions that torch.compile, where it meets their frames, runs
-    as they are, with all that they call."""
+    """A decorator for functions whose frames torch.compile does not compile.
+
+    It runs them, and all that they call, as they are.
+    """
     compiler = torch._C._dynamo.eval_frame
     skip = compiler._FrameAction.SKIP
     strategy = compiler._FrameExecStrategy(skip, skip)
@@ -72,29 +74,33 @@ _whole: list[Any] = []
 
 
 def whole_while_compiling(function: C) -> C:
-    """A decorator for functions of tensors, and classes of autograd.Function, that
-    torch.compile leaves for the backend to trace, transforms and all."""
+    """A decorator for functions of tensors and for classes of autograd.Function.
+
+    torch.compile leaves them, with their transforms, for the backend to trace.
+    """
     _whole.append(function)
     return function
 
 
 @constant_while_compiling
 def prepare_compiling() -> None:
-    """Tell torch.compile which functions it leaves whole; to be called in what it
-    traces, before any of them."""
+    """Tell torch.compile which functions it leaves whole.
+
+    Code that it traces must call this before it calls one of them.
+    """
     for function in _whole:
         torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
 
 
 def modes_in_force() -> list[TorchFunctionMode]:
     """This thread's stack, the innermost last."""
-    # Read in torch 2.13: the stack's public form is a list made anew at each call.
+    # Read in torch 2.13: the public function makes a new list in each call.
     size = torch._C._len_torch_function_stack()
     return [torch._C._get_function_stack_at(i) for i in range(size)]
 
 
 def innermost_mode() -> TorchFunctionMode | None:
-    """The last one of this thread's stack. torch.compile traces this."""
+    """The last mode of this thread's stack. torch.compile traces this."""
     size = torch._C._len_torch_function_stack()
     return torch._C._get_function_stack_at(size - 1) if size else None
 
@@ -105,7 +111,14 @@ take_off_innermost: Callable[[], TorchFunctionMode] = _pop_mode
 
 
 def take_off(mode: TorchFunctionMode) -> str:
-    """Take a mode off this thread's stack, wherever it is; says where it was."""
+    """Take a mode off this thread's stack, wherever it is.
+
+    Args:
+        mode: the mode.
+
+    Returns:
+        Where it was: "top", "not the innermost block" or "nowhere".
+    """
     stack = modes_in_force()
     if mode not in stack:
         return "nowhere"
@@ -124,12 +137,12 @@ def take_off(mode: TorchFunctionMode) -> str:
 
 
 def dispatch_modes_are_on() -> bool:
-    """Whether something like FlopCounterMode or FakeTensorMode sees all operators."""
+    """Whether a mode that sees all operators is on, such as FakeTensorMode."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def under(mode: TorchFunctionMode, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function with a mode in force; no interrupt leaves it there."""
+    """Call a function with a mode in force. An interrupt does not leave it in force."""
     done = False
     try:
         try:
@@ -168,7 +181,7 @@ def below_modes(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return operator.dispatch(keys.highestPriorityTypeId(), *args, **kwargs)
 
 
-# What lies below ``F.batch_norm``.
+# The functions below ``F.batch_norm``.
 NATIVE_BATCH_NORMS = frozenset(
     [
         torch.native_batch_norm,
@@ -179,8 +192,8 @@ NATIVE_BATCH_NORMS = frozenset(
 )
 
 
-# The transforms around a call. Read in torch 2.13: a stack of them, of which torch
-# numbers the levels from 1, and None instead of an empty one.
+# The transforms around a call. Read in torch 2.13: they are a stack, or None if there
+# are none; their levels begin at 1.
 
 
 def _transforms() -> Any:
@@ -237,7 +250,7 @@ def _levels_as_bits(tensors: Sequence[Tensor]) -> float:
 
 
 def shares_memory(tensor: Tensor, others: Sequence[Tensor]) -> int | None:
-    """Which of ``others`` lies in the same memory as ``tensor``: itself, or a view."""
+    """The index in ``others`` of a tensor that shares memory with ``tensor``."""
     if torch.compiler.is_compiling():
         prepare_compiling()
     found = int(_sharing(tensor, others))
@@ -293,7 +306,7 @@ def recorded(*tensors: Tensor | None) -> bool:
 
 
 def innermost(tensor: Tensor) -> Tensor:
-    """What is inside all wrappers of the transforms around it."""
+    """The tensor inside all wrappers of the transforms around it."""
     while is_wrapped(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
@@ -310,7 +323,7 @@ def first_slice(tensor: Tensor) -> Tensor:
     return inside
 
 
-# What a batching rule does between one vmap and what is outside it. Read in torch 2.13
+# The key of one vmap, below which a batching rule computes. Read in torch 2.13
 # (custom_function_call_vmap_helper).
 _BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
@@ -329,23 +342,25 @@ def whole_batches(
     return values, in_dims
 
 
-# For the length of a kernel: a mode would see each of its steps, and does cost (5 us).
+# A context for kernels: modes would see each step of a kernel, at 5 us each.
 unseen_by_modes = torch._C.DisableTorchFunction
 
 
 def below_vmap() -> Any:
-    """A context: what is computed in it is computed on whole batches."""
+    """A context in which operations compute on whole batches."""
     return torch._C._ExcludeDispatchKeyGuard(_BATCHED)
 
 
-# What takes each operation of a kernel on to the transforms outside the vmap, and to
-# autograd. Read in torch 2.13 (dynamicLayerBackFallback).
+# The key that hands each operation of a kernel to the transforms outside the vmap, and
+# to autograd. Read in torch 2.13 (dynamicLayerBackFallback).
 _TAKEN_ON = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerBackMode)
 
 
 def unwatched() -> Any:
-    """A context for plain tensors in a kernel, see :func:`is_plain`: what is computed
-    in it goes straight to the device, which saves about 10 us an operation."""
+    """A context for plain tensors in a kernel, see :func:`is_plain`.
+
+    Operations in it go straight to the device, which saves about 10 us each.
+    """
     return torch._C._ExcludeDispatchKeyGuard(_TAKEN_ON)
 
 
@@ -379,8 +394,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def multiplies_exactly(device: torch.device) -> bool:
     """Whether products of float32 matrices there have the precision of float32."""
-    # What all switches come to, the older and the newer; torch's own question raises
-    # where both were used (torch 2.13).
+    # This is the result of all switches, older and newer. torch's public function
+    # raises if both were used (torch 2.13).
     backend = "mkldnn" if device.type == "cpu" else "cuda"
     found = torch._C._get_fp32_precision_getter(backend, "matmul")
     return found in ("none", "ieee")
@@ -396,16 +411,21 @@ def wrapped_again(outputs: tuple[Tensor | None, ...], level: int) -> Any:
     )
 
 
-# Contexts in which all transforms, or the innermost, are not there (torch 2.13).
+# Contexts without all transforms, and without the innermost one (torch 2.13).
 below_all = pyfunctorch.temporarily_clear_interpreter_stack
 below_innermost = pyfunctorch.temporarily_pop_interpreter_stack
 
 
 def batch_behind(slice_: Tensor, level: int, size: int) -> Tensor | None:
-    """The batch (size, ...) of which the vmap of ``level``, and no other transform,
-    shows slices, be they all the same tensor; None for others.
+    """The batch whose slices the vmap of ``level`` shows; call it below that vmap.
 
-    To be called in :func:`below_innermost`.
+    Args:
+        slice_: what the vmap shows; if it is not batched, all slices are the same.
+        level: the level of the vmap.
+        size: the batch size of the vmap.
+
+    Returns:
+        The batch (size, ...), or None if another transform wraps it.
     """
     if not is_wrapped(slice_):
         return slice_.expand(size, *slice_.shape)
@@ -445,8 +465,10 @@ def slices_of(batch: Tensor, level: int) -> Tensor:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether nothing watches what is computed from it: no transform, no autograd, no
-    tracing. Results may then be written in place."""
+    """Whether no transform, autograd or tracing watches what is computed from a tensor.
+
+    Results may then be written in place.
+    """
     recorded = tensor.requires_grad and torch.is_grad_enabled()
     watched = recorded or forward_ad._current_level >= 0 or is_wrapped(tensor)
     return type(tensor) in (Tensor, torch.nn.Parameter) and not watched
@@ -465,10 +487,10 @@ def is_differentiated(tensor: Tensor) -> bool:
 
 
 def storage_of(tensor: Tensor) -> int | None:
-    """Which memory a tensor lies in; views and ``.data`` share it. None: in none.
+    """The memory of a tensor, which views and ``.data`` share; None if it has none.
 
-    Inside a transform views are wrapped, even those of tensors that are not; what
-    counts is inside the wrappers.
+    Inside a transform, views are wrapped, even views of tensors that are not. The
+    tensor inside the wrappers counts.
     """
     try:
         return int(innermost(tensor).untyped_storage()._cdata)
@@ -477,8 +499,10 @@ def storage_of(tensor: Tensor) -> int | None:
 
 
 def lies_alone(tensor: Tensor, base: Tensor | None) -> bool:
-    """Whether no other tensor is known to lie in the same memory, but for the one that
-    it is a view of; it is cheap."""
+    """Whether a tensor, and the one that it is a view of, share memory with no other.
+
+    False if this is not known. It is cheap.
+    """
     while is_wrapped(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
         # The wrapper's and ``tensor``; ``.data`` is a second wrapper of one tensor.
@@ -494,13 +518,15 @@ def lies_alone(tensor: Tensor, base: Tensor | None) -> bool:
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether it belongs to a transform of torch.func and is dead after it."""
+    """Whether it belongs to a transform of torch.func, and cannot be used after it."""
     # Read in torch 2.13.
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def broadcast_to_leaves(spec: Any, tree: Any) -> list[int | None] | None:
-    """One of ``spec``'s dimensions for each leaf of ``tree``; None if it has another
-    structure."""
+    """A dimension out of ``spec`` for each leaf of ``tree``.
+
+    None if ``spec`` does not fit the structure of ``tree``.
+    """
     spread: list[int | None] | None = _broadcast_to_and_flatten(spec, tree)
     return spread

@@ -22,7 +22,7 @@ from vmapsafe._block.covered import Layer, Model
 from vmapsafe._block.models import process_group
 from vmapsafe._block.open_blocks import Open
 from vmapsafe._block.switched import kept_by_forwards
-from vmapsafe._modes import Mode, NumGroups
+from vmapsafe._modes import Mode, NumGroups, RowsName
 from vmapsafe._torch import batched_levels
 
 _compiling = torch.compiler.is_compiling
@@ -176,7 +176,7 @@ class Place:
         return self.block.options.update_running_stats
 
     @property
-    def rows(self) -> str:
+    def rows(self) -> RowsName:
         return self.block.options.rows
 
     @property

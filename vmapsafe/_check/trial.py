@@ -152,7 +152,7 @@ def _plain(model: nn.Module, example: Example) -> Outcome:
 
 
 def _in_mode(
-    question: Question, model: nn.Module, example: Example, mode: str, draws: bool
+    question: Question, model: nn.Module, example: Example, mode: ModeName, draws: bool
 ) -> Outcome:
     """The runs in one mode; once more if they failed only for want of randomness."""
     options = replace(question.options, mode=mode)
