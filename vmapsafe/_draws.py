@@ -15,7 +15,7 @@ Randomness = Literal["error", "different", "same"]
 RANDOMNESS: tuple[Randomness, ...] = ("error", "different", "same")
 
 
-def check_randomness(called: str, randomness: Any) -> None:
+def check_randomness(called: str, randomness: object) -> None:
     """Raise unless ``randomness`` is a value that vmap knows.
 
     Args:

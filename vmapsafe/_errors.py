@@ -113,7 +113,7 @@ def worded(called: str, found: str, do: str) -> str:
     return f"{_cut(called)}: {_cut(found)}. {do}."
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value in a few words; for a tensor or an array, its class and shape.
 
     >>> import torch
@@ -123,7 +123,7 @@ def shown(value: Any) -> str:
     return _short.repr(value)
 
 
-def a_kind(value: Any) -> str:
+def a_kind(value: object) -> str:
     """The class of a value, with its article.
 
     >>> a_kind(3), a_kind([])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 
@@ -193,7 +193,7 @@ class Options:
             )
 
 
-def _shared(options: Options) -> tuple[Any, ...]:
+def _shared(options: Options) -> tuple[object, ...]:
     """The options whose effect on a model is seen by other threads."""
     return (
         options.mode,
@@ -204,7 +204,7 @@ def _shared(options: Options) -> tuple[Any, ...]:
     )
 
 
-def check_mode(called: str, mode: Any) -> None:
+def check_mode(called: str, mode: object) -> None:
     """Raise unless ``mode`` is the name of a mode.
 
     Args:
@@ -221,7 +221,7 @@ def check_mode(called: str, mode: Any) -> None:
         )
 
 
-def _check_also(called: str, also: Any) -> None:
+def _check_also(called: str, also: object) -> None:
     if also == ():
         return
     kinds = also if isinstance(also, (tuple, list)) else (also,)
@@ -275,7 +275,7 @@ def groups_for(num_channels: int, num_groups: NumGroups) -> int:
     return groups if num_channels % groups == 0 else num_channels
 
 
-def check_num_groups(called: str, num_groups: Any) -> None:
+def check_num_groups(called: str, num_groups: object) -> None:
     """Raise unless ``num_groups`` is an int of at least 1 or a callable.
 
     A callable is not called; :func:`groups_for` checks what it returns.

@@ -20,6 +20,7 @@ from torch._ops import OpOverloadPacket as OpOverloadPacket
 from torch._ops import _compute_keyset
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction as BackwardCFunction
+from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -70,7 +71,7 @@ def run_while_compiling(function: C) -> C:
     return function
 
 
-_whole: list[Any] = []
+_whole: list[Callable[..., object]] = []
 
 
 def whole_while_compiling(function: C) -> C:
@@ -162,7 +163,7 @@ running_node = torch._C._current_autograd_node
 next_sequence_number = torch._C._autograd._get_sequence_nr
 
 
-def sequence_number(node: Any) -> int:
+def sequence_number(node: Node) -> int:
     """The number of a node of autograd; a later node has a larger one."""
     return int(node._sequence_nr())
 
@@ -346,7 +347,7 @@ def whole_batches(
 unseen_by_modes = torch._C.DisableTorchFunction
 
 
-def below_vmap() -> Any:
+def below_vmap() -> AbstractContextManager[object]:
     """A context in which operations compute on whole batches."""
     return torch._C._ExcludeDispatchKeyGuard(_BATCHED)
 
@@ -356,7 +357,7 @@ def below_vmap() -> Any:
 _TAKEN_ON = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerBackMode)
 
 
-def unwatched() -> Any:
+def unwatched() -> AbstractContextManager[object]:
     """A context for plain tensors in a kernel, see :func:`is_plain`.
 
     Operations in it go straight to the device, which saves about 10 us each.
@@ -401,7 +402,9 @@ def multiplies_exactly(device: torch.device) -> bool:
     return found in ("none", "ieee")
 
 
-def wrapped_again(outputs: tuple[Tensor | None, ...], level: int) -> Any:
+def wrapped_again(
+    outputs: tuple[Tensor | None, ...], level: int
+) -> tuple[Tensor | None, ...]:
     """Batches, batch dimension first, as the vmap of ``level`` shows them."""
     return tuple(
         [
