@@ -765,3 +765,11 @@ def test_instance_norm_by_running_statistics_under_autocast(affine):
     for name, row in rows.items():
         assert rough[name].dtype == torch.float32
         torch.testing.assert_close(rough[name], row, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_group_norm_of_one_value_is_refused(fast):
+    """As by torch itself: only the bias would be left."""
+    net = nn.Sequential(nn.GroupNorm(4, 4), nn.Flatten())
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        per_sample_grads(net, lambda y: y.sum(), torch.randn(5, 4, 1, 1), fast=fast)

@@ -266,10 +266,10 @@ def _statistics(call: Call, training: bool) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(var + eps), in the shape that broadcasts."""
     x = call["input"]
     if training:
-        return slow.statistics(x, slow.but_channels(x), call["eps"])
-    mean, variance = (
-        slow.along_channels(call[name], x) for name in ("running_mean", "running_var")
-    )
+        mean, variance = slow.statistics(x, slow.but_channels(x))
+    else:
+        mean = slow.along_channels(call["running_mean"], x)
+        variance = slow.along_channels(call["running_var"], x)
     return mean, (variance + call["eps"]).rsqrt()
 
 

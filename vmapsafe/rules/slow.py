@@ -11,17 +11,16 @@ from torch import Tensor
 from vmapsafe._call import Call
 
 
-def statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(var + eps) over ``dims``, which stay with length 1."""
+def statistics(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
+    """Mean and variance over ``dims``, which stay with length 1."""
     mean = x.mean(dims, keepdim=True)
-    variance = ((x - mean) ** 2).mean(dims, keepdim=True)
-    return mean, 1 / torch.sqrt(variance + eps)
+    return mean, ((x - mean) ** 2).mean(dims, keepdim=True)
 
 
 def normalised(x: Tensor, dims: list[int], eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps)"""
-    mean, rstd = statistics(x, dims, eps)
-    return (x - mean) * rstd
+    mean, variance = statistics(x, dims)
+    return (x - mean) / torch.sqrt(variance + eps)
 
 
 def along_channels(values: Tensor, x: Tensor) -> Tensor:
