@@ -136,22 +136,27 @@ def test_an_earlier_peak_hides_what_a_chunk_took(monkeypatch):
     assert memory.ran == [4, 10, 23]
 
 
-@pytest.mark.parametrize("chunk_size,first", [("auto", "rows"), (None, "forward")])
+@pytest.mark.parametrize("chunk_size,first", [("auto", "memory"), (None, "forward")])
 def test_when_rows_get_their_memory(monkeypatch, chunk_size, first):
     """In backward; but before the first chunk where its need is to be measured."""
     events = []
     memory = Memory(monkeypatch, 100)
     monkeypatch.setattr(memory, "take", lambda count: events.append("forward"))
-    make = quantities._RowsOfCall._fresh
+    made = {
+        "memory": (quantities._RowsOfCall, "_fresh"),
+        "rows": (quantities._RowsPart, "streamed"),
+    }
+    for event, (kind, name) in made.items():
+        original = getattr(kind, name)
 
-    def noted(rows, name):
-        events.append("rows")
-        return make(rows, name)
+        def noted(self, *args, event=event, original=original):
+            events.append(event)
+            return original(self, *args)
 
-    monkeypatch.setattr(quantities._RowsOfCall, "_fresh", noted)
+        monkeypatch.setattr(kind, name, noted)
     CALLS["rows"](Hungry(memory).double(), chunk_size)
-    assert events.count("rows") == 4
-    assert events[0] == first and events[1] == "rows"
+    assert events.count("memory") == (4 if chunk_size else 0)
+    assert events[0] == first and "rows" in events
 
 
 def test_the_system_tells():

@@ -19,7 +19,7 @@ from torch import Tensor
 from vmapsafe._errors import VmapSafeValueError
 from vmapsafe._rows.processes import gathered, summed
 from vmapsafe._torch import tree_map, without_autocast
-from vmapsafe.rules.formulas import Formula, Memory, norms_of, weighted_sum
+from vmapsafe.rules.formulas import Formula, norms_of, weighted_sum
 
 T = TypeVar("T")
 
@@ -44,10 +44,6 @@ class Batch:
 
 class Part(ABC):
     """Collects a quantity of some of the samples, parameter by parameter."""
-
-    def storage(self, name: str) -> Memory | None:
-        """What gives memory (B, *shape) for rows that ``whole`` will be given."""
-        return None
 
     @abstractmethod
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
@@ -268,18 +264,14 @@ class _RowsPart(Part):
     def __init__(self, call: _RowsOfCall, part: slice) -> None:
         self._call, self._part = call, part
 
-    def storage(self, name: str) -> Memory:
-        return lambda: self._call.rows(name)[self._part]
-
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
-        rows = formula.rows(x, grad, self.storage(name))
-        self._call.memory.setdefault(name, rows)
-        self.whole(name, rows)
+        if name in self._call.memory:
+            formula.write_rows(x, grad, self._call.memory[name][self._part])
+        else:
+            self._call.memory[name] = formula.new_rows(x, grad)
 
     def whole(self, name: str, rows: Tensor) -> None:
-        into = self._call.rows(name)[self._part]
-        if rows.data_ptr() != into.data_ptr():
-            into.copy_(rows)
+        self._call.rows(name)[self._part] = rows
 
     def finished(self) -> None:
         """They are in the memory of the call."""

@@ -42,7 +42,7 @@ from vmapsafe._torch import (
     under,
     without_autocast,
 )
-from vmapsafe.rules.formulas import Formula, Made, Memory
+from vmapsafe.rules.formulas import Formula, Made
 from vmapsafe.rules.recordings import (
     ByFormulas,
     Record,
@@ -59,9 +59,6 @@ class Unrecordable(Exception):
 
 class Collector(Protocol):
     """What becomes of the gradients, parameter by parameter as backward meets them."""
-
-    def storage(self, name: str) -> Memory | None:
-        """What gives memory (B, *shape) for the parameter's rows, if they need some."""
 
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
         """The one use of a parameter."""
@@ -131,8 +128,7 @@ class Recorded:
             dtype = leaves[name].dtype
             x, grad = x.to(dtype) if x.is_floating_point() else x, grad.to(dtype)
             if name in rest or uses[name] > 1:
-                storage = None if name in sums else into.storage(name)
-                add(name, formula.rows(x, grad, storage))
+                add(name, formula.rows(x, grad))
             else:
                 into.streamed(name, formula, x, grad)
             received.add(name)

@@ -29,7 +29,7 @@ from vmapsafe._call import Call, batch_first, batch_size
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_plain, multiplies_exactly, unwatched
 from vmapsafe.rules.convolution_regimes import REGIMES
-from vmapsafe.rules.formulas import Bias, Formula, Memory, Products, times
+from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.recordings import ByFormulas, Recording, record_calls
 
 _backward = torch.ops.aten.convolution_backward.default
@@ -298,18 +298,41 @@ class Weight(Products):
     def outputs(self, grad: Tensor) -> Tensor:
         return grad.movedim(2, 1).flatten(2)
 
-    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
+    def rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        return self._made(x, grad, None)
+
+    def write_rows(self, x: Tensor, grad: Tensor, out: Tensor) -> None:
+        rows = self._made(x, grad, out)
+        if rows is not out:
+            out.copy_(rows)
+
+    def new_rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        if self._one_convolution(x, grad):
+            return self._groups(x, grad)
+        return super().new_rows(x, grad)
+
+    def _made(self, x: Tensor, grad: Tensor, out: Tensor | None) -> Tensor:
+        """The rows. If they are written into ``out``, it is ``out`` itself."""
         call = self._call(x, grad)
         winner = algorithm(call)
         if winner in ALGORITHMS:
-            return ALGORITHMS[winner](call, grad, x, out and out())
-        regime = REGIMES.get(x.device.type)
-        if not regime or len(grad) * self.shape.numel() < regime.one_by_one:
+            rows = ALGORITHMS[winner](call, grad, x, out)
+            return rows if out is None else out
+        if self._is_small(grad):
             return self._groups(x, grad)
-        rows = out() if out else grad.new_empty(len(grad), *self.shape)
+        rows = grad.new_empty(len(grad), *self.shape) if out is None else out
         for row, one_x, one_grad in zip(rows, x, grad):
             row.copy_(self._ordinary(one_x, one_grad))
         return rows
+
+    def _is_small(self, grad: Tensor) -> bool:
+        """Whether one convolution of all samples wins over one for each."""
+        regime = REGIMES.get(grad.device.type)
+        return not regime or len(grad) * self.shape.numel() < regime.one_by_one
+
+    def _one_convolution(self, x: Tensor, grad: Tensor) -> bool:
+        small = self._is_small(grad)
+        return small and algorithm(self._call(x, grad)) not in ALGORITHMS
 
     def norms(self, x: Tensor, grad: Tensor) -> Tensor:
         products = set(self.dilation) == {1} and products_are_exact(self.weight)

@@ -20,7 +20,6 @@ from vmapsafe._torch import is_plain
 from vmapsafe.rules import memory
 from vmapsafe.rules.formulas import (
     Formula,
-    Memory,
     at_samples,
     can_look,
     norms_of,
@@ -99,14 +98,15 @@ class Weight(Formula):
 
     padding_idx: int | None
 
-    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
+    def rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        return self.new_rows(x, grad)
+
+    def write_rows(self, x: Tensor, grad: Tensor, out: Tensor) -> None:
         size = len(grad)
-        rows = out() if out else grad.new_empty(size, *self.shape)
         first = torch.arange(size, device=x.device).unsqueeze(1) * self.shape[0]
         index = (x.reshape(size, math.prod(x.shape[1:])) + first).flatten()
-        flat = rows.view(-1, self.shape[1]).zero_()
+        flat = out.view(-1, self.shape[1]).zero_()
         flat.index_add_(0, index, self._seen(x, grad).flatten(0, -2))
-        return rows
 
     def norms(self, x: Tensor, grad: Tensor) -> Tensor:
         positions = x[:1].numel()

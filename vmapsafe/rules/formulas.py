@@ -36,8 +36,6 @@ from torch import Tensor
 from vmapsafe._torch import is_plain
 from vmapsafe.rules.precision import wide
 
-Memory = Callable[[], Tensor]
-
 
 @dataclass(frozen=True)
 class Formula:
@@ -49,10 +47,19 @@ class Formula:
 
     shape: torch.Size
 
-    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
-        """(B, *shape). ``out`` gives memory for them and is asked where that is of use;
-        else they are contiguous and their memory nobody else's."""
+    def rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        """(B, *shape), to be read: they may lie in the memory of ``x`` or ``grad``."""
         raise NotImplementedError
+
+    def write_rows(self, x: Tensor, grad: Tensor, out: Tensor) -> None:
+        """Write the rows into contiguous memory (B, *shape)."""
+        out.copy_(self.rows(x, grad))
+
+    def new_rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        """(B, *shape), contiguous, in memory of their own."""
+        out = grad.new_empty(len(grad), *self.shape)
+        self.write_rows(x, grad, out)
+        return out
 
     def norms(self, x: Tensor, grad: Tensor) -> Tensor:
         """(B,), the norms of the rows."""
@@ -133,19 +140,20 @@ class Bias(_Small):
 
     dim: int
 
-    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
+    def rows(self, x: Tensor, grad: Tensor) -> Tensor:
         dims = [d for d in range(1, grad.dim()) if d != self.dim % grad.dim()]
-        if not dims:
-            return grad if out is None else out().copy_(grad)
-        return torch.sum(grad, dims, out=out and out())
+        return grad.sum(dims) if dims else grad
 
 
 @dataclass(frozen=True)
 class Made(_Small):
     """Rows that came with something else, in the place of the input."""
 
-    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
+    def rows(self, x: Tensor, grad: Tensor) -> Tensor:
         return x
+
+    def new_rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        return x.contiguous()
 
 
 class Products(Formula):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vmapsafe._call import Call, batch_first
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
-from vmapsafe.rules.formulas import Bias, Formula, Memory, Products, times
+from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.recordings import ByFormulas, Recording, record_calls
 
 # Numbers in the output of the whole batch from which on one fused product and sum wins,
@@ -79,11 +79,20 @@ class Weight(Products):
     def outputs(self, grad: Tensor) -> Tensor:
         return self.columns(grad)
 
-    def rows(self, x: Tensor, grad: Tensor, out: Memory | None = None) -> Tensor:
+    def rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        return self._products(x, grad, None)
+
+    def write_rows(self, x: Tensor, grad: Tensor, out: Tensor) -> None:
+        self._products(x, grad, out)
+
+    def new_rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        return self._products(x, grad, None)
+
+    def _products(self, x: Tensor, grad: Tensor, out: Tensor | None) -> Tensor:
         a, b = self.outputs(grad), self.columns(x)
         if a.size(2) == 1:  # the outer product, written once
-            return torch.mul(a, b.mT, out=out and out())
-        return torch.bmm(a, b.mT, out=out and out())
+            return torch.mul(a, b.mT, out=out)
+        return torch.bmm(a, b.mT, out=out)
 
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
         dtype = grad.dtype
