@@ -208,6 +208,11 @@ LAYER_NORMS = [
     layer_norm(2, 4, eps=0.3),
     layer_norm(2, 4, dtype=torch.float32),
 ]
+RMS_NORMS = [
+    {name: value for name, value in case.items() if name != "bias"}
+    for case in (layer_norm(2, 3, 4), layer_norm(4), layer_norm(2, 3, 4, last=2))
+]
+RMS_NORMS.append({**RMS_NORMS[0], "weight": None})
 LAYER_NORM_BACKWARDS = [
     layer_norm_backward(2, 3, 4),
     layer_norm_backward(4),
@@ -371,6 +376,7 @@ CASES = {
         *LAYER_NORMS[:-1],
         {**layer_norm(2, 4), "weight": None, "bias": None},
     ],
+    "rms_norm, where torch's own fails": RMS_NORMS,
     "in-place write to a buffer, left out": [{"0": randn(3), "1": 1.0}],
 }
 
@@ -405,6 +411,7 @@ UNDER_AUTOCAST = {
     "batch_norm, running statistics",
     "group_norm, where torch's own fails",
     "layer_norm, where torch's own fails",
+    "rms_norm, where torch's own fails",
 }
 
 # Uninitialised memory has no values to compare; test_zoo draws into it. An order in

@@ -281,6 +281,24 @@ def test_missing_kernels_are_found_among_others(net, monkeypatch):
         assert put_in_place == [missing]
 
 
+def test_no_rule_holds_without_an_entry(net, taken, monkeypatch):
+    """A table without the device, or an entry without rows, leaves torch's own."""
+    tables = [
+        rule
+        for rules in operator_rules().values()
+        for rule in rules
+        if isinstance(rule.devices, dict)
+    ]
+    assert len({id(rule.devices) for rule in tables}) == 4
+    assert all(rule.holds_on(("cpu",)) for rule in tables)
+    change_regimes(monkeypatch, convolution={"winners": ()})
+    with vmap_safe(net, fast=True):
+        rows(net, tensors(net), X)
+    assert not taken
+    forget_regimes(monkeypatch)
+    assert not any(rule.holds_on(("cpu",)) for rule in tables)
+
+
 def test_other_devices_and_precisions_are_left_alone(net, taken, monkeypatch):
     """A type of device without regimes, and matrix products that may be rounded."""
     net = net.float()

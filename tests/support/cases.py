@@ -163,6 +163,11 @@ CASES = [
         ),
         (2, 5, 5),
     ),
+    Case(
+        "rms norm",
+        lambda: _net(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.RMSNorm(4), nn.Tanh()),
+        (3,),
+    ),
     Case("used twice", Twice, (4, 3, 3)),
     Case("tied weights", Tied, (4,)),
     Case("partly frozen", PartlyFrozen, (2, 6, 6)),

@@ -9,6 +9,7 @@ The map, bottom up:
 ``slow``                  slow forms of normalisation, for references
 ``normalisation``         by statistics of the input, right in every derivative
 ``layer_norm``            layer norm
+``rms_norm``              RMS norm
 ``group_norm``            group norm
 ``batch_norm_operators``  the operators of batch norm
 ``batch_norm``            batch norm, in every mode but "sync"
@@ -35,4 +36,5 @@ from vmapsafe.rules import layer_norm as layer_norm
 from vmapsafe.rules import layouts as layouts
 from vmapsafe.rules import linear as linear
 from vmapsafe.rules import random_numbers as random_numbers
+from vmapsafe.rules import rms_norm as rms_norm
 from vmapsafe.rules import sync as sync

@@ -1,4 +1,4 @@
-"""Layer norm and RMS norm: right in every derivative, and faster batching rules.
+"""Layer norm: right in every derivative, and faster batching rules.
 
 torch's own layer norm (2.13) holds the saved mean and standard deviation constant, so
 that second derivatives with forward mode and third ones are silently wrong, as in batch

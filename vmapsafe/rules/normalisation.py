@@ -42,8 +42,8 @@ def has_own_weights(call: Call) -> bool:
     """Whether each slice has a copy of the layer's weights, to get rows from."""
     if call.site is None or call.site.copies_at is None:
         return False
-    given = [p for p in (call["weight"], call["bias"]) if p is not None]
-    return call.site.copies_at in batched_levels(given)
+    given = [call.arguments.get(name) for name in ("weight", "bias")]
+    return call.site.copies_at in batched_levels([p for p in given if p is not None])
 
 
 # -- In plain operations ---------------------------------------------------------------
