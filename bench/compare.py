@@ -1,10 +1,11 @@
-"""What got slower between two saved runs, by ratio to the plain gradient of each run.
+"""Find what got slower between two saved runs, by ratios to each run's plain gradient.
 
     python bench/compare.py old.json new.json
 
-Nothing is timed: a run on another machine, or on a busier one, has another plain
-gradient too. Exit status 1 where a ratio of vmapsafe grew by more than the threshold,
-or a number that was there is missing.
+It does not time anything. It compares ratios, because on another machine, or on a
+busier one, the plain gradient takes another time too. The exit status is 1 if a ratio
+of vmapsafe grew by more than the threshold, or if the new run refused what the old run
+measured.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ def changes(old, new, contender="vmapsafe"):
 
     Args:
         old: a run, as ``results.read`` gives it.
-        new: another; a row that only one of them measured is left out, but for one
-            that the new run has refused, which counts as infinitely slow.
-        contender: how the names begin that are compared.
+        new: another run. A row that only one of them measured is left out, unless the
+            new run refused it. Then it counts as infinitely slow.
+        contender: the names that begin with this are compared.
     """
     before, after = races(old), races(new)
     refused = {
@@ -55,7 +56,7 @@ def main(argv=None):
     parser.add_argument(
         "--contender",
         default="vmapsafe",
-        help='how the names begin that are compared, "" for all (default: %(default)s)',
+        help='compare names that begin with this, "" for all (default: %(default)s)',
     )
     asked = parser.parse_args(argv)
     found = changes(read(asked.old), read(asked.new), asked.contender)

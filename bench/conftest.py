@@ -1,10 +1,10 @@
-"""Options of ``pytest bench``, contenders in turn, and what a saved run says of itself.
+"""Options of ``pytest bench``, contenders in turn, and what a saved run records.
 
-pytest-benchmark times one test after the other. Ratios on a machine with neighbours
-need contenders that take turns, so all contenders for one task on one network run
-together when the first of them is asked for. Each test then hands its own rounds to the
-plugin, through a timer that replays them: its tables, ``--benchmark-json``,
-``--benchmark-autosave``, ``--benchmark-compare`` and the rest work as ever.
+pytest-benchmark times one test after the other. On a machine with other load, ratios are
+reliable only if the contenders take turns. So the first test of a task on a network runs
+all its contenders together. Each test then hands its own rounds to the plugin, through a
+timer that replays them. The plugin's tables, ``--benchmark-json``,
+``--benchmark-autosave``, ``--benchmark-compare`` and all its other options work as usual.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ import pytest
 import torch
 from measuring import machine, race, work
 
-collect_ignore = ["jax_rows.py"]  # of another environment
+collect_ignore = ["jax_rows.py"]  # it needs another environment
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("vmapsafe")
     group.addoption("--device", default="cpu", choices=["cpu", "cuda"])
-    group.addoption("--threads", type=int, default=1, help="of torch, on the CPU")
+    group.addoption("--threads", type=int, default=1, help="threads of torch")
     group.addoption(
-        "--rounds", type=int, default=11, help="at most, and at least three"
+        "--rounds", type=int, default=11, help="the most rounds; at least 3 are run"
     )
     group.addoption(
-        "--budget", type=float, default=60.0, help="seconds of rounds for one network"
+        "--budget",
+        type=float,
+        default=60.0,
+        help="seconds for all rounds of one network",
     )
-    group.addoption("--no-memory", action="store_true", help="measure no peaks")
+    group.addoption("--no-memory", action="store_true", help="do not measure peaks")
     group.addoption(
         "--jax-python",
-        help="python of an environment with jax; default $VMAPSAFE_JAX_PYTHON",
+        help="the python of an environment with jax (default: $VMAPSAFE_JAX_PYTHON)",
     )
 
 
@@ -51,7 +54,7 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(items):
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=REPLAY))
-        # What peers warn of is not ours to test.
+        # The warnings of other libraries are not tested here.
         item.add_marker(pytest.mark.filterwarnings("ignore"))
 
 
@@ -77,14 +80,14 @@ WORK = pytest.StashKey[dict]()
 
 @pytest.fixture
 def contend(request, benchmark):
-    """Runs the race that this test belongs to, if need be, and reports its own part."""
+    """Run the race that this test belongs to, if it has not run; report its own part."""
     config = request.config
     races = config.stash.setdefault(RACES, {})
     refused = config.stash.setdefault(REFUSED, [])
 
     def report(task, net, batch, precision, contender):
         if (task, net, batch, precision) not in races:
-            races.clear()  # the tests of one race stand together
+            races.clear()  # the tests of one race follow each other
             races[task, net, batch, precision] = race(
                 task,
                 net,
@@ -111,7 +114,7 @@ def contend(request, benchmark):
         if measured.distance is not None:
             benchmark.extra_info["distance"] = float(f"{measured.distance:.1e}")
         if measured.seconds:
-            # Round by round: what disturbed one disturbed its neighbour in time too.
+            # By round: noise that slowed one contender slowed the others of its round.
             ratios = [s / p for s, p in zip(measured.seconds, plain.seconds)]
             quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
             for name, value in zip(("q1", "median", "q3"), quartiles):
@@ -125,7 +128,7 @@ def contend(request, benchmark):
 
 
 def _siblings(request):
-    """The tests asked for that differ from this one in the contender alone."""
+    """The selected tests that differ from this one only in the contender."""
 
     def race_of(item):
         return {n: v for n, v in item.callspec.params.items() if n != "contender"}
@@ -137,7 +140,7 @@ def _siblings(request):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """What numbers depend on; not the machine's name in its network."""
+    """Keep what the numbers depend on, and not the machine's host name."""
     machine_info.clear()
     machine_info.update(machine(config.getoption("device")))
 
@@ -150,7 +153,9 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 def pytest_benchmark_update_json(config, output_json):
     output_json["refused"] = config.stash.get(REFUSED, [])
     for row in output_json["benchmarks"]:
-        row["options"] = {}  # of the plugin's own rounds, which are replayed here
+        row["options"] = (
+            {}
+        )  # they describe the plugin's own rounds, which do not take place
         for name, value in row["stats"].items():
             if isinstance(value, float):
                 row["stats"][name] = float(f"{value:.5g}")

@@ -1,9 +1,10 @@
-"""Who is measured: every way to a result, under the name that the tables give it.
+"""What is measured: every way to a result, under the name that the tables give it.
 
-A contender is a function of a ``Workload`` that prepares what a training script would
-prepare once and returns what is to be timed. ``TASKS`` has them by what they compute.
-Peers are imported where they are used: one that is not installed, or that refuses the
-network, raises, and its first line becomes its row.
+A contender is a function of a ``Workload``. It prepares what a training script would
+prepare once, and returns the function to time. ``TASKS`` groups contenders by what they
+compute. A contender imports its library itself. If the library is not installed, or if
+it refuses the network, the contender raises an error, and the error's first line is
+reported in its place.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ class Workload:
 
     Args:
         net: a key of ``NETWORKS`` or ``GROWN``.
-        batch: samples, by default as the table of networks says.
-        dtype: float64 where answers are compared, float32 where time counts.
-        device: where all of it lies.
-        precision: "bf16" is autocast and "tf32" a setting of the process: see
+        batch: the number of samples, by default that of the table of networks.
+        dtype: float64 to compare answers, float32 to measure time.
+        device: the device of the network and the batch.
+        precision: "bf16" is autocast, and "tf32" is a setting of the process; see
             ``arithmetic``, in which contenders run.
-        options: of the contenders in other processes, such as "jax_python".
+        options: for contenders in other processes, such as "jax_python".
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Workload:
         self.net, self.batch = net, batch or usual
         self.dtype, self.device, self.precision = dtype, device, precision
         self.options = options
-        torch.compiler.reset()  # a workload before this one was compiled otherwise
+        torch.compiler.reset()  # forget what was compiled for an earlier workload
         torch.manual_seed(0)
         model = make()
         with torch.no_grad():
@@ -74,7 +75,7 @@ class Workload:
 
     @cached_property
     def switched(self):
-        """The way without this library: the BatchNorm layers in eval mode."""
+        """The model as one uses it without this library: BatchNorm layers in eval mode."""
         model = copy.deepcopy(self.model)
         for layer in _batch_norms(model):
             layer.eval()
@@ -130,12 +131,13 @@ def plain(w):
 def floor(w):
     """``plain``, and as many numbers written to fresh memory as the rows have.
 
-    In tensors like theirs: what an allocator has at hand depends on the size.
+    The tensors have the shapes of the rows, because the time that an allocator takes
+    depends on the size.
     """
     gradient, shapes = plain(w), [(w.batch, *p.shape) for p in w.model.parameters()]
 
     def run():
-        # Both live together, as the gradients of the activations and the rows do.
+        # Both are alive at the same time, as gradients of activations and rows are.
         return gradient(), [w.x.new_empty(shape).fill_(1.0) for shape in shapes]
 
     return run
@@ -151,11 +153,11 @@ def floor_reused(w):
 
 
 def loop(w, model=None):
-    """One sample after the other, into one result: what all others must equal."""
+    """One sample after the other, into one result, which all others must equal."""
     model = copy.deepcopy(model or w.switched)
     names, leaves = zip(*model.named_parameters())
-    # The gradient that reaches a layer is made contiguous: for a batch of one torch's
-    # batch_norm backward on a CPU is wrong where it is not.
+    # The gradient that reaches a layer is made contiguous. If it is not contiguous,
+    # torch's batch_norm backward on a CPU is wrong for a batch of one.
     for layer in _batch_norms(model):
         layer.register_forward_hook(_contiguous_gradient)
 
@@ -181,7 +183,7 @@ def _contiguous_gradient(module, args, out):
 
 
 def by_vmap(w, model=None, compiled=False, then=None):
-    """``vmap(grad)``; ``then`` takes the rows and is compiled with them."""
+    """``vmap(grad)``. ``then`` is applied to the rows, and compiled with them."""
     model = model or w.switched
     params = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -200,7 +202,7 @@ def by_vmap(w, model=None, compiled=False, then=None):
 
 
 def replaced(w):
-    """Every sample normalised by its own statistics: a different network."""
+    """A different network: it normalises each sample by its own statistics."""
     if not _batch_norms(w.model):
         raise ValueError("there is no BatchNorm to replace")
     return replace_all_batch_norm_modules_(copy.deepcopy(w.model))
@@ -229,7 +231,7 @@ def ours(w, **options):
 
 
 def ours_reused(w):
-    """The rows are written into memory that the caller keeps."""
+    """Writes the rows to memory that the caller keeps."""
     if "out" not in inspect.signature(vmapsafe.per_sample_grads).parameters:
         raise NotImplementedError("not there yet: per_sample_grads has no out=")
     memory = {n: p.new_empty(w.batch, *p.shape) for n, p in w.params.items()}
@@ -237,7 +239,7 @@ def ours_reused(w):
 
 
 def ours_compiled(w, then=None):
-    """The block stands around the compiled call: its rules are there when it traces."""
+    """The block is around the compiled call, so that its rules apply when it traces."""
     compiled = by_vmap(w, w.model, compiled=True, then=then)
 
     def run():
@@ -270,7 +272,7 @@ def _ours_or_nothing(name):
 
 
 def opacus(w, **options):
-    """Hooks on the layers; ``force_functorch`` is their other way."""
+    """Hooks on the layers; ``force_functorch`` selects Opacus' other way."""
     from opacus import GradSampleModule
 
     model = copy.deepcopy(w.switched)
@@ -305,7 +307,7 @@ def ghost_norms(w):
 
 
 def ghost_clipped_sum(w):
-    """Two backward passes, the second of the losses scaled by the clip factors."""
+    """Two backward passes. The second is of the losses scaled by the clip factors."""
     model = copy.deepcopy(w.switched)
     hooked = _ghost(w, model, w.max_grad_norm)
 
@@ -323,7 +325,7 @@ def ghost_clipped_sum(w):
 
 
 def backpack(w, extension="BatchGrad", attribute="grad_batch"):
-    """Without the converter where the network is a Sequential of layers."""
+    """BackPACK, without its converter if the network is a Sequential of layers."""
     from backpack import backpack, extend, extensions
 
     model = copy.deepcopy(w.switched)
@@ -335,7 +337,7 @@ def backpack(w, extension="BatchGrad", attribute="grad_batch"):
 
     def run():
         with backpack(quantity()), warnings.catch_warnings():
-            # It passes over a layer it does not know.
+            # It skips a layer that it does not know.
             warnings.filterwarnings("error", "Extension saving to")
             loss_fn(extended(w.x), w.y).backward()
         return _taken(extended, attribute, names)
@@ -349,7 +351,7 @@ def batch_l2(w):
 
 
 def _taken(model, attribute, names=None):
-    """The attribute of every parameter, taken off it, and ``grad`` with it."""
+    """Every parameter's attribute, which is removed from it, together with ``grad``."""
     found = {}
     for name, p in model.named_parameters():
         found[names[id(p)] if names else name] = getattr(p, attribute)
@@ -362,9 +364,10 @@ def _taken(model, attribute, names=None):
 
 
 class Jax:
-    """jit(vmap(grad)) in a process of its own, which takes part in every round.
+    """jit(vmap(grad)) in its own process, which takes part in every round.
 
-    ``__call__`` gives its answer as torch tensors, ``seconds`` its own clock's time.
+    ``__call__`` returns its answer as torch tensors, ``seconds`` the time that its own
+    clock measured.
     """
 
     def __init__(self, w, task):
@@ -430,7 +433,7 @@ class Jax:
 
 
 def forward(w, function=None):
-    """A whole batch merged, in one call."""
+    """The whole batch merged, in one call."""
 
     @torch.no_grad()
     def run():
@@ -576,7 +579,7 @@ TASKS = {
     "block": BLOCK,
 }
 
-# What each answer is compared with; the yardsticks' have no counterpart.
+# What each answer is compared with. The yardsticks are not compared.
 REFERENCES = {
     "rows": loop,
     "norms": NORMS["loop"],

@@ -1,4 +1,4 @@
-"""Tables and pictures of a saved run, and the run itself in few lines, to be kept.
+"""Make tables and pictures of a saved run, and a short form of the run to keep.
 
 python bench/report.py run.json --readme README.rst
 """
@@ -49,15 +49,17 @@ END = ".. The end of that part."
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "runs", type=Path, nargs="+", help="parts of one, made on one machine"
+        "runs", type=Path, nargs="+", help="parts of one run, made on one machine"
     )
     parser.add_argument(
         "--into", type=Path, default=Path(__file__).with_name("results")
     )
     parser.add_argument(
-        "--readme", type=Path, help="whose part on speed is written anew"
+        "--readme", type=Path, help="a file whose part on speed is rewritten"
     )
-    parser.add_argument("--command", default="pytest bench", help="that made the run")
+    parser.add_argument(
+        "--command", default="pytest bench", help="the command that made the run"
+    )
     asked = parser.parse_args(argv)
     run = joined([read(path) for path in asked.runs])
     run.setdefault("command", asked.command)
@@ -92,10 +94,13 @@ def report(run, pictures):
     for precision in precisions(run):
         for task, heading, base, about in (
             ("rows", "The B x P tensor", "floor", ROWS_ABOUT),
-            ("norms", "Norms", "plain", "As multiples of the plain gradient."),
-            ("clipped sum", "Clipped sum", "plain", "As multiples of ``plain``."),
-            ("forward", "Forward", "plain", "As multiples of one merged call."),
-            ("block", "Block", "plain", "By ``model.eval(); model.train()``."),
+            ("norms", "Norms", "plain", "Times as multiples of the plain gradient."),
+            ("clipped sum", "Clipped sum", "plain", "Times as multiples of ``plain``."),
+            ("forward", "Forward", "plain", "Times as multiples of one merged call."),
+            (
+                *("block", "Block", "plain"),
+                "Times as multiples of ``model.eval(); model.train()``.",
+            ),
         ):
             nets = usual(run, task, precision)
             if nets:
@@ -113,7 +118,7 @@ def report(run, pictures):
 
 
 def summary(run, pictures, root):
-    """The part of README.rst: one picture, one table, how they came about."""
+    """The part of README.rst: one picture, one table, and how they were measured."""
     picture = pictures["rows"].resolve().relative_to(root.resolve())
     precision = precisions(run)[0]
     nets = usual(run, "rows", precision)
@@ -126,8 +131,7 @@ def summary(run, pictures, root):
             ratios(nets, "floor", MAIN).strip("\n"),
             filled(
                 f"{machine_line(run)} `All tables <{page.as_posix()}>`_: norms, "
-                "clipped sums, forward, memory, growth, and what those said that are "
-                "missing here."
+                "clipped sums, forward, memory, growth, and why contenders are missing."
             ),
         ]
     )
@@ -136,13 +140,15 @@ def summary(run, pictures, root):
 ROWS_ABOUT = """\
 Time for every per-sample gradient of a batch, as a multiple of the floor: the plain
 gradient of the summed loss, and writing as many fresh numbers as the result has. The
-lowest is bold; a dash did not run or refused the network."""
+lowest is bold. A dash means that a contender could not run or refused the network."""
 
 
 def put(text, part):
     """``text`` with ``part`` between the two comments."""
     if BEGIN not in text or END not in text:
-        raise ValueError(f"there is no place for the tables: write {BEGIN!r}, {END!r}")
+        raise ValueError(
+            f"the file has no place for the tables. Write {BEGIN!r} and {END!r} there."
+        )
     head, rest = text.split(BEGIN, 1)
     return f"{head}{BEGIN}\n\n{part}\n\n{END}{rest.split(END, 1)[1]}"
 
@@ -166,8 +172,9 @@ def machine_line(run):
         commit += f" (some {', '.join(tasks)}: {other})"
     return (
         f"Made by ``{run.get('command', 'pytest bench')}`` on {run['date']}: {where}, "
-        f"torch {m['torch']}, Python {m['python']}, commit {commit}. Contenders took "
-        "turns, their answers were compared with the Python loop's first; medians."
+        f"torch {m['torch']}, Python {m['python']}, commit {commit}. "
+        "Contenders took turns, and their answers were first compared with the Python "
+        "loop's. The numbers are medians."
     )
 
 
@@ -190,7 +197,7 @@ def precisions(run):
 
 
 def usual(run, task, precision):
-    """{"network, batch": rows} without what is there for its growth alone."""
+    """{"network, batch": rows}, without networks that only show growth."""
     found = {}
     for (t, net, batch, p), rows in races(run).items():
         if (t, p) == (task, precision) and net not in found:
@@ -201,7 +208,7 @@ def usual(run, task, precision):
 
 
 def at_batches(run, precision, least):
-    """{network: {batch: rows}} of those measured at ``least`` batch sizes or more."""
+    """{network: {batch: rows}} of networks measured at ``least`` batch sizes or more."""
     nets = {}
     for (task, net, batch, p), rows in races(run).items():
         if (task, p) == ("rows", precision):
@@ -223,7 +230,7 @@ def ratios(nets, base, names=None):
     lines = [["network, batch", *names]]
     for net, rows in nets.items():
         found = {name: ratio(rows, name, base) for name in names}
-        # A network of another meaning takes no part.
+        # A contender that computes another gradient is not compared.
         least = min(
             [f"{r:.2f}" for n, r in found.items() if r and "replaced" not in n],
             default=None,
@@ -235,7 +242,7 @@ def ratios(nets, base, names=None):
 
 
 def yardsticks(run, nets, precision):
-    """Milliseconds of plain and of the floors, and what the device's rates say."""
+    """Milliseconds of plain and of the floors, and a floor from the device's rates."""
     m = run["machine"]
     speed = m.get(f"{precision}_matmul_flop_per_s", m["matmul_flop_per_s"])
     lines = [["network, batch", "plain, ms", "spread", "floor", "floor, reused"]]
@@ -251,9 +258,10 @@ def yardsticks(run, nets, precision):
         cells += [f"{1e3 * paper:.3g}", f"{plain['flop'] / 1e9:.3g}"]
         lines.append([*cells, f"{plain['bytes'] / 1e6:.3g}"])
     return (
-        "The yardsticks in milliseconds. Spread is the distance of the quartiles. JAX "
-        "has a plain gradient of its own. On paper: operations by the matrix rate, and "
-        f"rows by the rate into kept memory.\n\n{table(lines)}"
+        "The yardsticks in milliseconds. Spread is the distance between the quartiles. "
+        "JAX has its own plain gradient. On paper is the time for the operations at the "
+        "rate of matrix products, plus the time to write the rows at the rate of kept "
+        f"memory.\n\n{table(lines)}"
     )
 
 
@@ -268,13 +276,13 @@ def peaks(nets):
         found = [rows.get(name, {}).get("peak_bytes") for name in there]
         lines.append([net, *("–" if b is None else f"{b / 1e6:.0f}" for b in found)])
     return (
-        "Peak memory in MB above what was there before the call, the result included "
-        f"(JAX: XLA's own count).\n\n{table(lines)}"
+        "Peak memory in MB above what was in use before the call. It includes the "
+        f"result. For JAX it is XLA's own count.\n\n{table(lines)}"
     )
 
 
 def by_batch(run, precision):
-    """Time of vmapsafe by that of vmap(grad), networks by batch sizes."""
+    """Time of vmapsafe as a multiple of vmap(grad), by network and batch size."""
     found = at_batches(run, precision, 2)
     if not found:
         return ""
@@ -284,20 +292,20 @@ def by_batch(run, precision):
         cells = [ratio(sizes.get(b, {}), "vmapsafe", "vmap(grad)") for b in batches]
         lines.append([net, *("–" if r is None else f"{r:.2f}" for r in cells)])
     return (
-        "Time of vmapsafe as a multiple of that of ``vmap(grad)``, by batch size.\n\n"
+        "Time of vmapsafe as a multiple of the time of ``vmap(grad)``, by batch size.\n\n"
         + table(lines)
     )
 
 
 def refusals(run):
-    """What those said that are missing, each once, with the networks it holds for."""
+    """Why contenders are missing: each reason once, with its networks."""
     said = {}
     for row in run["refused"]:
         nets = said.setdefault((row["contender"], row["why"]), {})
         nets[row["net"]] = None
     if not said:
         return ""
-    lines = ["Not there, in their own words\n-----------------------------\n"]
+    lines = ["Missing, in their own words\n---------------------------\n"]
     for (contender, why), nets in said.items():
         why = why.replace("\\", "").replace("``", "'")
         lines.append(f"* {contender} ({', '.join(nets)}): ``{why}``")
@@ -305,7 +313,7 @@ def refusals(run):
 
 
 def table(lines):
-    """An RST table of rows of cells; the first row is the head."""
+    """An RST table of rows of cells. The first row is the head."""
     widths = [max(len(cell) for cell in column) for column in zip(*lines)]
     rule = " ".join("=" * width for width in widths)
     body = [
@@ -328,10 +336,10 @@ def draw_reductions(run, path):
 
 
 def _dots(run, path, tasks):
-    """Networks down, times across on a logarithmic axis; 1 is the yardstick.
+    """Draw networks down and times across, on a logarithmic axis; 1 is the yardstick.
 
-    Each contender has a height of its own within a network's band; a line through it
-    spans the quartiles of the rounds.
+    Each contender has its own height within a network's band. A line through it spans
+    the quartiles of the rounds.
     """
     panels = [
         (task, base, precision, usual(run, task, precision))
@@ -353,7 +361,9 @@ def _dots(run, path, tasks):
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=len(tasks) > 1)
     for axes, (task, base, precision, nets) in zip(grid[0], panels):
         values = []
-        for y, label in enumerate(labels):  # panels share them, in one order
+        for y, label in enumerate(
+            labels
+        ):  # all panels have the same, in the same order
             axes.axhspan(y - 0.46, y + 0.46, color="0.955", zorder=0)
             rows = nets.get(label, {})
             here = [name for name in names if ratio(rows, name, base)]
@@ -406,8 +416,8 @@ WHAT = {
 
 
 def draw_growth(run, path):
-    """Time and memory against batch size, a column for each network."""
-    # Those with fewer are in the table by batch size.
+    """Draw time and memory against batch size, one column per network."""
+    # The table by batch size has the networks with fewer sizes.
     nets = at_batches(run, precisions(run)[0], 5)
     if not nets:
         return False
@@ -429,13 +439,13 @@ def draw_growth(run, path):
             axes.set_xlabel("batch size")
             axes.grid(color="0.9", linewidth=0.7)
         column[0].set_title(net)
-    grid[0, 0].set_ylabel("milliseconds a sample, logarithmic")
+    grid[0, 0].set_ylabel("milliseconds per sample, logarithmic")
     grid[1, 0].set_ylabel("peak memory, MB, logarithmic")
     return _finish(figure, run, path, _drawn(nets.values()))
 
 
 def draw_shapes(run, path):
-    """Ratio to the floor against width and against depth."""
+    """Draw ratios to the floor against width and against depth."""
     precision = precisions(run)[0]
     grown = {}
     for (task, net, batch, p), rows in races(run).items():
@@ -466,7 +476,7 @@ def draw_shapes(run, path):
 
 
 def _drawn(panels):
-    """The contenders that were measured at more than one size, {size: rows} each."""
+    """Contenders measured at more than one size; a panel is {size: rows}."""
     counts = Counter(
         name for sizes in panels for rows in sizes.values() for name in rows
     )
@@ -474,7 +484,7 @@ def _drawn(panels):
 
 
 def _lines(axes, sizes, value):
-    """A line for each contender over {size: {contender: row}}."""
+    """Draw one line per contender; ``sizes`` is {size: {contender: row}}."""
     for name in _drawn([sizes]):
         points = [(s, value(rows[name])) for s, rows in sizes.items() if name in rows]
         points = sorted((s, v) for s, v in points if v)
@@ -488,7 +498,7 @@ def _lines(axes, sizes, value):
 
 
 def _finish(figure, run, path, names):
-    """The key below, the machine above."""
+    """Write the key below and the machine above, and save."""
     handles = [
         Line2D([], [], **_look(n, 9), linestyle=DASHES.get(n, "none"), label=n)
         for n in names
