@@ -1,10 +1,10 @@
 """Options of ``pytest bench``, contenders in turn, and what a saved run records.
 
-pytest-benchmark times one test after the other. On a machine with other load, ratios are
-reliable only if the contenders take turns. So the first test of a task on a network runs
-all its contenders together. Each test then hands its own rounds to the plugin, through a
-timer that replays them. The plugin's tables, ``--benchmark-json``,
-``--benchmark-autosave``, ``--benchmark-compare`` and all its other options work as usual.
+pytest-benchmark times one test after the other. On a machine with other load, ratios
+are reliable only if the contenders take turns. So the first test of a task on a network
+runs all its contenders together. Each test then hands its own rounds to the plugin,
+through a timer that replays them. The plugin's tables, ``--benchmark-json``,
+``--benchmark-autosave``, ``--benchmark-compare`` and its other options work as usual.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ WORK = pytest.StashKey[dict]()
 
 @pytest.fixture
 def contend(request, benchmark):
-    """Run the race that this test belongs to, if it has not run; report its own part."""
+    """Run the race that this test belongs to, unless it has run; report one part."""
     config = request.config
     races = config.stash.setdefault(RACES, {})
     refused = config.stash.setdefault(REFUSED, [])

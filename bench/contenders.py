@@ -75,7 +75,7 @@ class Workload:
 
     @cached_property
     def switched(self):
-        """The model as one uses it without this library: BatchNorm layers in eval mode."""
+        """The model as used without vmapsafe: its BatchNorm layers are in eval mode."""
         model = copy.deepcopy(self.model)
         for layer in _batch_norms(model):
             layer.eval()

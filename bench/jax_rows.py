@@ -1,12 +1,12 @@
-"""The same networks in plain jax.numpy, in a process of its own, asked line by line.
+"""The same networks in plain jax.numpy, in a process of their own.
 
-It stands alone: jax lives in an environment without torch. Weights, running statistics
-and the batch come in a ``.npz``; each line of JSON on standard input is answered by one
-on standard output::
+This file imports nothing from the others, because jax has an environment without torch.
+The weights, the running statistics and the batch come in a ``.npz`` file. The process
+answers each line of JSON on standard input with one line on standard output::
 
     python bench/jax_rows.py "small CNN" batch.npz rows 1.0 cpu fp32
     {"number": 3}            ->  {"seconds": 0.041, "peak": 12345678}
-    {"save": "answer.npz"}   ->  the answer too, in a file
+    {"save": "answer.npz"}   ->  the same, and the answer in a file
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import sys
 import time
 
-# One thread, before jax starts: as torch is measured.
+# One thread, as for torch; set before jax starts.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 )
@@ -40,7 +40,7 @@ def conv(p, name, x, stride=1, padding=0):
 
 
 def batch_norm(p, name, x):
-    """By running statistics."""
+    """Batch norm with running statistics."""
     scale = p[f"{name}.weight"] * lax.rsqrt(p[f"{name}.running_var"] + EPS)
     shift = p[f"{name}.bias"] - p[f"{name}.running_mean"] * scale
     shape = (-1,) + (1,) * (x.ndim - 2)
@@ -87,7 +87,7 @@ NETWORKS = {"BN MLP": mlp, "small CNN": small_cnn, "ResNet-18": resnet18}
 
 
 def functions(net, buffers, bound):
-    """{task: function of (params, x, y)}"""
+    """{task: function of (params, x, y)}."""
 
     def loss(params, x, y):
         log = jax.nn.log_softmax(net({**params, **buffers}, x))
@@ -160,6 +160,6 @@ def tell(what):
 if __name__ == "__main__":
     try:
         serve(*sys.argv[1:])
-    except Exception as error:  # the other side prints it as this contender's row
+    except Exception as error:  # the other process reports it
         lines = str(error).splitlines() or [""]
         tell({"refused": f"{type(error).__name__}: {lines[0]}"})

@@ -1,8 +1,9 @@
 """How things are measured: one clock, contenders in turn, answers compared first.
 
-The clock is the process's own time on a CPU with one thread, which a neighbour on the
-same core disturbs least, and otherwise the device's events or the wall. Contenders run
-in turn in every round, in alternating order, so that all of them meet the same noise.
+On a CPU with one thread the clock is the process's CPU time, which other load on the
+same core disturbs least. Otherwise the clock is the device's events or elapsed time.
+All contenders run in every round, in alternating order, so that the same noise affects
+all of them.
 """
 
 from __future__ import annotations
@@ -27,38 +28,41 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vmapsafe
 
-# Largest distances to the loop. In float64 that of each parameter, which is what shows
-# that a contender is right. In what is timed that of the whole gradient: rounding sends
-# single values over the kinks of ReLU, and a mistake is of the order of 1.
+# The largest distances to the loop. In float64 it is the distance of each parameter,
+# which shows that a contender is correct. In the precision that is timed it is the
+# distance of the whole gradient: rounding moves single values across the kinks of ReLU,
+# and a mistake is of the order of 1.
 TOLERANCES = {"float64": 1e-9, "fp32": 5e-2, "tf32": 1e-1, "bf16": 3e-1}
-# The clipping factor of Opacus has 1e-6 beside the norm.
+# The clipping factor of Opacus adds 1e-6 to the norm.
 ROUGHER = {"Opacus ghost clipping": 1e-5}
-LARGEST = 1_500_000_000  # bytes of rows in float64; beyond, fewer samples are compared
+LARGEST = (
+    1_500_000_000  # bytes of rows in float64; above it, fewer samples are compared
+)
 SHORTEST = 5e-3  # seconds; shorter calls are repeated within a round
 
 
 @dataclass
 class Measured:
-    """What a race says about one contender."""
+    """The results of a race for one contender."""
 
-    seconds: list[float] = field(default_factory=list)  # one a round
-    peak: int | None = None  # bytes above what was there before
-    distance: float | None = None  # to the loop, of the whole, as it is timed
-    refused: str = ""  # its own words
+    seconds: list[float] = field(default_factory=list)  # one per round
+    peak: int | None = None  # bytes above what was in use before
+    distance: float | None = None  # of the whole answer to the loop's, as timed
+    refused: str = ""  # in its own words
     wrong: str = ""
 
 
 def race(task, net, names, rounds=7, budget=60.0, memory=True, **workload):
-    """Compares, then times, contenders for one task on one network.
+    """Compare, then time, contenders for one task on one network.
 
     Args:
         task: a key of ``TASKS``.
         net: a key of ``NETWORKS`` or ``GROWN``.
-        names: of contenders; "plain" is always among those that run.
-        rounds: in which each runs; 0 for the comparison alone.
-        budget: seconds for all rounds; at least three are run.
-        memory: whether peaks are measured too.
-        **workload: of ``Workload``.
+        names: the names of contenders. "plain" always runs too.
+        rounds: how often each runs; 0 only compares answers.
+        budget: the seconds for all rounds; at least three rounds run.
+        memory: whether to measure peaks too.
+        **workload: options of ``Workload``.
 
     Returns:
         {name: Measured}.
@@ -70,11 +74,11 @@ def race(task, net, names, rounds=7, budget=60.0, memory=True, **workload):
 
 
 def apart(function, *args, **kwargs):
-    """Calls it in a process of its own, as a training script is.
+    """Call a function in a process of its own, as a training script has one.
 
-    In a process that has measured other things before, the allocator hands memory that
-    was written before to those whose requests happen to fit: three times faster for a
-    result of 100 MB.
+    In a process that has measured other things before, the allocator reuses memory that
+    has been written before, if a request happens to fit. That is three times faster for
+    a result of 100 MB.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
@@ -86,12 +90,12 @@ def apart(function, *args, **kwargs):
 def _quietly(threads, function, args, kwargs):
     torch.set_num_threads(threads)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what peers warn of
+        warnings.simplefilter("ignore")  # warnings of other libraries
         return function(*args, **kwargs)
 
 
 def compared(task, net, found, batch=None, **workload):
-    """Fills ``refused`` and ``wrong``, in float64; compiled ones wait for ``timed``."""
+    """Fill ``refused`` and ``wrong``, in float64; ``timed`` does the compiled ones."""
     if task not in REFERENCES:
         return found
     w = Workload(net, 1)
@@ -106,7 +110,7 @@ def compared(task, net, found, batch=None, **workload):
             expected = _reference(task, w, name, references)
             run = TASKS[task][name](w)
             far = max(distances(run(), expected))
-        except Exception as error:  # whatever a peer raises is its row
+        except Exception as error:  # whatever a library raises is reported
             measured.refused = first_line(error)
         else:
             if not far < ROUGHER.get(name, TOLERANCES["float64"]):
@@ -118,7 +122,7 @@ def compared(task, net, found, batch=None, **workload):
 
 
 def timed(task, net, found, rounds, budget, memory, **workload):
-    """Fills the rest, for those that were not refused and are not wrong."""
+    """Fill the rest, for contenders that neither refused nor are wrong."""
     w = Workload(net, **workload)
     runs = {}
     try:
@@ -138,7 +142,7 @@ def timed(task, net, found, rounds, budget, memory, **workload):
 
 
 def _start(task, w, found, runs):
-    """Fills ``runs``: each has run once, and its answer was compared."""
+    """Fill ``runs``, after running each contender once and comparing its answer."""
     references = {}
     for name, measured in found.items():
         if measured.refused or measured.wrong:
@@ -153,14 +157,14 @@ def _start(task, w, found, runs):
         if task in REFERENCES and name not in YARDSTICKS:
             expected = _reference(task, w, name, references)
             measured.distance = distances(answer, expected)[0]
-            # Statistics of the four values of a small image blow rounding up.
+            # The statistics of the four values of a small image amplify rounding.
             factor = 10 if name in OTHER_MEANING else 1
             if not measured.distance < factor * TOLERANCES[w.precision]:
                 measured.wrong = f"{w.precision}: {measured.distance:.1e} from the loop"
 
 
 def _reference(task, w, name, known):
-    """What the loop says, computed once."""
+    """The answer of the loop, computed once."""
     refer = OTHER_MEANING.get(name, REFERENCES[task])
     if refer not in known:
         known[refer] = refer(w)()
@@ -168,7 +172,7 @@ def _reference(task, w, name, known):
 
 
 def first_line(error):
-    """An exception in a table: its type and its first line without a path."""
+    """An exception for a table: its type and its first line, without paths."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = re.sub(r"(?<![\w.])/[\w./-]+", "…", lines[0] if lines else "")
     name = type(error).__name__
@@ -176,9 +180,10 @@ def first_line(error):
 
 
 def distances(actual, expected):
-    """[that of the whole, those of its tensors], as parts of what is expected.
+    """The distance of the whole, then of each tensor, relative to what is expected.
 
-    A tensor of next to nothing counts by a thousandth of the whole.
+    A thousandth of the whole norm is added to that of each tensor, so that a tiny
+    tensor does not matter.
     """
     if isinstance(expected, torch.Tensor):
         actual, expected = {"": actual}, {"": expected}
@@ -199,7 +204,7 @@ def distances(actual, expected):
 
 
 def seconds_in_turn(runs, rounds, budget, device):
-    """{name: seconds of each round}; all have run once before."""
+    """{name: seconds of each round}. All have run once before."""
     if not rounds:
         return {name: [] for name in runs}
     first = {name: _seconds(run, 1, device) for name, run in runs.items()}
@@ -209,8 +214,8 @@ def seconds_in_turn(runs, rounds, budget, device):
     once = sum(numbers[name] * t for name, t in first.items())
     rounds = max(3, min(rounds, int(budget / once)))
     times = {name: [] for name in runs}
-    # Cycles that one contender leaves behind are not collected on another's time. What
-    # is there already is put aside: to go through it takes a quarter of a second.
+    # The collector must not free one contender's cycles during another's time. Objects
+    # that exist already are frozen: to search them takes a quarter of a second.
     gc.collect()
     gc.freeze()
     try:
@@ -224,7 +229,7 @@ def seconds_in_turn(runs, rounds, budget, device):
 
 
 def now(device):
-    """Seconds; a neighbour on the core does not count, where one thread computes."""
+    """Seconds. With one thread on a CPU, other load on the core does not count."""
     if device == "cuda":
         torch.cuda.synchronize()
     elif torch.get_num_threads() == 1:
@@ -233,7 +238,7 @@ def now(device):
 
 
 def _seconds(run, number, device):
-    """Of one call; the result is let go after the clock has stopped."""
+    """Seconds of one call. The result is freed after the clock has stopped."""
     if hasattr(run, "seconds"):
         return run.seconds(number)
     result = None
@@ -259,9 +264,9 @@ def _seconds(run, number, device):
 
 
 def peak(run, device):
-    """Bytes above what was there before, of a call that has run before.
+    """Bytes above what was in use before, for a call that has run once before.
 
-    None where the system keeps no peak that can be set back (it takes Linux).
+    None if the system does not keep a peak that can be reset; only Linux does.
     """
     if hasattr(run, "peak"):
         return run.peak()
@@ -275,8 +280,8 @@ def peak(run, device):
     status = Path("/proc/self/status")
     try:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     except (OSError, AttributeError):
         return None
     before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
@@ -290,7 +295,7 @@ def peak(run, device):
 
 
 def machine(device):
-    """What is measured on: names, versions, and the rates that floors come from."""
+    """The machine that is measured on: names, versions, and rates of the device."""
     record = {
         "device": device,
         "device_name": cpu_name(),
@@ -321,8 +326,11 @@ def cpu_name():
 
 
 def rates(device, megabytes=256, size=2048):
-    """Bytes and operations a second: a copy, a fill of kept and of fresh memory, a
-    matrix product in float32 (and tf32 and bfloat16 on a GPU)."""
+    """Bytes and operations per second.
+
+    They are those of a copy, of filling kept and fresh memory, and of a matrix product
+    in float32, on a GPU also in tf32 and bfloat16.
+    """
     n = megabytes * 2**20 // 4
     if device == "cpu":
         size //= 2
@@ -352,7 +360,7 @@ def rates(device, megabytes=256, size=2048):
 
 
 def work(net, batch=None):
-    """Operations of the plain gradient and bytes of the rows: the floor on paper."""
+    """The operations of the plain gradient and the bytes of the rows."""
     w = Workload(net, batch)
     with FlopCounterMode(display=False) as counter:
         TASKS["rows"]["plain"](w)()

@@ -1,4 +1,4 @@
-"""The networks that are measured, in plain torch, so that nothing else is needed."""
+"""The networks that are measured, in plain torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def group_norm(channels):
-    """What stands in for batch norm in the twins: torchvision's and timm's choice."""
+    """GroupNorm in place of batch norm, with the groups of torchvision and timm."""
     groups = 32 if channels % 32 == 0 else 8
     return nn.GroupNorm(groups, channels)
 
@@ -18,7 +18,7 @@ def group_norm(channels):
 class Residual(nn.Module):
     """relu(body(x) + short(x)) of He et al., https://arxiv.org/abs/1512.03385.
 
-    With ReLU as a module, or BackPACK's converter refuses it.
+    ReLU is a module, because BackPACK's converter refuses the function.
     """
 
     def __init__(self, norm, channels, outputs, stride, *layers):
@@ -62,7 +62,7 @@ def stages(norm, block, channels, expansion, depths):
 
 
 def resnet18(norm=nn.BatchNorm2d):
-    """As for CIFAR: 3 x 3 stem, no pooling before the first stage."""
+    """The variant for CIFAR: 3 x 3 stem, no pooling before the first stage."""
     stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), norm(64), nn.ReLU()]
     body = stages(norm, basic, 64, 1, (2, 2, 2, 2))
     return nn.Sequential(*stem, *body, *head(512))
@@ -76,7 +76,7 @@ def resnet50(norm=nn.BatchNorm2d):
 
 
 class Inverted(nn.Module):
-    """A residual of Sandler et al., https://arxiv.org/abs/1801.04381."""
+    """An inverted residual of Sandler et al., https://arxiv.org/abs/1801.04381."""
 
     def __init__(self, norm, channels, outputs, stride, expansion):
         super().__init__()
@@ -141,7 +141,7 @@ def mlp():
 
 
 def chain(width, depth):
-    """As many equal layers, to see what grows with width and with depth."""
+    """Equal layers in a row, to see what grows with width and with depth."""
     layers = [nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
     for _ in range(depth - 1):
         layers += [nn.Conv2d(width, width, 3, padding=1)]
@@ -178,7 +178,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """64 tokens of 4 x 4 pixels, BatchNorm behind the patches, six blocks."""
+    """64 tokens of 4 x 4 pixels, BatchNorm after the patches, six blocks."""
 
     def __init__(self, width=192, heads=3, depth=6):
         super().__init__()
@@ -194,7 +194,7 @@ class ViT(nn.Module):
 
 
 def tiny():
-    """So small that nothing but overhead counts."""
+    """A network so small that only overhead counts."""
     return nn.Sequential(
         *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
         *(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
@@ -219,7 +219,7 @@ NETWORKS = {
     "tiny net": (tiny, (8, 1, 8, 8)),
 }
 
-# The same for what grows: images of 16 x 16 behind the first layer.
+# Networks of growing size, with images of 16 x 16 after the first layer.
 WIDTHS = {
     f"CNN, {width} wide": (partial(chain, width, 4), (16, 3, 32, 32))
     for width in (8, 16, 32, 64, 128, 256)

@@ -1,7 +1,8 @@
-"""A quick look: per-sample gradients as a multiple of two yardsticks, net by net.
+"""Time per-sample gradients, as multiples of two yardsticks, network by network.
 
-F is the floor, the plain gradient and writing as many fresh numbers; T is torch's own
-``vmap(grad)``. ``pytest bench`` has everything else.
+It gives a quick look; ``pytest bench`` measures everything else. F is the floor: the
+plain gradient, plus writing as many fresh numbers as the result has. T is torch's own
+``vmap(grad)``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--batch", type=int, help="by default each network's own")
+    parser.add_argument("--batch", type=int, help="default: each network's own")
     parser.add_argument(
         *("--nets", "--net"),
         nargs="*",

@@ -208,7 +208,7 @@ def usual(run, task, precision):
 
 
 def at_batches(run, precision, least):
-    """{network: {batch: rows}} of networks measured at ``least`` batch sizes or more."""
+    """{network: {batch: rows}} of networks measured at >= ``least`` batch sizes."""
     nets = {}
     for (task, net, batch, p), rows in races(run).items():
         if (task, p) == ("rows", precision):
@@ -242,7 +242,7 @@ def ratios(nets, base, names=None):
 
 
 def yardsticks(run, nets, precision):
-    """Milliseconds of plain and of the floors, and a floor from the device's rates."""
+    """Milliseconds of plain and the floors, and a floor from the device's rates."""
     m = run["machine"]
     speed = m.get(f"{precision}_matmul_flop_per_s", m["matmul_flop_per_s"])
     lines = [["network, batch", "plain, ms", "spread", "floor", "floor, reused"]]
@@ -259,9 +259,9 @@ def yardsticks(run, nets, precision):
         lines.append([*cells, f"{plain['bytes'] / 1e6:.3g}"])
     return (
         "The yardsticks in milliseconds. Spread is the distance between the quartiles. "
-        "JAX has its own plain gradient. On paper is the time for the operations at the "
-        "rate of matrix products, plus the time to write the rows at the rate of kept "
-        f"memory.\n\n{table(lines)}"
+        "JAX has its own plain gradient. On paper is the time for the operations at "
+        "the rate of matrix products, plus the time to write the rows at the rate of "
+        f"kept memory.\n\n{table(lines)}"
     )
 
 
@@ -292,8 +292,8 @@ def by_batch(run, precision):
         cells = [ratio(sizes.get(b, {}), "vmapsafe", "vmap(grad)") for b in batches]
         lines.append([net, *("–" if r is None else f"{r:.2f}" for r in cells)])
     return (
-        "Time of vmapsafe as a multiple of the time of ``vmap(grad)``, by batch size.\n\n"
-        + table(lines)
+        "Time of vmapsafe as a multiple of the time of ``vmap(grad)``, by batch "
+        f"size.\n\n{table(lines)}"
     )
 
 

@@ -1,11 +1,11 @@
-"""Saved runs: read what ``pytest bench --benchmark-json`` wrote, keep what counts.
+"""Saved runs: read what ``pytest bench --benchmark-json`` wrote, and keep the results.
 
-A kept run is a line for every number. Both forms read alike::
+A kept run has one line per measurement. ``read`` reads both forms, and returns::
 
     {"machine": {...}, "date": "2026-01-31", "commit": {...},
      "rows": [{"task", "net", "batch", "precision", "contender", "rounds",
                "median", "q1", "q3" (seconds), "x_plain", "peak_bytes", ...,
-               "commit" where it is another}],
+               "commit" if it differs}],
      "refused": [{"task", "net", "batch", "precision", "contender", "why"}]}
 """
 
@@ -38,7 +38,7 @@ def read(path):
 
 
 def write(path, run):
-    """One line a row: a change in one number is a change in one line."""
+    """Write one line per row, so that a changed number changes one line."""
     lists = {name: run[name] for name in ("rows", "refused")}
     head = {name: value for name, value in run.items() if name not in lists}
     text = json.dumps(head, indent=1)[:-2]
@@ -52,10 +52,10 @@ KEY = ("task", "net", "batch", "precision", "contender")
 
 
 def joined(runs):
-    """One run of several, so that a long one may be made in parts.
+    """Join several runs to one, so that a long one may be made in parts.
 
-    What was measured again replaces what was measured before, and says so where it was
-    at another commit than the first run's.
+    A later measurement replaces an earlier one. If its commit is not that of the first
+    run, its row names it.
     """
     first, *rest = runs
     same = ("device", "device_name", "threads", "torch", "vmapsafe", "allocator")
@@ -65,7 +65,7 @@ def joined(runs):
         if apart:
             raise ValueError(
                 f"runs to be joined differ in {', '.join(apart)}: "
-                f"{first['machine']}, {run['machine']}"
+                f"{first['machine']}, {run['machine']}. Join runs of one machine."
             )
     kept = {"rows": {}, "refused": {}}
     other = {"rows": "refused", "refused": "rows"}
@@ -74,7 +74,7 @@ def joined(runs):
         later = {} if commit == first["commit"].get("id") else {"commit": commit[:10]}
         for kind, rows in kept.items():
             now = {tuple(r[n] for n in KEY): {**later, **r} for r in run[kind]}
-            for key in now:  # as it was last, measured or refused
+            for key in now:  # the latest result counts, measured or refused
                 kept[other[kind]].pop(key, None)
             rows.update(now)
     return {**first, **{kind: list(rows.values()) for kind, rows in kept.items()}}

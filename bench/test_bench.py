@@ -1,8 +1,8 @@
-"""``pytest bench`` measures all of it, ``pytest bench -k quick`` a small part.
+"""``pytest bench`` measures everything, ``pytest bench -k quick`` a small part.
 
-Every test is one contender; the tests of one task on one network are one race, see
-``conftest.py``. A contender that is not installed or that refuses the network is
-skipped, with what it said.
+Every test is one contender. The tests of one task on one network are one race, see
+``conftest.py``. If a contender is not installed or refuses the network, its test is
+skipped, and the reason is shown.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ REDUCED = (
     *("BN MLP", "small CNN", "conv1d net", "ResNet-18"),
     *("GroupNorm CNN", "GroupNorm ResNet-18"),
 )
-# For growth: the ways that a user chooses between, and the yardsticks.
+# For growth: the ways that a user chooses from, and the yardsticks.
 SOME = (
     *("plain", "floor", "loop", "vmapsafe", "vmapsafe, fast=False", "vmapsafe, out="),
     *("vmap(grad)", "BackPACK", "JAX plain", "JAX"),
 )
-# Up to what fits into the memory of a small machine, 3 GB of rows.
+# Up to 3 GB of rows, which fit into the memory of a small machine.
 BATCHES = {
     "small CNN": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
     "BN MLP": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
     "ResNet-18": (1, 2, 4, 8, 16, 32, 64),
 }
-# Where torch's own way could be the faster one.
+# Cases in which torch's own way could be faster.
 SWEPT = ("plain", "floor", "vmapsafe", "vmap(grad)")
 SWEEP = {
     net: (8, 16, 32, 64)
@@ -41,7 +41,8 @@ SWEEP = {
 def races(sizes, contenders, quick=(), waits=("compiled",)):
     """Parameters of a test: (network, batch) by contender.
 
-    Quick are the networks named, but for contenders that one ``waits`` for.
+    Tests of the networks in ``quick`` are marked as quick, except those of contenders
+    in ``waits``, which take long to start.
     """
     return pytest.mark.parametrize(
         ("net", "batch", "contender"),
@@ -82,18 +83,18 @@ def test_clipped_sum(contend, net, batch, precision, contender):
 
 @races(usual(NETWORKS), FORWARD, QUICK)
 def test_forward(contend, net, batch, precision, contender):
-    """The network under vmap without a gradient, ``plain`` is one merged call."""
+    """The network under vmap without a gradient; ``plain`` is one merged call."""
     contend("forward", net, batch, precision, contender)
 
 
 @races(usual(("tiny net", "ResNet-18", "ResNet-50")), BLOCK, ("tiny net",))
 def test_block(contend, net, batch, precision, contender):
-    """Entering and leaving; ``plain`` is ``model.eval(); model.train()``."""
+    """Entering and leaving a block; ``plain`` is ``model.eval(); model.train()``."""
     contend("block", net, batch, precision, contender)
 
 
 def others(batches):
-    """What test_rows does not measure."""
+    """Networks and batch sizes that test_rows does not measure."""
     return [
         (net, batch)
         for net, sizes in batches.items()

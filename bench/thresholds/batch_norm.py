@@ -1,9 +1,9 @@
-"""From which size on the fused backward of an eval batch norm wins, under vmap(grad).
+"""Find the size from which the fused backward of an eval batch norm wins.
 
-It prints, for numbers of values per sample and channel, plain operations by the fused
-kernel, and vmapsafe's choice by torch's own rule. ``REGIMES`` in
-vmapsafe/rules/batch_norm_operators.py is where the first column passes 1 for good. From
-bench/::
+It runs under vmap(grad). For several numbers of values per sample and channel it prints
+two ratios of times: plain operations to the fused kernel, and the better of these to
+torch's own rule. ``REGIMES`` in vmapsafe/rules/batch_norm_operators.py is the size from
+which the first ratio stays above 1. Run it in the folder bench::
 
     python -m thresholds.batch_norm
 """

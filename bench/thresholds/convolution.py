@@ -1,8 +1,9 @@
-"""Weight gradients of a convolution, one a sample: which algorithm wins where.
+"""Find the fastest algorithm for the per-sample weight gradients of a convolution.
 
-Each algorithm of vmapsafe/rules/convolution.py takes its turn under vmap with torch's
-own batching rule; a line of the table is a shape, its numbers are multiples of torch's
-own. At the end come the rows for vmapsafe/rules/convolution_regimes.py. From bench/::
+The algorithms of vmapsafe/rules/convolution.py and torch's own batching rule run in
+turn under vmap. The table has one line per shape. Its numbers are times as multiples of
+torch's own. At the end it prints the rows to write into
+vmapsafe/rules/convolution_regimes.py. Run it in the folder bench::
 
     python -m thresholds.convolution
 """
@@ -25,14 +26,14 @@ from vmapsafe.rules import convolution
 from vmapsafe.rules.convolution_regimes import ANY, REGIMES, Regime, Winner
 
 (RULE,) = operator_rules()[convolution._backward]
-# Of a type of device without an entry, to begin with.
+# For a type of device that has no entry yet.
 _NEW = Regime(winners=(), columns=2**24, one_by_one=2**63)
 FEATURES = [field.name for field in fields(Winner)[1:]]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A convolution; channels and outputs of all groups together."""
+    """A convolution. Channels and outputs count all groups together."""
 
     dims: int
     channels: int
@@ -114,7 +115,7 @@ def shapes():
 
 
 def call_of(shape, batch, device, dtype):
-    """The weight gradient alone, under vmap, as many times as asked."""
+    """A function that computes only the weight gradient, under vmap, several times."""
     torch.manual_seed(0)
     n, groups = shape.dims, shape.groups
     options = {"device": device, "dtype": dtype}
@@ -132,7 +133,7 @@ def call_of(shape, batch, device, dtype):
 
     def call(repeats):
         def one(grad, x):
-            # Kept, for in a network each result is written to memory of its own.
+            # All are kept: in a network, too, each result has memory of its own.
             return tuple(
                 convolution._backward(grad, x, weight, *rest)[1] for _ in range(repeats)
             )
@@ -143,13 +144,13 @@ def call_of(shape, batch, device, dtype):
 
 
 def use(algorithm, device):
-    """Put it in force for all shapes; "torch" is none of ours."""
+    """Use the algorithm for all shapes; "torch" is torch's own rule."""
     today = REGIMES.get(device, _NEW)
     REGIMES[device] = replace(today, winners=(Winner(algorithm),))
 
 
 def ratios(shape, batch, rounds, device, dtype):
-    """{algorithm: its time by that of torch's own}, the best of rounds in turn."""
+    """{algorithm: time as a multiple of torch's own}, the best of rounds in turn."""
     call = call_of(shape, batch, device, dtype)
     names = ["torch", *convolution.ALGORITHMS]
     best, repeats, expected = {}, {}, None
@@ -178,12 +179,13 @@ def ratios(shape, batch, rounds, device, dtype):
 
 
 def rows(measured, least, worst):
-    """Rows that put the fastest algorithm in force, few and without much loss.
+    """A few rows that select the fastest algorithm, without much loss.
 
-    Starts from torch's own for all. The box of shapes and the algorithm that together
-    gain the most become a row before the others, as long as they gain at least
-    ``least`` (in logarithms of time, summed over shapes) and no shape in the box loses
-    more than a factor ``worst`` to what was in force.
+    At first, torch's own is used for all shapes. In each step, the box of shapes and
+    the algorithm that gain the most together become a row, which comes before the
+    others. They must gain at least ``least`` (the logarithm of time, summed over
+    shapes), and no shape in the box may take longer than before by more than a factor
+    of ``worst``.
     """
     found = []
     while True:
@@ -205,10 +207,11 @@ def in_force(shape, found):
 
 
 def best_box(measured, name, found, worst):
-    """The shapes, between bounds on their features, where ``name`` gains the most.
+    """The shapes, within bounds on their features, for which ``name`` gains the most.
 
-    Peels off the side whose removal helps most until nothing more is won, after
-    Friedman and Fisher's PRIM, https://doi.org/10.1023/A:1008894516817.
+    Removes the side of the box whose removal helps most, until no shape in the box
+    loses too much. This follows Friedman and Fisher's PRIM,
+    https://doi.org/10.1023/A:1008894516817.
     """
     gain = {
         shape: math.log(times[in_force(shape, found)] / times[name])
@@ -233,7 +236,7 @@ def best_box(measured, name, found, worst):
 
 
 def bounds(box, measured):
-    """Intervals by feature; an end lies half-way to the next value measured."""
+    """Intervals by feature. An end is half-way to the next value measured."""
     found = {}
     for feature in FEATURES:
         values = sorted({shape.features[feature] for shape in measured})
@@ -262,10 +265,18 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--largest", type=int, default=2**24, help="numbers a tensor")
-    parser.add_argument("--only", default="", help="shapes whose line contains this")
-    parser.add_argument("--least", type=float, default=0.7, help="gain of a row")
-    parser.add_argument("--worst", type=float, default=1.03, help="loss in a row")
+    parser.add_argument(
+        "--largest", type=int, default=2**24, help="the most numbers in a tensor"
+    )
+    parser.add_argument(
+        "--only", default="", help="only shapes whose line contains this"
+    )
+    parser.add_argument(
+        "--least", type=float, default=0.7, help="smallest gain of a row"
+    )
+    parser.add_argument(
+        "--worst", type=float, default=1.03, help="largest loss in a row"
+    )
     asked = parser.parse_args()
     torch.set_num_threads(1)
     given = REGIMES.get(asked.device, _NEW).winners

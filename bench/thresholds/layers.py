@@ -1,8 +1,8 @@
-"""Speed rules of layer norm, linear layers, embedding and attention, shape by shape.
+"""Time the speed rules of layer norm, linear layers, embedding and attention.
 
-Prints the time of vmapsafe's rule as a multiple of torch's own. ``REGIMES`` in the
-files of vmapsafe/rules/ was read off these tables: a rule may hold where all ratios are
-below 1. From bench/::
+For each shape it prints the time of vmapsafe's rule as a multiple of the time of
+torch's own. ``REGIMES`` in the files of vmapsafe/rules/ comes from these tables: a rule
+may be used for a shape if all ratios are below 1. Run it in the folder bench::
 
     python -m thresholds.layers
 """
@@ -104,7 +104,7 @@ FAMILIES = {
 
 
 def ratio(operator, call, args, rounds, device):
-    """Ours by torch's, medians of rounds in turn, of calls enough for 2 ms."""
+    """Our time as a multiple of torch's: medians of rounds in turn, of 2 ms each."""
     rule = operator_rules()[operator][0]
     rules = {
         "ours": replace(rule, accepts=lambda call: True, devices=None),
@@ -143,12 +143,12 @@ def main():
     asked = parser.parse_args()
     torch.set_num_threads(1)
     layer_norm.REGIMES.setdefault(asked.device, layer_norm.REGIMES["cpu"])
-    # torch says at every call that its own attention is a loop.
+    # torch warns in every call that its own attention is a loop.
     torch._C._functorch._set_vmap_fallback_warning_enabled(False)
     for name in asked.only:
         operator, make, lengths, widths = FAMILIES[name]
         if asked.device != "cpu" and "attention" in name:
-            continue  # an operator of the CPU
+            continue  # these operators exist only on the CPU
         for tokens in lengths:
             for width in widths:
                 row = []
