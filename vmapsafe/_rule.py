@@ -98,8 +98,11 @@ _parameters: dict[Function, Parameters] = {}
 def register(rule: Rule) -> None:
     """Put ``rule`` in the tables of every block entered from now on.
 
+    Args:
+        rule: of a function or of an operator.
+
     Raises:
-        ValueError: the name is taken, or a mode is unknown.
+        VmapSafeValueError: the name is taken, or a mode is unknown.
     """
     if any(rule.name == other.name for other in registered()):
         raise VmapSafeValueError(

@@ -1,10 +1,10 @@
-"""A sample's own copy of each parameter, also where a forward or a loss goes past it.
+"""A sample's own copy of each parameter, wherever a forward or a loss reads it.
 
-The model's parameters are replaced in its modules. Where something hands a parameter
-itself to torch (a list of them, a closure, an attribute of another module), its row
-would silently lack that use. So calls see the copy in its place.
+The copies take the parameters' places in the model's modules. A forward can also hand a
+parameter itself to torch: from a list, a closure, an attribute of another module. Its
+row would silently lack that use, so each call of torch sees the copy instead.
 
-Copies lie in the memory of the parameter. What writes on one is refused.
+Copies lie in the memory of the parameter, so a write on one is an error.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import Parameters
 from vmapsafe._errors import VmapSafeRuntimeError
 from vmapsafe._torch import TorchFunctionMode, storage_of
 from vmapsafe.rules.buffers import IN_PLACE
+from vmapsafe.rules.embedding import on_renormalised, renormalises
 
 _WRITES = frozenset(IN_PLACE)
-_RENORMALISE = {f: Parameters.of(f) for f in (F.embedding, F.embedding_bag)}
 
 
 class Copies(TorchFunctionMode):
@@ -38,7 +35,7 @@ class Copies(TorchFunctionMode):
         self._called, self._originals = called, originals
 
     def stand_in(self, copies: Mapping[str, Tensor]) -> None:
-        """A forward begins, with these by name."""
+        """Begin a forward with these copies, by name."""
         self._copies = copies
         self._named = {id(copy): name for name, copy in copies.items()}
         self._named.update({id(p): name for name, p in self._originals.items()})
@@ -46,10 +43,11 @@ class Copies(TorchFunctionMode):
         self._renormalised: set[str] = set()
 
     def check(self) -> None:
-        """The forward has ended.
+        """End the forward.
 
         Raises:
-            RuntimeError: a weight that an embedding renormalises is used otherwise too.
+            VmapSafeRuntimeError: something else uses a weight that an embedding
+                renormalises.
         """
         for name in self._renormalised & self._read:
             raise VmapSafeRuntimeError(
@@ -61,8 +59,14 @@ class Copies(TorchFunctionMode):
             )
 
     def check_graph(self, leaves: Sequence[Tensor]) -> None:
-        """Raise a RuntimeError if one of ``leaves``, those of the loss's graph, is a
-        parameter for which a copy was to stand in."""
+        """Check that the loss depends on copies, and not on the parameters themselves.
+
+        Args:
+            leaves: those of the loss's graph.
+
+        Raises:
+            VmapSafeRuntimeError: a leaf is a parameter for which a copy stands in.
+        """
         found = {id(leaf) for leaf in leaves}
         for name, parameter in self._originals.items():
             if id(parameter) in found:
@@ -88,21 +92,21 @@ class Copies(TorchFunctionMode):
                 found: set[str] = set()
                 args = tuple([self._copy(arg, found) for arg in args])
                 kwargs = {k: self._copy(arg, found) for k, arg in kwargs.items()}
-                if func in _RENORMALISE and _max_norm(func, args, kwargs) is not None:
+                if renormalises(func, args, kwargs):
                     self._renormalised |= found
                 elif func.__name__ != "__get__":
                     self._read |= found
                 break
         if func in _WRITES or kwargs.get("out") is not None:
             self._refuse_writing(func, args, kwargs)
-        if func in _RENORMALISE and _max_norm(func, args, kwargs) is not None:
-            return self._by_renormalised(func, args, kwargs)
+        if renormalises(func, args, kwargs):
+            return on_renormalised(self.call, func, args, kwargs)
         return self.call(func, args, kwargs)
 
     def call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """What becomes of a call that sees copies."""
+        """Make a call in which copies stand in."""
         return func(*args, **kwargs)
 
     def _copy(self, value: Any, found: set[str]) -> Any:
@@ -132,36 +136,9 @@ class Copies(TorchFunctionMode):
                         "torch.no_grad()",
                     )
 
-    def _by_renormalised(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Embeddings with ``max_norm``, which torch's own write into the weight."""
-        given = {**_RENORMALISE[func].bind(args, kwargs)}
-        options = given["max_norm"], given["norm_type"]
-        given["max_norm"] = None
-        if func is F.embedding:
-            return _renormalised(self.call(func, (), given), *options)
-        given["weight"] = _renormalised(given["weight"], *options)
-        return self.call(func, (), given)
-
-
-def _max_norm(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> float | None:
-    found: float | None = _RENORMALISE[func].bind(args, kwargs).get("max_norm")
-    return found
-
-
-def _renormalised(rows: Tensor, most: float, norm_type: float) -> Tensor:
-    """As torch.embedding_renorm_ has it, which passes gradients on as they are."""
-    values = rows.detach()
-    norms = torch.linalg.vector_norm(values, norm_type, dim=-1, keepdim=True)
-    scaled = values * torch.where(norms > most, most / (norms + 1e-7), 1)
-    return scaled + (rows - values)
-
 
 def leaves_of(tensor: Tensor) -> list[Tensor]:
-    """Those in autograd's graph of ``tensor``."""
+    """The leaves in autograd's graph of ``tensor``."""
     nodes = [] if tensor.grad_fn is None else [tensor.grad_fn]
     seen = {*nodes}
     found = []

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vmapsafe._errors import VmapSafeValueError
 from vmapsafe._rows.processes import gathered, summed
+from vmapsafe._rows.record import Collector
 from vmapsafe._torch import tree_map, without_autocast
 from vmapsafe.rules.formulas import Formula, norms_of, weighted_sum
 
@@ -42,16 +43,8 @@ class Batch:
     made_up: bool
 
 
-class Part(ABC):
-    """Collects a quantity of some of the samples, parameter by parameter."""
-
-    @abstractmethod
-    def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
-        """Take the only use of a parameter: the layer's input and output gradient."""
-
-    @abstractmethod
-    def whole(self, name: str, rows: Tensor) -> None:
-        """Take the rows (B, *shape) of a parameter."""
+class Part(Collector):
+    """Collects a quantity of some of the samples."""
 
     @abstractmethod
     def finished(self) -> Any:

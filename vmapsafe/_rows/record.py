@@ -1,29 +1,30 @@
 """Every sample's gradient of a parameter from one backward pass for the activations.
 
-Under ``vmap(grad)`` the weight gradients of all samples are made, B x P numbers, before
-anybody can ask for their norms. Here autograd is *around* the vmap: the losses of all
-samples come from one vmapped forward, and one backward pass of their sum follows. Each
-parameter is handed over as a batch of copies, ``p.expand(B, ...)``, which takes no
-memory: sample i's own copy, whose gradient is row i, whatever is done with it.
+``vmap(grad)`` makes the weight gradients of all samples, B x P numbers, before anybody
+can ask for their norms. Here autograd is *around* the vmap: one vmapped forward gives
+the losses of all samples, and one backward pass of their sum follows. The forward gets
+each parameter as a batch of copies, ``p.expand(B, ...)``, which takes no memory. Copy i
+belongs to sample i, and its gradient is row i, whatever the forward does with it.
 
 Autograd would need B x P numbers for that too. So a :class:`Recorder`, a mode below the
 block's, asks for each call whether a layer says how to keep it (``rules/recordings``).
 It makes such a call on the whole batch with the plain parameter, without a derivative
-by it, and keeps the input; backward hands in the output gradient. From the two come
-rows, their norms or a weighted sum (``rules/formulas``).
+by it, and keeps the input. Backward hands it the output gradient. Rows, their norms or
+a weighted sum follow from the two (``rules/formulas``).
 
 A parameter with one recorded use and no other is *streamed*: nothing of size B x P is
-made. Else its row is the sum of the rows of its recorded uses and what autograd has for
-its copies, cross terms included; whether there is such a rest, autograd's graph tells.
+made. Otherwise its row is a sum: of the rows of its recorded uses, and of what autograd
+finds for its copies. Autograd's graph tells whether it will find something.
 
-This is the "book-keeping" of Bu et al., https://arxiv.org/abs/2210.00038, with vmap's
-meaning of what a sample is in the place of hooks on layers.
+This is the "book-keeping" of Bu et al., https://arxiv.org/abs/2210.00038. There hooks
+on layers decide what a sample is; here vmap does.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,31 +45,44 @@ from vmapsafe._torch import (
 )
 from vmapsafe.rules.formulas import Formula, Made
 from vmapsafe.rules.recordings import (
+    RECORDINGS,
     ByFormulas,
     Record,
     Recording,
-    recording_of,
 )
 
 LEVEL = 1  # of the one vmap
 
 
 class Unrecordable(Exception):
-    """What is named; only ``vmap(grad)`` can follow it in the loss."""
+    """The loss uses what the text names, which only ``vmap(grad)`` can follow."""
 
 
-class Collector(Protocol):
-    """What becomes of the gradients, parameter by parameter as backward meets them."""
+class Collector(ABC):
+    """Takes the gradients, parameter by parameter, as backward meets them."""
 
+    @abstractmethod
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
-        """The one use of a parameter."""
+        """Take the only use of a parameter: the layer's input and output gradient."""
 
+    @abstractmethod
     def whole(self, name: str, rows: Tensor) -> None:
-        """The rows (B, *shape) of a parameter."""
+        """Take the rows (B, *shape) of a parameter."""
 
 
 class Recorded:
-    """The losses of all samples, and what was kept of the way to them.
+    """The losses of all samples, and what backward needs.
+
+    Args:
+        called: the public function, for errors.
+        originals: the model's parameters, by name.
+        loss: of the parameters by name, and a sample.
+        values: what stands for ``originals``, by the same names.
+        batch: trees of tensors (B, ...).
+        size: B.
+        randomness: as in vmap.
+        has_aux: whether ``loss`` returns a pair.
+        block: in which the loss runs.
 
     Attributes:
         losses: (B,), with autograd's graph.
@@ -87,8 +101,6 @@ class Recorded:
         has_aux: bool,
         block: Any,
     ) -> None:
-        """Run ``loss(values, *batch)`` on every sample, inside ``block``; ``values``
-        stand for ``originals`` of the same names."""
         self._recorder = recorder = Recorder(called, originals, values, size)
 
         def one(*sample: Any) -> Any:
@@ -106,14 +118,14 @@ class Recorded:
         self._reached = {id(leaf) for leaf in leaves}
 
     def watched(self) -> bool:
-        """Whether tensors of the caller's require a gradient of the losses."""
+        """Whether plain autograd would differentiate the losses by other tensors."""
         if self._recorder.leaves_out:
             return True
         leaves = *self._recorder.leaves.values(), self._recorder.anchor
         return not self._reached <= {id(leaf) for leaf in leaves}
 
     def backward(self, into: Collector) -> None:
-        """Hand the gradients of all parameters to ``into``; only once."""
+        """Hand the gradients of all parameters to ``into``. It can be called once."""
         recorder, reached = self._recorder, self._reached
         # ``receive`` knows these and not the recorder: a cycle of references would keep
         # the rows alive until Python's garbage collector comes by.
@@ -138,8 +150,8 @@ class Recorded:
         inputs = list(rest.values())
         if id(recorder.anchor) in reached:
             inputs.append(recorder.anchor)
-        # Under autocast backward runs in the dtypes of forward, and our sums in those
-        # of the parameters.
+        # Under autocast, backward runs in the dtypes of forward; sums here are in the
+        # dtypes of the parameters.
         with without_autocast(self.losses.device):
             grads: Sequence[Tensor | None] = ()
             if inputs:
@@ -160,12 +172,18 @@ class Recorded:
 class Recorder(Copies):
     """The mode under which forward runs.
 
+    Args:
+        called: the public function, for errors.
+        originals: the model's parameters, by name.
+        values: what stands for them.
+        size: B.
+
     Attributes:
         leaves: the copies of each parameter, (B, *shape), by name.
         uses: how many recorded uses each has.
-        leaves_out: whether there is a tensor that requires a gradient and gets none.
-        anchor: what all recorded outputs depend on, for autograd to reach them.
-        receive: what takes a use and its output gradient in backward.
+        leaves_out: whether a tensor requires a gradient that is not computed.
+        anchor: all recorded outputs depend on it, so that autograd reaches them.
+        receive: takes a use and its output gradient in backward.
     """
 
     def __init__(
@@ -188,7 +206,7 @@ class Recorder(Copies):
         self.receive: Callable[[str, Formula, Tensor, Tensor], None]
 
     def begin(self) -> Mapping[str, Tensor]:
-        """Forward begins, and sees this slice of the copies; known by identity."""
+        """Begin a forward; returns the slices of the copies that it sees."""
         copies = {name: slices_of(leaf, LEVEL) for name, leaf in self.leaves.items()}
         self.stand_in(copies)
         self._names = {id(copy): name for name, copy in copies.items()}
@@ -197,15 +215,13 @@ class Recorder(Copies):
     def call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if current_level() != LEVEL:
+        found = RECORDINGS.get(func)
+        if (found is None and func not in _ASKED) or current_level() != LEVEL:
             return func(*args, **kwargs)
         if func in _REFUSED:
             raise Unrecordable(_REFUSED[func])
-        if func == _REQUIRES_GRAD:
-            return self._requires_grad(*args)
-        found = recording_of(func)
         if found is None:
-            return func(*args, **kwargs)
+            return self._requires_grad(*args)
         recording, parameters = found
         y = self._recorded(recording, parameters.bind(args, kwargs))
         return (recording.otherwise or func)(*args, **kwargs) if y is None else y
@@ -213,7 +229,7 @@ class Recorder(Copies):
     def _recorded(
         self, recording: Recording, arguments: Mapping[str, Any]
     ) -> Tensor | None:
-        """The output of a call, if it is kept."""
+        """The output of a call that is kept; None for another call."""
         given = {name: arguments[name] for name in recording.parameters}
         if not self._takes(*given.values()):
             return None
@@ -233,11 +249,11 @@ class Recorder(Copies):
             return slices_of(y, LEVEL)
 
     def _name(self, tensor: Tensor | None) -> str | None:
-        """Of which parameter it is the copy, if of one."""
+        """The parameter of which a tensor is the copy, if there is one."""
         return None if tensor is None else self._names.get(id(tensor))
 
     def _takes(self, *parameters: Tensor | None) -> bool:
-        """Whether one is a copy, and the others are plain tensors."""
+        """Whether one of these is a copy, and the others are plain tensors."""
         given = [p for p in parameters if p is not None]
         others = [p for p in given if self._name(p) is None]
         if len(others) == len(given) or any([is_wrapped(p) for p in others]):
@@ -251,7 +267,7 @@ class Recorder(Copies):
         return parameter if name is None else self._plain[name]
 
     def _requires_grad(self, tensor: Tensor) -> bool:
-        """As in vmap(grad), where a slice shows it."""
+        """What vmap(grad) would show of a slice."""
         if self._name(tensor) is not None:
             return True
         if is_wrapped(tensor):
@@ -263,7 +279,7 @@ class Recorder(Copies):
 
 
 class _Recorded(Function):
-    """A function of the input alone, whose backward hands on what rows are made of."""
+    """A function of the input. Its backward hands on what rows are made of."""
 
     @staticmethod
     def forward(
@@ -304,14 +320,14 @@ class _Recorded(Function):
 
 
 def _no_view(y: Tensor) -> Tensor:
-    """The same memory, of which autograd does not know that it is a view: what follows
-    may write into it without a price."""
+    """The same memory, as a tensor that is not a view for autograd. The forward can
+    then write into it in place, as it does elsewhere."""
     shown: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
     return shown
 
 
 def _no_hooks() -> Any:
-    """As in vmap(grad): what is computed again in backward would be past the vmap."""
+    """Refuse them, as vmap(grad) does: backward would compute outside the vmap."""
     return disable_saved_tensors_hooks(
         "per-sample gradients don't support saved tensor hooks, as "
         "torch.utils.checkpoint uses them"
@@ -319,11 +335,12 @@ def _no_hooks() -> Any:
 
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-# What of autograd only vmap(grad) can follow. Tensor.grad_fn is asked for by what
-# watches backward, as torch's FlopCounterMode does.
+# Functions of autograd that only vmap(grad) can follow. What watches backward asks for
+# Tensor.grad_fn, as torch's FlopCounterMode does.
 _REFUSED: Mapping[Any, str] = {
     torch.autograd.grad: "torch.autograd.grad",
     Tensor.backward: "Tensor.backward",
     Tensor.grad_fn.__get__: "Tensor.grad_fn",  # type: ignore[union-attr]
     Tensor.register_hook: "Tensor.register_hook",
 }
+_ASKED = {*_REFUSED, _REQUIRES_GRAD}

@@ -8,13 +8,15 @@ the system, which hands out zeros.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import Call, batch_first, batch_size
+from vmapsafe._call import Call, Function, Parameters, batch_first, batch_size
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_plain
 from vmapsafe.rules import memory
@@ -163,3 +165,52 @@ def _record(
 
 
 record_calls(F.embedding, Recording(_record, parameters=("weight",)))
+
+
+# -- max_norm --------------------------------------------------------------------------
+#
+# torch writes the renormalised rows into the weight. Here a copy of them is used.
+
+_RENORMALISING = {f: Parameters.of(f) for f in (F.embedding, F.embedding_bag)}
+
+
+def renormalises(
+    function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether a call would renormalise rows of its weight."""
+    parameters = _RENORMALISING.get(function)
+    if parameters is None:
+        return False
+    return parameters.bind(args, kwargs).get("max_norm") is not None
+
+
+def on_renormalised(
+    run: Function, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Tensor:
+    """What such a call gives, without writing its weight.
+
+    Args:
+        run: makes a call, given the function, its arguments, and those by name.
+        function: that was called.
+        args: its arguments.
+        kwargs: its arguments by name.
+
+    Returns:
+        The output of the call.
+    """
+    given = {**_RENORMALISING[function].bind(args, kwargs)}
+    options = given["max_norm"], given["norm_type"]
+    given["max_norm"] = None
+    if function is F.embedding:
+        return _renormalised(run(function, (), given), *options)
+    given["weight"] = _renormalised(given["weight"], *options)
+    output: Tensor = run(function, (), given)
+    return output
+
+
+def _renormalised(rows: Tensor, most: float, norm_type: float) -> Tensor:
+    """As torch.embedding_renorm_ computes it; gradients pass on as they are."""
+    values = rows.detach()
+    norms = torch.linalg.vector_norm(values, norm_type, dim=-1, keepdim=True)
+    scaled = values * torch.where(norms > most, most / (norms + 1e-7), 1)
+    return scaled + (rows - values)

@@ -73,17 +73,13 @@ class Recording:
     otherwise: Function | None = None
 
 
-_recordings: dict[Function, tuple[Recording, Parameters]] = {}
+# What is kept of the calls of each function, and the names of their arguments.
+RECORDINGS: dict[Function, tuple[Recording, Parameters]] = {}
 
 
 def record_calls(function: Function, recording: Recording) -> None:
-    """Keep the calls of ``function`` so."""
-    _recordings[function] = recording, Parameters.of(recording.record)
-
-
-def recording_of(function: Function) -> tuple[Recording, Parameters] | None:
-    """What is kept of its calls, and the names of its arguments; None for nothing."""
-    return _recordings.get(function)
+    """Say what is kept of the calls of ``function``."""
+    RECORDINGS[function] = recording, Parameters.of(recording.record)
 
 
 def never(*args: Any, **kwargs: Any) -> None:
