@@ -165,8 +165,8 @@ CASES = [
     ),
     Case(
         "rms norm",
-        lambda: _net(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.RMSNorm(4), nn.Tanh()),
-        (3,),
+        lambda: _net(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.RMSNorm(5), nn.Tanh()),
+        (2, 7),
     ),
     Case("used twice", Twice, (4, 3, 3)),
     Case("tied weights", Tied, (4,)),

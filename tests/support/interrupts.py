@@ -12,7 +12,9 @@ times also meet torch's code and the user's.
 import argparse
 import collections
 import copy
+import dis
 import gc
+import linecache
 import os
 import random
 import signal
@@ -342,6 +344,17 @@ def heard(pid: int, read: int, write: int) -> str:
 # -- Each line -------------------------------------------------------------------------
 
 
+def leaves_a_with(frame: FrameType) -> bool:
+    """Whether a line is the end of a ``with``. No interrupt comes there: Python looks
+    for one after calls and at jumps, and the next of these is in ``__exit__``."""
+    source = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    if not source.lstrip().startswith("with "):
+        return False
+    at = [i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti]
+    by = (at[0].opname, at[0].argval) if at else ("", "")
+    return by[0] in ("SWAP", "PUSH_EXC_INFO") or by == ("LOAD_CONST", None)
+
+
 class Interrupted:
     """Runs a scenario; each ``every``-th line is interrupted, in a fork."""
 
@@ -385,6 +398,8 @@ class Interrupted:
             return None
         frame.f_trace_opcodes = self.opcodes
         if event == ("opcode" if self.opcodes else "line"):
+            if not self.opcodes and leaves_a_with(frame):
+                return self.trace
             self.count += 1
             if (self.count - self.first) % self.every == 0:
                 self.interrupt(frame)
