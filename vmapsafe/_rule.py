@@ -80,9 +80,9 @@ class OperatorRule:
     reference: Callable[[Call], Any]
     devices: Collection[str] | None
 
-    def holds_on(self, devices: Collection[str]) -> bool:
-        """Whether it holds on one of these types of device."""
-        return self.devices is None or not {*devices}.isdisjoint(self.devices)
+    def holds_on(self, device: str) -> bool:
+        """Whether it holds on this type of device."""
+        return self.devices is None or device in self.devices
 
 
 Rule = FunctionRule | OperatorRule

@@ -290,13 +290,13 @@ def test_no_rule_holds_without_an_entry(net, taken, monkeypatch):
         if isinstance(rule.devices, dict)
     ]
     assert len({id(rule.devices) for rule in tables}) == 4
-    assert all(rule.holds_on(("cpu",)) for rule in tables)
+    assert all(rule.holds_on("cpu") for rule in tables)
     change_regimes(monkeypatch, convolution={"winners": ()})
     with vmap_safe(net, fast=True):
         rows(net, tensors(net), X)
     assert not taken
     forget_regimes(monkeypatch)
-    assert not any(rule.holds_on(("cpu",)) for rule in tables)
+    assert not any(rule.holds_on("cpu") for rule in tables)
 
 
 def test_other_devices_and_precisions_are_left_alone(net, taken, monkeypatch):

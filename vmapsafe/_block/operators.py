@@ -51,7 +51,7 @@ def install(types_of_device: Callable[[], Collection[str]]) -> None:
         for operator in missing:
             if operator not in _installed:
                 rules = operator_rules()[operator]
-                if any([rule.holds_on(devices) for rule in rules]):
+                if any([rule.holds_on(one) for rule in rules for one in devices]):
                     _install(operator)
 
 
@@ -117,7 +117,7 @@ def _kernel(operator: Any) -> Callable[..., Any]:
                 # A vmap that batches none of the arguments makes slices of nothing.
                 batched = any([dim is not None for dim in in_dims.values()])
                 tensors = [call[name] for name in in_dims]
-                device = (tensors[0].device.type,)
+                device = tensors[0].device.type
                 for rule in rules if batched else ():
                     if (
                         rule.holds_on(device)
