@@ -1,8 +1,8 @@
 """The one idea: a rule says what a torch call means when it sees one slice of a batch.
 
 A rule has two forms of the same meaning: ``batched``, which runs inside a block, and
-``reference``, slow and obviously right, which only tests run. The law for every rule is
-``batched ≈ reference``, values and gradients (:func:`vmapsafe.testing.check_rule`).
+``reference``, slow and obviously right, which only tests run. The two must agree in
+values and in gradients (:func:`vmapsafe.testing.check_rule`).
 
 There are two kinds. A :class:`FunctionRule` stands for torch functions. What happens to
 a call inside a block, in this order:
@@ -69,8 +69,7 @@ class OperatorRule:
             dimension first, None for an output that was not asked for.
         reference: as in :class:`FunctionRule`.
         devices: the types of device on which it holds, often a table of what was
-            measured on each; None for all. Elsewhere nobody asks it, and where no
-            model is on one of them torch's own stays in place.
+            measured on each; None for all. On others torch's own rule runs.
     """
 
     name: str
@@ -96,7 +95,10 @@ _parameters: dict[Function, Parameters] = {}
 
 
 def register(rule: Rule) -> None:
-    """Put ``rule`` in the tables of every block entered from now on.
+    """Put a rule in the tables of every block entered from now on.
+
+    Args:
+        rule: of functions, or of an operator.
 
     Args:
         rule: of a function or of an operator.

@@ -1,4 +1,4 @@
-"""What tests of rules and of vmapped code need: the law, the loop, the comparison."""
+"""For tests of rules and of vmapped code: a rule's reference, the loop, comparison."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def check_rule(
     batched: Collection[str] | None = None,
     derived: Derived | None = None,
 ) -> int:
-    """Hold a rule to the law: ``batched ≈ reference``, in values and in gradients.
+    """Compare a rule with its reference, in values and in gradients.
 
     For every case and every choice of which of its tensors are batched, the rule under
     ``vmap``, along the first dimension or the last, and under two nested ones is
     compared with its reference: values, dtype, and the gradients of every floating
     tensor for a random cotangent. The rule of an operator is put in the place of
     torch's batching rule, must take each case for some choice of what is batched, and
-    is tried on tensors that nobody differentiates too.
+    is tried also on tensors without derivatives.
 
     The same is asked of each case in float32 and bfloat16, with its images and volumes
     channels last, and for an empty batch. There the rule may decline; nothing is asked
@@ -137,7 +137,7 @@ def check_rule(
         The number of comparisons made.
 
     Raises:
-        AssertionError: the rule does not take a case, or the law does not hold.
+        AssertionError: the rule does not take a case, or differs from its reference.
     """
     compared = 0
     for case in cases:

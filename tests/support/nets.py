@@ -234,6 +234,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
         lambda: image(
             *(conv(2, 2, 4, 2), nn.GroupNorm(2, 4), nn.ReLU(inplace=True)),
             *(nn.LayerNorm([4, 4, 4]), nn.BatchNorm2d(4, affine=False)),
+            nn.RMSNorm([4, 4]),
             nn.InstanceNorm2d(4, affine=True),
             channels=4,
         ),
