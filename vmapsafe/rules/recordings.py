@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -80,7 +79,3 @@ RECORDINGS: dict[Function, tuple[Recording, Parameters]] = {}
 def record_calls(function: Function, recording: Recording) -> None:
     """Say what is kept of the calls of ``function``."""
     RECORDINGS[function] = recording, Parameters.of(recording.record)
-
-
-def never(*args: Any, **kwargs: Any) -> None:
-    """A ``record`` of calls that are never kept."""
