@@ -28,7 +28,7 @@ T = TypeVar("T")
 Way = Callable[[Samples, tuple[Any, ...], Part], Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Asked:
     """The arguments that all functions of per-sample gradients share.
 

@@ -70,9 +70,9 @@ class Parameters:
             known,
             tuple(
                 [
-                    Place(place.tensors, place.own, names[known[place.name]])
+                    place._replace(name=name) if name != place.name else place
                     for place in places
-                    if known[place.name] in names
+                    if (name := names.get(known[place.name])) is not None
                 ]
             ),
             tuple(

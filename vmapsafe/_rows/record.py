@@ -223,52 +223,42 @@ class Recorder(Copies):
         if found is None:
             return self._requires_grad(*args)
         recording, parameters = found
-        y = self._recorded(recording, parameters.bind(args, kwargs))
+        y = self._recorded(recording, {**parameters.bind(args, kwargs)})
         return (recording.otherwise or func)(*args, **kwargs) if y is None else y
 
     def _recorded(
-        self, recording: Recording, arguments: Mapping[str, Any]
+        self, recording: Recording, arguments: dict[str, Any]
     ) -> Tensor | None:
         """The output of a call that is kept; None for another call."""
-        given = {name: arguments[name] for name in recording.parameters}
-        if not self._takes(*given.values()):
+        names: dict[str, str | None] = {}
+        others = []
+        for own in recording.parameters:
+            parameter = arguments[own]
+            name = names[own] = self._names.get(id(parameter))
+            if name is not None:  # without the samples' copies, and a derivative
+                arguments[own] = self._plain[name]
+            elif parameter is not None:
+                others.append(parameter)
+        if not any(names.values()) or any([is_wrapped(p) for p in others]):
             return None
+        self.leaves_out = self.leaves_out or any([p.requires_grad for p in others])
         with below_innermost():
             x = batch_behind(arguments["input"], LEVEL, self._size)
             if x is None:
                 return None
-            plain = {name: self._without_copies(p) for name, p in given.items()}
-            record = recording.record(**{**arguments, "input": x, **plain})
+            arguments["input"] = x
+            record = recording.record(**arguments)
             if record is None:
                 return None
-            names = {own: self._name(p) for own, p in given.items()}
             for name in names.values():
                 if name is not None:
                     self.uses[name] += 1
             y: Tensor = _Recorded.apply(self.anchor, x, self, record, names)
             return slices_of(y, LEVEL)
 
-    def _name(self, tensor: Tensor | None) -> str | None:
-        """The parameter of which a tensor is the copy, if there is one."""
-        return None if tensor is None else self._names.get(id(tensor))
-
-    def _takes(self, *parameters: Tensor | None) -> bool:
-        """Whether one of these is a copy, and the others are plain tensors."""
-        given = [p for p in parameters if p is not None]
-        others = [p for p in given if self._name(p) is None]
-        if len(others) == len(given) or any([is_wrapped(p) for p in others]):
-            return False
-        self.leaves_out = self.leaves_out or any([p.requires_grad for p in others])
-        return True
-
-    def _without_copies(self, parameter: Tensor | None) -> Tensor | None:
-        """The parameter without the samples' copies, and without a derivative."""
-        name = self._name(parameter)
-        return parameter if name is None else self._plain[name]
-
     def _requires_grad(self, tensor: Tensor) -> bool:
         """What vmap(grad) would show of a slice."""
-        if self._name(tensor) is not None:
+        if id(tensor) in self._names:
             return True
         if is_wrapped(tensor):
             with below_innermost():

@@ -299,40 +299,44 @@ class Weight(Products):
         return grad.movedim(2, 1).flatten(2)
 
     def rows(self, x: Tensor, grad: Tensor) -> Tensor:
-        return self._made(x, grad, None)
-
-    def write_rows(self, x: Tensor, grad: Tensor, out: Tensor) -> None:
-        rows = self._made(x, grad, out)
-        if rows is not out:
-            out.copy_(rows)
-
-    def new_rows(self, x: Tensor, grad: Tensor) -> Tensor:
-        if self._one_convolution(x, grad):
-            return self._groups(x, grad)
-        return super().new_rows(x, grad)
-
-    def _made(self, x: Tensor, grad: Tensor, out: Tensor | None) -> Tensor:
-        """The rows. If they are written into ``out``, it is ``out`` itself."""
         call = self._call(x, grad)
         winner = algorithm(call)
         if winner in ALGORITHMS:
-            rows = ALGORITHMS[winner](call, grad, x, out)
-            return rows if out is None else out
-        if self._is_small(grad):
-            return self._groups(x, grad)
-        rows = grad.new_empty(len(grad), *self.shape) if out is None else out
-        for row, one_x, one_grad in zip(rows, x, grad):
-            row.copy_(self._ordinary(one_x, one_grad))
-        return rows
+            return ALGORITHMS[winner](call, grad, x)
+        return self.new_rows(x, grad)
 
-    def _is_small(self, grad: Tensor) -> bool:
+    def write_rows(self, x: Tensor, grad: Tensor, out: Tensor) -> None:
+        call = self._call(x, grad)
+        winner = algorithm(call)
+        if self._is_one_convolution(winner, grad):
+            out.copy_(self._groups(x, grad))
+        else:
+            self._write(call, winner, out)
+
+    def new_rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        call = self._call(x, grad)
+        winner = algorithm(call)
+        if self._is_one_convolution(winner, grad):
+            return self._groups(x, grad)
+        out = grad.new_empty(len(grad), *self.shape)
+        self._write(call, winner, out)
+        return out
+
+    def _is_one_convolution(self, winner: str, grad: Tensor) -> bool:
         """Whether one convolution of all samples wins over one for each."""
+        if winner in ALGORITHMS:
+            return False
         regime = REGIMES.get(grad.device.type)
         return not regime or len(grad) * self.shape.numel() < regime.one_by_one
 
-    def _one_convolution(self, x: Tensor, grad: Tensor) -> bool:
-        small = self._is_small(grad)
-        return small and algorithm(self._call(x, grad)) not in ALGORITHMS
+    def _write(self, call: Call, winner: str, out: Tensor) -> None:
+        """Write the rows by an algorithm, or by one convolution for each sample."""
+        x, grad = call["input"], call["grad_output"]
+        if winner in ALGORITHMS:
+            ALGORITHMS[winner](call, grad, x, out)
+            return
+        for row, one_x, one_grad in zip(out, x, grad):
+            row.copy_(self._ordinary(one_x, one_grad))
 
     def norms(self, x: Tensor, grad: Tensor) -> Tensor:
         products = set(self.dilation) == {1} and products_are_exact(self.weight)
