@@ -144,6 +144,8 @@ def _forked() -> None:
     """Make a new lock: a thread of the parent may hold the old one."""
     global lock
     lock = threading.RLock()
+    for block in _everywhere:
+        block.closing = False
 
 
 os.register_at_fork(after_in_child=_forked)
