@@ -35,9 +35,8 @@ import vmapsafe
 TOLERANCES = {"float64": 1e-9, "fp32": 5e-2, "tf32": 1e-1, "bf16": 3e-1}
 # The clipping factor of Opacus adds 1e-6 to the norm.
 ROUGHER = {"Opacus ghost clipping": 1e-5}
-LARGEST = (
-    1_500_000_000  # bytes of rows in float64; above it, fewer samples are compared
-)
+# Bytes of rows in float64. If there are more, fewer samples are compared.
+LARGEST = 1_500_000_000
 SHORTEST = 5e-3  # seconds; shorter calls are repeated within a round
 
 
