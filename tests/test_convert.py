@@ -49,7 +49,7 @@ class NamedOnly(nn.BatchNorm2d):
 
 
 class HandMade(nn.Module):
-    """A norm layer that is none of torch's and has no flag."""
+    """A norm layer that is not torch's and does not have a flag."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class HandMade(nn.Module):
 
 
 class Steered(nn.Module):
-    """No subclass of torch's, but it reaches F.batch_norm through the same flags."""
+    """Not a subclass of torch's, but it reaches F.batch_norm through the same flags."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ def test_group_norm_leaves_instance_norm_alone():
     ],
 )
 def test_eval_leaves_layers_without_running_statistics_alone(layer):
-    """Their slice's own statistics are what torch gives in both flags."""
+    """torch uses the slice's own statistics with both flags."""
     model = net(layer())
     converted = convert(model, "eval")
     assert type(converted[1]) is type(model[1])
@@ -476,7 +476,7 @@ def test_a_lazy_layer_is_converted_after_its_first_batch():
     assert repr(convert(model, "group_norm")[0]).startswith("GroupNorm(4, 4")
 
 
-def test_lazy_layers_that_are_no_norm_layers_may_wait():
+def test_lazy_layers_that_are_not_norm_layers_may_wait():
     converted = convert(nn.Sequential(nn.LazyLinear(4), nn.BatchNorm1d(4)), "eval")
     assert converted(torch.rand(2, 3)).shape == (2, 4)
 

@@ -1,8 +1,8 @@
 """Devices other than the one that regimes were measured on.
 
-The "meta" device computes shapes alone, refuses tensors of other devices beside its
-own, and knows neither autocast nor what was measured: what runs there makes nothing on
-the CPU by mistake, wherever the tests run.
+The "meta" device computes only shapes and refuses tensors of other devices. It has
+neither autocast nor measured regimes. So a test that runs there shows, on any machine,
+that nothing is made on the CPU by mistake.
 """
 
 import pytest
@@ -57,7 +57,7 @@ NETS = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("net", NETS)
 def test_nothing_is_made_on_another_device(net, mode, samples):
-    """Of few samples, whose rows vmap(grad) makes, and of many."""
+    """For few samples, whose rows vmap(grad) makes, and for many."""
     make, inputs = NETS[net]
     with torch.device("meta"):
         model, x = make(), inputs(samples)

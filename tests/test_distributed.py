@@ -121,7 +121,7 @@ def scalar(f, t):
 
 @check
 def plain_sync_batch_norm_is_no_way_around(rank, device):
-    """On the CPU its own training forward raises, in the same processes."""
+    """On a CPU, its own training forward raises in the same processes."""
     if device.type == "cpu":
         with pytest.raises(ValueError, match="expected input tensor to be on"):
             nn.SyncBatchNorm(2)(torch.randn(4, 2))
@@ -310,7 +310,7 @@ def an_empty_share_is_refused(rank, device):
 
 @check
 def one_slice_in_each_process(rank, device):
-    """One value a channel here, but two in all."""
+    """There is one value per channel here, but two in all."""
     net = nn.SyncBatchNorm(2).to(device, torch.float64)
     x = batch(device)[0][:2, 0]
     with vmap_safe(net, mode="sync"):
@@ -345,7 +345,7 @@ def branches(rank, device):
 
 @check
 def ensembles(rank, device):
-    """Each member over all processes, and no two members together."""
+    """Each member is merged over all processes, and members are never mixed."""
     members = [small(device) for _ in range(2)]
     members[1][0].weight.data += 1
     params, buffers = stack_module_state(members)
@@ -481,8 +481,8 @@ def clip(model, x, t, **options):
 
 @check
 def clipped_sums_of_all_processes(rank, device):
-    """That of the whole batch in one process; the wrapper's model too, and a share
-    that is empty."""
+    """They equal those of the whole batch in one process, also for the wrapper's model
+    and for an empty share."""
     net, (x, t) = small(device), [v[:, 0] for v in batch(device)]
     net = replaced(net, batch_norm)
     net(x)
@@ -501,7 +501,7 @@ def clipped_sums_of_all_processes(rank, device):
 
 @check
 def one_that_fails_leaves_none_waiting(rank, device):
-    """Its own error there, and one that tells of it in the others; then all go on."""
+    """It raises its own error, the others raise one that says so, and all continue."""
     net, (x, t) = small(device), [v[:, 0] for v in batch(device)]
     net = replaced(net, batch_norm)
     net(x)
@@ -528,8 +528,8 @@ GATHERED = {
 
 @check
 def norms_and_sketches_of_all_processes(rank, device):
-    """Those of the whole batch in one process, by rank, from shares of any size; aux is
-    that of the process."""
+    """They equal those of the whole batch in one process, in order of rank, for shares
+    of any size. aux is that of the process."""
 
     def with_aux(output, target):
         return F.mse_loss(output, target), output.detach()

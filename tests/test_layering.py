@@ -7,7 +7,7 @@ from pathlib import Path
 import vmapsafe
 
 ROOT = Path(vmapsafe.__file__).parent
-# Users of the public names, as anybody's code is.
+# Files that use the public names, as any user does.
 USERS = ("examples",)
 
 
@@ -80,7 +80,7 @@ def test_rules_do_not_know_blocks():
 
 
 def test_private_names_of_torch():
-    """They stand in one file, operators and attributes of modules excepted."""
+    """They are in one file, except operators and attributes of modules."""
     private = re.compile(
         r"torch\._[A-Za-z]|torch\.(?!ops)\w+\._|torch\.overrides|"
         r"^from torch[\w.]*\._|^from torch\S* import .*\b_[a-zA-Z]",
@@ -92,6 +92,6 @@ def test_private_names_of_torch():
 
 
 def test_tests_do_not_import_tests():
-    """What several of them use is in tests/support."""
+    """Code that several tests use is in tests/support."""
     for path in Path(__file__).parent.rglob("*.py"):
         assert not re.search(r"(?m)^\s*(from|import) test_", path.read_text()), path

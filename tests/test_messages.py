@@ -38,7 +38,7 @@ async def asynchronous_generator(model):
 
 
 class FullyShardedDataParallel(nn.Module):
-    """Stands in for torch's: a wrapper is refused by the name of its class."""
+    """Replaces torch's: a wrapper is refused by the name of its class."""
 
 
 def scripted():
@@ -366,7 +366,7 @@ def test_slices_without_a_batch_dimension(name, outside):
 
 
 def test_an_input_of_per_sample_gradients_with_a_dimension_too_few():
-    """What is called with a batch of one already is not told to write @batched."""
+    """An error of a call with a batch of one does not advise @batched."""
     model, x = net_of_images(), torch.randn(5, 8, 8)
     for call in (
         lambda: per_sample_grads(model, lambda o: o.sum(), x),

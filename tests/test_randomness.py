@@ -38,7 +38,7 @@ def total(output):
 
 
 def total_by_torch(output):
-    """With a derivative in it, which only vmap(grad) can follow."""
+    """A loss with a derivative in it, which only vmap(grad) can differentiate."""
     return output.sum() + 0 * torch.autograd.grad(output.sum(), output)[0].sum()
 
 
@@ -85,7 +85,7 @@ def by_batched(model, randomness, chunk_size, **options):
 
 
 def inside_grad(model, **options):
-    """Under a transform, whose levels the generators know nothing of."""
+    """A call under a transform, whose levels the generators do not know."""
     found = []
 
     def scaled(scale):
@@ -139,7 +139,7 @@ def distinct(found):
 
 @pytest.mark.parametrize("path,chunk_size", CASES, ids=str)
 def test_same(model, path, chunk_size):
-    """One mask, the one that there is without chunks, and another in the next call."""
+    """One mask, the same as without chunks; the next call draws another."""
     torch.manual_seed(1)
     whole = PATHS[path](model, randomness="same", chunk_size=None)
     after = torch.get_rng_state()
@@ -170,7 +170,7 @@ def test_different(model, path, chunk_size):
 @pytest.mark.parametrize("randomness", ["same", "different"])
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_all_paths_draw_the_same(model, randomness, chunk_size):
-    """A loss that had to be run again, norms and rows of one seed fit together."""
+    """With one seed, norms, rows and a loss that is run again use the same draws."""
     found = {}
     for path in ("rows", "rows by vmap", "rows of a loss with a derivative", "norms"):
         torch.manual_seed(1)

@@ -475,14 +475,14 @@ def test_slices_of_several(name, mode):
 @pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("name", IN_EVAL)
 def test_slices_of_several_with_a_model_in_eval_mode(name, mode):
-    """The mode asked for holds all the same."""
+    """The mode applies there too."""
     assert_agrees(built(NETS[name]).eval(), batch(name), mode)
 
 
 @pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("name", NETS)
 def test_per_sample_gradients(name, mode):
-    """Rows of batches of one, where torch's own batch norm on CPU goes wrong."""
+    """Rows of batches of one, for which torch's batch norm on a CPU is wrong."""
     net, x = built(NETS[name]), batch(name, 1)
     before = state(net)
     if (name, mode) == ("1d, (N, C)", "no_running_stats"):
@@ -570,7 +570,7 @@ def test_frozen_layers_stay_frozen(inside, mode):
 
 @pytest.mark.parametrize("mode", EACH_ALONE)
 def test_in_an_eval_model_no_layer_counts_as_frozen(mode):
-    """The mode asked for holds for all layers, also those set to eval before."""
+    """The mode applies to all layers, also those set to eval before."""
     net = built(partly_frozen).eval()
     net[4].branch[0][1].train()
     assert_agrees(net, batch(""), mode)
@@ -774,7 +774,7 @@ def test_stacked_buffers_are_not_written(update):
 @pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("update", UPDATES)
 def test_hand_made_numbers(update, mode):
-    """The layer does what it does without its update."""
+    """The layer computes what it computes without its update."""
     net, x = hand_made(UPDATES[update]), batch("")
     expected = loop(hand_made(lambda *_: None), x)
     with block(net, mode):
@@ -789,7 +789,7 @@ def data_assigned(layer, mean, var):
 
 
 def test_assignment_to_data():
-    """That of a buffer does not happen, any other does. (vmap refuses both.)"""
+    """It does not happen to a buffer's data, only to others. (vmap refuses both.)"""
     net, x = hand_made(data_assigned), batch("")[0]
     before = [(id(b), b.tolist()) for b in net.buffers()]
     expected = net[0](x).mean((0, 2, 3)).detach() + 1
@@ -893,7 +893,7 @@ FROM_OUTSIDE = {
 @pytest.mark.parametrize("write", FROM_OUTSIDE)
 @pytest.mark.parametrize("mode", EACH_ALONE)
 def test_writes_from_outside_a_forward_happen(mode, write):
-    """And they stay after the block."""
+    """They happen inside the block and stay after it."""
     net = built(lambda: after_conv(HandMade(in_place), nn.BatchNorm2d(4)))
     other = built(lambda: after_conv(HandMade(in_place), nn.BatchNorm2d(4)), 9)
     for tensor in other.state_dict().values():
@@ -925,7 +925,7 @@ class Rotary(nn.Module):
 
 @pytest.mark.parametrize("mode", EACH_ALONE)
 def test_a_table_that_grew_in_a_block_fits_afterwards(mode):
-    """The network works after the block as one that was never in it."""
+    """After the block the network works like one that never was in it."""
     net = built(lambda: after_conv(nn.BatchNorm2d(4), Rotary()))
     x = batch("")
     with block(net, mode):
@@ -1072,7 +1072,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("name", ["resnet", "batch norm and activation"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrapped_models(wrapper, name, mode):
-    """Handed over wrapped: the same numbers called wrapped and unwrapped."""
+    """The numbers are the same whether the model is called wrapped or not."""
     net = built(NETS[name])
     wrapped = WRAPPERS[wrapper](net)
     assert_agrees(net, batch(""), mode, model=wrapped, called=wrapped)
@@ -1081,7 +1081,7 @@ def test_wrapped_models(wrapper, name, mode):
 @pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrapped_model_without_vmap(wrapper, mode):
-    """A plain call of the wrapped model inside a block, before and after it as ever."""
+    """A plain call of the wrapped model works in a block, before it and after it."""
     net, x = built(NETS["resnet"]), batch("")[0]
     wrapped = WRAPPERS[wrapper](net)
     expected = by_hand(net, mode)(x)
@@ -1095,7 +1095,7 @@ def test_wrapped_model_without_vmap(wrapper, mode):
 
 
 def test_one_compiled_model_in_all_modes():
-    """What was traced outside, or in a block of another mode, is not used again."""
+    """A trace of outside, or of a block in another mode, is not used again."""
     net = built(lambda: after_conv(nn.BatchNorm2d(4), HandMade(in_place)))
     x = batch("")[0]
     compiled = torch.compile(net, backend="eager")
@@ -1131,8 +1131,8 @@ PARTS = {
 @pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("parts", PARTS)
 def test_models_with_compiled_parts(parts, mode):
-    """As compiled by regions: the same numbers, plain and under vmap."""
-    torch._dynamo.reset()  # what other cases compiled must not stand in
+    """Compiled regions give the same numbers, plain and under vmap."""
+    torch._dynamo.reset()  # what other cases compiled must not be used here
     net, x = built(lambda: nn.Sequential(conv_bn(3, 4), basic(4, 4))), batch("")
     reference = by_hand(net, mode)
     expected = torch.stack([reference(one) for one in x])

@@ -1,4 +1,4 @@
-"""What bench does without a clock: answers compared, runs kept, tabled and compared."""
+"""What bench does without a clock: it compares answers, and keeps and shows runs."""
 
 import copy
 import json
@@ -159,8 +159,10 @@ def test_what_the_plugin_wrote_reads_like_a_kept_run(tmp_path):
 
 
 def test_parts_of_a_run_are_joined(run):
-    """Rows of both, the later ones where both have some, with their commit if it is
-    another; parts from two versions of torch are refused."""
+    """The joined run has the rows of both; a later row replaces an earlier one.
+
+    It names its commit if that differs. Parts of two versions of torch are refused.
+    """
     other = copy.deepcopy(run)
     assert results.joined([run, other]) == run
     other["commit"]["id"] = "fedcba98765432"
@@ -189,8 +191,10 @@ def test_parts_of_a_run_are_joined(run):
 
 
 def test_tables_and_pictures(run, tmp_path):
-    """Ratios to the floor, the least of a line in bold, refusals in words; README's
-    part is written anew and nothing beside it."""
+    """A table has ratios to the floor, the least of a line in bold, and refusals.
+
+    Only the part between the comments of the README changes.
+    """
     results.write(tmp_path / "run.json", run)
     readme = tmp_path / "README.rst"
     readme.write_text(f"before\n\n{report.BEGIN}\nstale words\n{report.END}\n\nafter\n")
@@ -216,7 +220,7 @@ def test_tables_and_pictures(run, tmp_path):
 
 
 def test_ratios_by_batch_size(run):
-    """Of the networks that were measured at several."""
+    """The table has the networks that were measured at several batch sizes."""
     rows = [
         row(contender, x_plain, batch=batch)
         for batch, times in ((8, (3.0, 2.0)), (2, (1.0, 4.0)))
@@ -232,7 +236,7 @@ def test_ratios_by_batch_size(run):
 
 
 def test_compare_finds_what_got_slower(run, tmp_path, capsys):
-    """By ratio to plain, of vmapsafe alone; a refusal of what there was counts."""
+    """It compares ratios to plain of vmapsafe only. A new refusal counts as slower."""
     new = copy.deepcopy(run)
     for each in new["rows"]:
         each["median"] *= 10  # a slower machine
@@ -258,7 +262,7 @@ def test_compare_finds_what_got_slower(run, tmp_path, capsys):
 
 
 def test_both_panels_of_reductions_mean_the_same_network(run, monkeypatch, tmp_path):
-    """Whatever the order in which the parts of a run were made."""
+    """This does not depend on the order in which the parts of a run were made."""
     rows = []
     for task, nets in (("norms", ("one", "other")), ("clipped sum", ("other", "one"))):
         for net in nets:
@@ -270,7 +274,7 @@ def test_both_panels_of_reductions_mean_the_same_network(run, monkeypatch, tmp_p
     shown = []
     monkeypatch.setattr(report, "_finish", lambda figure, *rest: shown.append(figure))
     report.draw_reductions({**run, "rows": rows}, tmp_path / "picture.png")
-    first = shown[0].axes[0]  # which alone has labels
+    first = shown[0].axes[0]  # only it has labels
     labels = [label.get_text() for label in first.get_yticklabels()]
     for axes in shown[0].axes:
         points = [line for line in axes.lines if line.get_linestyle() == "None"]

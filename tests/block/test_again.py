@@ -1,4 +1,4 @@
-"""Backward that runs a forward again: the block's numbers, or an error; no writes."""
+"""Backward that runs a forward again: right or an error, and without writes."""
 
 import functools
 import gc
@@ -41,7 +41,7 @@ def by_hand(model, mode):
 
 
 def gradients(output, model, x):
-    """By ``backward``, as checkpoints of the reentrant kind ask for."""
+    """The gradients by ``backward``, which checkpoints of the reentrant kind need."""
     tensors = [x, *model.parameters()]
     try:
         (output * WEIGHTS).sum().backward()
@@ -290,7 +290,7 @@ def refused():
 
 
 def test_a_forward_again(problem):
-    """Its numbers inside the block, an error after it; buffers as they were."""
+    """Inside the block the numbers are right, after it there is an error. No writes."""
     with problem.block():
         found = problem.gradients(problem.output())
         later = problem.output()
@@ -301,7 +301,7 @@ def test_a_forward_again(problem):
 
 
 def test_in_another_block(problem):
-    """One of the same meaning will do; in one of another mode it is an error."""
+    """It works in a block with the same options, and is an error in another mode."""
     with problem.block():
         first, second = problem.output(), problem.output()
     with problem.block():
@@ -311,8 +311,8 @@ def test_in_another_block(problem):
 
 
 def test_in_an_inner_block(problem):
-    """A backward in a block inside is that of the block the graph was made in; and of
-    a graph made in the inner block, after it, an error."""
+    """A backward in an inner block uses the rules of the block the graph was made in.
+    Backward of a graph made in the inner block is an error after that block."""
     with problem.block():
         output = problem.output()
         with problem.another_block():
@@ -323,7 +323,7 @@ def test_in_an_inner_block(problem):
 
 
 def test_a_graph_made_outside(way, mode):
-    """Is as without any block, inside one and after one."""
+    """Inside a block and after one, backward works as without any block."""
     again, _ = WAYS[way]
     x = X.clone().requires_grad_()
 
@@ -339,7 +339,7 @@ def test_a_graph_made_outside(way, mode):
 
 
 def test_backward_in_another_thread(problem):
-    """Is that of the block, which is open in the thread that made the graph."""
+    """The rules are those of the block that is open in the graph's thread."""
     with problem.block():
         output = problem.output()
         found = in_a_thread(lambda: problem.gradients(output))
@@ -350,7 +350,7 @@ def test_backward_in_another_thread(problem):
 
 
 class PerSlice(NewStyle):
-    """One that torch vmaps by itself."""
+    """A Function that torch vmaps by itself."""
 
     generate_vmap_rule = True
 
@@ -414,7 +414,7 @@ def test_a_forward_again_in_rows(mode):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_dropout_is_drawn_again(reentrant, mode):
-    """The same masks, as ``preserve_rng_state`` says."""
+    """The masks are the same, as ``preserve_rng_state`` says."""
 
     def seeded(model, x):
         torch.manual_seed(3)
@@ -469,7 +469,7 @@ def test_a_hook_that_runs_the_model(where, mode):
 
 
 def test_hooks_that_run_no_model():
-    """Work after the block, and on any thread."""
+    """They work after the block, and on any thread."""
     model = body()
     x = X.clone().requires_grad_()
     seen = []
@@ -489,7 +489,7 @@ def test_hooks_that_run_no_model():
 
 
 def test_double_backward(mode):
-    """Of a graph that holds a checkpoint, inside the block."""
+    """Double backward of a graph with a checkpoint works inside the block."""
     model = body()
     reference = by_hand(model, mode)
 
@@ -519,7 +519,7 @@ def saved_in_halves():
     "hooks", [torch.autograd.graph.save_on_cpu, saved_in_halves], ids=["cpu", "halves"]
 )
 def test_hooks_of_saved_tensors(hooks, mode):
-    """Keep working after the block, opened outside and inside."""
+    """Hooks set outside and inside the block keep working after it."""
     problem = Problem(body(), mode)
     with hooks(), problem.block():
         first = problem.model(problem.x)
@@ -535,7 +535,7 @@ def test_hooks_of_saved_tensors(hooks, mode):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_is_kept_alive(way):
-    """Model and graph die with their last name, after the block and inside it."""
+    """Model and graph are freed with their last name, after the block and inside it."""
     again, _ = WAYS[way]
 
     def run(inside):
@@ -567,7 +567,7 @@ def test_nothing_is_kept_alive(way):
 
 
 def test_an_unused_graph_dies():
-    """One of which backward is never called."""
+    """A graph without a call of backward is freed too."""
 
     def run():
         model = body()

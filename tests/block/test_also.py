@@ -1,5 +1,5 @@
-"""Hand-made layers: switched in "eval" where ``also=`` names their class, and a warning
-where a write of theirs is left out."""
+"""Hand-made layers: "eval" switches them if ``also=`` names their class, and a warning
+says when a write of theirs is left out."""
 
 import copy
 import gc
@@ -61,7 +61,7 @@ class Sub(Norm):
 
 
 class Assigns(Norm):
-    """Keeps them by assignment."""
+    """Keeps its statistics by assignment."""
 
     def forward(self, x):
         if not self.training:
@@ -71,13 +71,13 @@ class Assigns(Norm):
 
 
 class Running(Norm):
-    """With the names that torch's own layers use."""
+    """A norm with the buffer names of torch's own layers."""
 
     names = ("running_mean", "running_var")
 
 
 class OwnBatchNorm(nn.BatchNorm1d):
-    """A batch norm whose forward is its own."""
+    """A batch norm with its own forward."""
 
     def __init__(self):
         super().__init__(4, dtype=torch.float64)
@@ -168,7 +168,7 @@ def test_an_error_in_the_other_modes(name, mode):
 
 @pytest.mark.parametrize("mode", OTHERS)
 def test_frozen_in_every_mode(mode):
-    """What the owner has put in eval mode stays so, and is no error."""
+    """A layer that was put in eval mode before stays in it, without an error."""
     net = built(Norm)
     net[1].eval()
     with vmap_safe(net, mode=mode, num_groups=2, also=(Norm,)):
@@ -206,7 +206,7 @@ def test_no_tuple_of_classes(name, also, words):
 @pytest.mark.parametrize("kind", [Norm, Sub, Running, OwnBatchNorm])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
 def test_compiled(kind):
-    """Inside a block and around it, under vmap and as a whole."""
+    """A model compiled inside a block and around it, under vmap and as a whole."""
     net = built(kind)
     hand = by_hand(net)
 
@@ -231,7 +231,7 @@ def test_compiled(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_in_one_another(kind):
-    """The inner one decides; the outer one holds again after it."""
+    """The inner block decides; the outer one applies again after it."""
     net = built(kind)
     hand, x = by_hand(net), X.unsqueeze(1)
     before = everything(net)
@@ -273,7 +273,7 @@ def test_own_rows_under_autocast(kind):
 
 
 def test_files_know_the_classes(tmp_path):
-    """A folder begun without a class does not go on with it."""
+    """A folder that was begun without a class cannot be continued with it."""
     net = built(Norm)
     loader = DataLoader(TensorDataset(X, Y), batch_size=2)
 
@@ -303,7 +303,7 @@ def test_check_proposes_the_class(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_check_with_the_class(kind):
-    """Safe in "eval", and refused in the others, in the words of the error."""
+    """The layer is safe in "eval", and refused in other modes, as the error says."""
     report = check(built(kind), X, also=(kind,))
     assert report.safe("eval")
     found = [f for f in report if f.path == "1"]
@@ -406,8 +406,8 @@ def test_writes_of_other_spellings_are_left_out(write, transform):
     assert check(nn.Sequential(layer), x, randomness="same", mode="eval").safe("eval")
 
 
-def test_lists_of_which_some_are_buffers():
-    """The others are written."""
+def test_lists_with_some_buffers():
+    """Tensors that are not buffers are written."""
 
     class Lists(Norm):
         def forward(self, x):
@@ -445,8 +445,8 @@ def test_observers_write_nothing():
             assert torch.equal(buffer, before[name]), name
 
 
-def test_in_place_on_what_is_no_buffer():
-    """It is written: fresh tensors, views of them, what is saved for backward."""
+def test_in_place_on_tensors_that_are_not_buffers():
+    """They are written: new tensors, their views, and tensors saved for backward."""
 
     class Works(Norm):
         def forward(self, x):
@@ -506,7 +506,7 @@ def test_the_class_is_not_kept_alive():
 
 
 class Quiet(nn.Module):
-    """One whose writes are no update of statistics."""
+    """A module whose writes are not updates of statistics."""
 
     def __init__(self, write):
         super().__init__()

@@ -33,7 +33,7 @@ def test_sees_batches_of_one():
 
 
 def test_a_model_inside_a_block():
-    """Any network, without an unsqueeze."""
+    """Any network works, without an unsqueeze."""
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).double()
     x = torch.randn(4, 2, 5, 5, dtype=torch.float64)
     model(x)
@@ -128,7 +128,7 @@ def test_out_dims():
 
 
 def test_gradients_of_parameters_need_keep_batch_dim_false():
-    """Their first dimension is no batch: an error that says what to write."""
+    """Their first dimension is not a batch, so an error says what to write."""
     w = torch.randn(3, 2, dtype=torch.float64)
 
     def loss(w, x):
@@ -159,7 +159,7 @@ def test_randomness():
     assert not (different == different[0]).all()
 
 
-def test_face_of_the_wrapper():
+def test_wrapper_looks_like_the_function():
     @batched
     def f(x):
         """Doc."""

@@ -54,7 +54,7 @@ def rows(net, params, x):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_call_inside_a_block(net, mode):
-    """The same rows, without a graph break; after the block, none of its meaning."""
+    """The rows are the same, without a graph break; the block's rules end with it."""
     params = {k: p.detach() for k, p in net.named_parameters()}
     function = compiled(lambda params, x: rows(net, params, x))
     forward = compiled(net)
@@ -74,7 +74,7 @@ def test_compiled_call_inside_a_block(net, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_block_inside_a_compiled_function(net, mode):
-    """The same rows, without a graph break; the model as it was."""
+    """The rows are the same, without a graph break, and the model is as it was."""
     params = {k: p.detach() for k, p in net.named_parameters()}
 
     def function(params, x):
@@ -96,7 +96,7 @@ def test_one_function_compiled_for_each_mode(net):
 
 
 def test_other_num_groups(net):
-    """Nor in a block with other options."""
+    """Nor is it used in a block with other options."""
     function = compiled(lambda x: net(x))
     for num_groups in (1, 2):
         with vmap_safe(net, mode="group_norm", num_groups=num_groups):
@@ -154,7 +154,7 @@ def test_per_sample_grads_compiled(net, options):
 
 
 def test_inductor(net):
-    """The default backend, once."""
+    """One test with the default backend."""
     with block(net, "eval"):
         out = compiled(lambda x: vmap(lambda y: net(y))(x), "inductor")(X)
         torch.testing.assert_close(out, vmap(net)(X))
@@ -202,7 +202,7 @@ WITH_OPTIONS = [
 
 @pytest.mark.parametrize("name, options", WITH_OPTIONS, ids=str)
 def test_sync(net, name, options):
-    """The eager numbers and running statistics, call after call."""
+    """Numbers and running statistics equal those without compiling, call after call."""
     net.double()
     x, transform = SYNC[name][0].double(), SYNC[name][1]
     twin = copy.deepcopy(net)
@@ -295,7 +295,7 @@ def test_sync_on_the_default_backend():
 
 
 def test_one_value_while_compiling():
-    """The error of the eager call; a graph for more slices is no way around it."""
+    """The error is that of the eager call, also after a graph for more slices."""
     net = nn.BatchNorm1d(3)
     function = compiled(lambda x: vmap(grad(lambda x: net(x).sin().sum()))(x))
     with vmap_safe(net, mode="sync"):
@@ -325,7 +325,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("make, call, text", REFUSED, ids=["momentum", "hessian"])
 def test_what_sync_refuses_while_compiling(net, make, call, text):
-    """An error with the reason, and the model as it was."""
+    """An error gives the reason, and the model is as it was."""
     net[1].momentum = None
     before = everything(net)
     with make(net):

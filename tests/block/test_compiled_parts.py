@@ -1,4 +1,4 @@
-"""Models that are compiled, in part or whole: the block's rules hold there too."""
+"""Models that are compiled, in part or whole: the block's rules apply there too."""
 
 import copy
 import threading
@@ -46,7 +46,7 @@ UPDATES = [in_place, of_a_view, assigned]
 
 
 class Part(nn.Module):
-    """A buffer of its own, which ``update`` writes, and a batch norm."""
+    """A batch norm, and a buffer that ``update`` writes."""
 
     def __init__(self, update):
         super().__init__()
@@ -189,7 +189,7 @@ def buffers(model):
     ],
 )
 def test_parts(way, update, mode):
-    """Inside the block, with vmap and without, and in training before it and after."""
+    """The numbers are right in a block, with and without vmap, and in training."""
     quiet = built(quietly)
     model, outside = built(update), built(update)
     way(model, backend="eager")
@@ -212,7 +212,7 @@ def test_parts(way, update, mode):
 
 @pytest.mark.parametrize("way, update", CASES)
 def test_sync_with_updates(way, update):
-    """A step's statistics, whatever is compiled, once a call."""
+    """Each call updates the statistics by one step, whatever is compiled."""
     plain = built(quietly)
     expected = plain(X.flatten(0, 1)).unflatten(0, (3, 6))
     model = built(update)
@@ -230,7 +230,7 @@ def test_sync_with_updates(way, update):
 @pytest.mark.parametrize("kind", [PastTheCall, ByTorch])
 @pytest.mark.parametrize("way", [child_compile, the_whole])
 def test_layers_reached_past_their_call(way, kind, mode):
-    """While torch traces, too."""
+    """They follow the mode also while torch traces."""
     model = built(in_place, kind)
     way(model, backend="eager")
     before = everything(model)
@@ -245,7 +245,7 @@ def test_layers_reached_past_their_call(way, kind, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("way", [child_compile, child_wrapped, a_class, layer_forward])
 def test_rows(way, mode):
-    """Gradients of slices through a compiled part."""
+    """Gradients of slices through a compiled part are right."""
     model, plain = built(in_place), built(quietly)
     way(model, backend="aot_eager")
     names = [name for name, _ in plain.named_parameters()]
@@ -284,7 +284,7 @@ def test_rows(way, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_compiled_step(inside, mode, update):
-    """With the block around it, and with the block in it."""
+    """The block may be around a compiled step or in it."""
     model, quiet, outside = built(update), built(quietly), built(update)
     before = everything(model)
 
@@ -310,7 +310,7 @@ def test_a_compiled_step(inside, mode, update):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_graph_that_breaks_inside_a_block(mode):
-    """Is refused, or right; nothing is left behind."""
+    """It is refused or right, and nothing is left behind."""
     model = built(quietly)
     before = everything(model)
 
@@ -335,7 +335,7 @@ def test_a_graph_that_breaks_inside_a_block(mode):
 
 
 def test_the_default_backend():
-    """Once."""
+    """One test with the default backend."""
     model, quiet = built(in_place), built(quietly)
     child_compile(model)
     with block(model, "group_norm"):
@@ -348,7 +348,7 @@ def test_the_default_backend():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("way", [child_compile, the_whole])
 def test_another_thread_trains_the_compiled_model(way, mode):
-    """And has its numbers, and the block its own."""
+    """Training gets its own numbers, and the block gets its own."""
     model, outside = built(in_place), built(in_place)
     way(model, backend="eager")
     trained = []

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_interrupted_at_a_line(name):
-    """At some thirty lines of those that the package comes to."""
+    """Interrupts at about thirty of the lines that the package runs."""
     every = 79
     found = Interrupted(name, every, first=7 * list(SCENARIOS).index(name)).start()
     assert found.tried >= 10

@@ -53,7 +53,7 @@ def test_forward_equals_the_loop_and_leaves_the_model(case, mode, device):
 
 @pytest.mark.parametrize("transform", ["vmap", "vjp"])
 def test_a_function_of_autograd_that_calls_the_model(case, mode, transform):
-    """torch calls its forward from inside an operator, where the rules hold too."""
+    """torch calls its forward from inside an operator, where the rules apply too."""
     model, x = case.model(), case.slices()
     plain = switched(model, mode)
 
@@ -81,7 +81,7 @@ def test_a_function_of_autograd_that_calls_the_model(case, mode, transform):
 
 
 def test_the_modes_differ(case):
-    """Otherwise the other tests could not tell one from another."""
+    """If they gave the same, the other tests could not tell them apart."""
     model, x = case.model(), case.slices()
     outs = []
     for mode in EACH_ALONE:

@@ -1,4 +1,4 @@
-"""torch's own list of modules: a block takes nothing away and leaves no trace.
+"""torch's own list of modules: they work in a block and do not change.
 
 ``module_db`` is the list torch tests its modules with; it is part of the torch package
 and needs ``expecttest``. What vmap can do with a module whose normalisation layer was
@@ -34,7 +34,7 @@ WITH_STATISTICS = [
     for name, training in CASES
     if issubclass(INFOS[name].module_cls, _NormBase)
 ]
-# What plain vmap cannot do on torch 2.13, for some sample inputs at least.
+# Modules that plain vmap cannot run on torch 2.13, for some sample inputs at least.
 _QUESTION = "asks for the values of a tensor"
 _RECURRENT = "recurrent layers have no batching rule"
 CANNOT_FORWARD = {

@@ -1,4 +1,4 @@
-"""The promise on the tin: the model comes back as it was, however the block is left."""
+"""The model comes back as it was, however the block is left."""
 
 import contextlib
 import copy
@@ -116,7 +116,7 @@ def leave(model, mode, inner, way, disturbance):
         for other in inner:
             stack.enter_context(vmap_safe(model, mode=other))
         disturb(model, disturbance)
-        for module, training in owners.items():  # the last word counts
+        for module, training in owners.items():  # the last call counts
             module.training = training
         if way == "exception":
             raise Stop
@@ -176,7 +176,7 @@ def test_threads_with_the_same_options(model, mode, threads):
 
 @pytest.mark.parametrize("mode", EACH_ALONE)
 def test_state_dict_copy_pickle_and_save_inside(mode):
-    """Keys and values of state_dict are those outside; copies need nothing of us."""
+    """Keys and values of state_dict are those outside; copies do not need vmapsafe."""
     model = small()
     outside = copy.deepcopy(model.state_dict())
     with vmap_safe(model, mode=mode):
@@ -255,7 +255,7 @@ def test_an_error_in_the_forward(mode):
 
 
 def test_interrupted_forward_puts_assigned_buffers_back():
-    """Also where torch calls no hook: KeyboardInterrupt in the middle of a forward."""
+    """Also after a KeyboardInterrupt in a forward, when torch does not call hooks."""
 
     class Interrupted(nn.Module):
         def __init__(self):
@@ -283,7 +283,7 @@ def test_interrupted_forward_puts_assigned_buffers_back():
 )
 @pytest.mark.parametrize("way", ["vmap(grad)", "inside vmap", "rows", "error"])
 def test_weights_computed_before_each_forward(hooked, way):
-    """Attributes that hooks write: dead after a transform, where torch leaves them."""
+    """Attributes that hooks write: torch leaves them unusable after a transform."""
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), hooked(nn.Linear(4, 2)))
     x = torch.randn(5, 3)
     with torch.no_grad():
@@ -405,7 +405,7 @@ def test_blocks_closed_in_the_wrong_order():
 
 
 def test_the_same_model_closed_in_the_wrong_order():
-    """What the block that stays open wants holds on."""
+    """The block that stays open still applies its mode."""
     model = small()
     before = everything(model)
     outer, inner = vmap_safe(model), vmap_safe(model, mode="no_running_stats")
@@ -511,7 +511,7 @@ def test_default_device_inside():
 @pytest.mark.parametrize("mode", EACH_ALONE)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_backward(mode, reentrant):
-    """Inside the block the plain numbers; after it an error, not wrong ones."""
+    """Inside the block the numbers are the plain ones; after it there is an error."""
     from torch.utils.checkpoint import checkpoint
 
     class Net(nn.Module):

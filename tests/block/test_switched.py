@@ -27,7 +27,7 @@ from vmapsafe import BlockError, LeftOutWarning, vmap_safe
 
 
 def seen(model, *shape):
-    """In double precision, after three batches."""
+    """The model in double precision, after three batches."""
     torch.manual_seed(0)
     model.double()
     for _ in range(3):
@@ -44,7 +44,7 @@ def mlp():
 
 
 class Reaching(nn.Module):
-    """Of each way, ``layer`` is the batch norm that it amounts to."""
+    """Ways to reach a batch norm; ``layer`` is the batch norm that each amounts to."""
 
     def __init__(self, **options):
         super().__init__()
@@ -155,7 +155,7 @@ class Sync(Reaching):
 
 
 class WithWeights(Reaching):
-    """A weight is normalised as well, which is no layer of the model."""
+    """It also normalises a weight, which is not a layer of the model."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -179,7 +179,7 @@ KINDS = [
 
 
 def reference_of(way, mode, kind):
-    """The way's layer as torch's own, called as usual, switched by hand."""
+    """torch's own layer in place of the way's, called as usual, switched by hand."""
     way = copy.deepcopy(way)
     plain = Reaching(**kind).double()
     plain.layer.load_state_dict(way.layer.state_dict())
@@ -196,9 +196,9 @@ def reference_of(way, mode, kind):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("way", WAYS)
 def test_layers_reached_past_their_call(way, mode, kind):
-    """Do what the block says, under vmap and without; or an error says why not."""
+    """They follow the mode, under vmap and without, or an error says why not."""
     if len(kind) == 2 and way in (OnItsBuffers, ByTorch, ByKeyword):
-        return  # it passes nothing of the layer's
+        return  # it passes none of the layer's tensors
     model = seen(way(**kind), 4)
     before = everything(model)
     x = torch.randn(3, 6, 4).double()
@@ -222,7 +222,7 @@ def test_layers_reached_past_their_call(way, mode, kind):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("called", [F.instance_norm, torch.instance_norm])
 def test_instance_norm_on_a_layers_buffers(called, mode):
-    """Is the layer's."""
+    """A call on the buffers of a layer counts as a call of the layer."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -249,7 +249,7 @@ def test_instance_norm_on_a_layers_buffers(called, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_layers_that_share_buffers(mode):
-    """Each with its own weight."""
+    """Each layer is computed with its own weight."""
     model = seen(nn.Sequential(nn.BatchNorm1d(4), nn.Tanh(), nn.BatchNorm1d(4)), 4)
     for name, buffer in model[0]._buffers.items():
         setattr(model[2], name, buffer)
@@ -268,7 +268,7 @@ def test_layers_that_share_buffers(mode):
     assert_same_state(model, before)
 
 
-# -- Classes of their own kind ---------------------------------------------------------
+# -- Unusual classes -------------------------------------------------------------------
 
 
 class Named(nn.BatchNorm1d):
@@ -317,7 +317,7 @@ class WithSlots(nn.BatchNorm1d):
 
 
 class WithHooks(nn.BatchNorm1d):
-    """That see attributes."""
+    """Hooks that see attributes."""
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
@@ -398,7 +398,7 @@ def test_classes(kind, mode):
 
 
 def nested(model, mode):
-    """The ways to be inside."""
+    """The ways to nest blocks."""
     stack = contextlib.ExitStack()
     stack.enter_context(block(model, mode))
     stack.enter_context(block(model, MODES[MODES.index(mode) - 1]))
@@ -423,7 +423,7 @@ OPENINGS = [block, nested]
 @pytest.mark.parametrize("part", ["the model", "a part", "a layer"])
 @pytest.mark.parametrize("was, asked", [(a, b) for a in (0, 1) for b in (0, 1)])
 def test_the_owners_last_word(part, ask, opened, mode, was, asked):
-    """Counts after the block, on exceptions and in generators too."""
+    """What the owner asks for inside counts after the block, also in generators."""
     was, asked = bool(was), bool(asked)
 
     def new():
@@ -462,7 +462,7 @@ def test_the_owners_last_word(part, ask, opened, mode, was, asked):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_layers_compute_does_not_change(mode):
-    """Whatever their owner asks for inside."""
+    """This holds whatever the owner asks for inside."""
     model = mlp()
     x = torch.randn(2, 6, 4).double()
     with block(model, mode):
@@ -476,7 +476,7 @@ def test_what_layers_compute_does_not_change(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_statistics_reset_inside(mode):
-    """Are reset, as outside."""
+    """They are reset, as outside a block."""
     model = mlp()
     with block(model, mode):
         model[1].reset_running_stats()
@@ -515,7 +515,7 @@ def test_update_bn(mode, updates):
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_checkpoint_loaded_inside(mode, old, assign):
-    """As outside, one of the time before ``num_batches_tracked`` too."""
+    """It loads as outside, also if it is older than ``num_batches_tracked``."""
     other = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh())
     state = seen(other, 4).state_dict()
     if old:
@@ -537,7 +537,7 @@ def test_a_checkpoint_loaded_inside(mode, old, assign):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_another_dtype_inside(mode):
-    """Stays, and the layer goes on doing what the block says."""
+    """The dtype stays, and the layer still follows the block's mode."""
     model = mlp().float()
     reference = switched(mlp(), "no_running_stats" if mode == "sync" else mode)
     x = torch.randn(6, 4).double()
@@ -550,7 +550,7 @@ def test_another_dtype_inside(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_layer_replaced_inside(mode):
-    """Stays, and the old one is put back too."""
+    """The new layer stays, and the old one is restored too."""
     model = mlp()
     old, new = model[1], nn.BatchNorm1d(4).double()
     before = everything(old)
@@ -567,7 +567,7 @@ def test_a_layer_replaced_inside(mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kept", [False, True])
 def test_parametrizations_inside(mode, kept):
-    """Registered in a block they outlive it, and the layer works in and after it."""
+    """They outlive the block, and the layer works in it and after it."""
 
     class Positive(nn.Module):
         def forward(self, w):
@@ -598,7 +598,7 @@ def test_parametrizations_inside(mode, kept):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_parametrizations_removed_inside(mode):
-    """Of a layer that had one at entry."""
+    """The layer had a parametrization at entry."""
     model = mlp()
     parametrizations.weight_norm(model[0])
     parametrizations.weight_norm(model[1], dim=None)
@@ -619,7 +619,7 @@ def test_parametrizations_removed_inside(mode):
     "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
 )
 def test_a_copy_that_runs_inside(how, mode):
-    """Has its owner's flags; outside "eval" one warning says that it is not covered."""
+    """It has the flags of outside. Except in "eval", a warning says so."""
     model = mlp()
     x = torch.randn(6, 4).double()
     expected = copy.deepcopy(model)(x)
@@ -635,7 +635,7 @@ def test_a_copy_that_runs_inside(how, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_stacked_states_inside(mode):
-    """Members' states as outside."""
+    """The members' states are those of outside."""
     models = [mlp() for _ in range(2)]
     expected = stack_module_state(models)
     with block(nn.ModuleList(models), mode):
@@ -661,7 +661,7 @@ def test_functional_call_with_other_buffers():
 
 
 def own(update, **tensors):
-    """A class, made anew, as one warning a class is given."""
+    """A new class each time, because a class is warned about once."""
 
     class Own(nn.Module):
         def __init__(self):
@@ -745,7 +745,7 @@ def warned(said):
 @pytest.mark.parametrize("vmapped", [False, True])
 @pytest.mark.parametrize("update", WRITES)
 def test_a_write_left_out(update, vmapped, mode):
-    """Is told once a class, with the path and the way out."""
+    """One warning per class names the path and the way out."""
     kind = own(update, mu=torch.zeros(4).double())
     model = nn.Sequential(nn.Tanh(), nn.Sequential(kind(), kind())).double()
     before = everything(model)
@@ -764,7 +764,7 @@ def test_a_write_left_out(update, vmapped, mode):
 
 @pytest.mark.parametrize("update", WRITES)
 def test_also(update):
-    """Switches them in "eval", subclasses too; frozen ones may be named elsewhere."""
+    """It switches them in "eval"; other modes accept frozen ones. Subclasses count."""
     kind = own(update, mu=torch.ones(4).double())
     model = nn.Sequential(type("Sub", (kind,), {})(), nn.Tanh())
     x = torch.randn(2, 5, 4).double()
@@ -782,7 +782,7 @@ def test_also(update):
 
 
 class Holding(nn.Module):
-    """Its function is an attribute of the module."""
+    """A module with its function in an attribute."""
 
     def __init__(self, function):
         super().__init__()
@@ -812,7 +812,7 @@ class OfAnotherFile(Holding):
     ],
 )
 def test_functions_that_assign(make):
-    """Are found among a module's attributes and in other files."""
+    """They are found in a module's attributes and in other files."""
     model = nn.Sequential(make())
     before = everything(model)
     x = torch.randn(2, 5, 4).double()
@@ -824,7 +824,7 @@ def test_functions_that_assign(make):
 
 
 class Cached(nn.Module):
-    """What grows or counts is no normalisation."""
+    """Buffers that grow or count are not statistics."""
 
     def __init__(self):
         super().__init__()
@@ -840,7 +840,7 @@ class Cached(nn.Module):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_caches_and_counters(mode):
-    """Nothing is said of them."""
+    """They are not warned about."""
     model = nn.Sequential(Cached(), nn.utils.spectral_norm(nn.Linear(4, 4))).double()
     x = torch.randn(2, 5, 4).double()
     with block(model, mode), warnings.catch_warnings():
@@ -851,7 +851,7 @@ def test_caches_and_counters(mode):
 
 @pytest.mark.parametrize("update", WRITES)
 def test_updates_of_hand_made_layers(update):
-    """Are left out with a warning where updates were asked for."""
+    """They are left out, and if updates were asked for, a warning says so."""
     kind = own(update, mu=torch.zeros(4).double())
     model = nn.Sequential(kind(), nn.BatchNorm1d(4)).double()
     expected = nn.BatchNorm1d(4).double()
@@ -872,7 +872,7 @@ def test_updates_of_hand_made_layers(update):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_flags_in_another_thread(mode):
-    """Are the owner's."""
+    """They are those of outside the block."""
     model = mlp()
     model[0].eval()
     layer = model[1]
@@ -884,7 +884,7 @@ def test_flags_in_another_thread(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_training_while_another_thread_scores(mode):
-    """Statistics are those of training alone; scores those of a block alone."""
+    """The statistics are those of training alone, the scores those of a block alone."""
     batches = [torch.randn(8, 4).double() for _ in range(60)]
     x = torch.randn(2, 6, 4).double()
     expected = mlp()
@@ -914,7 +914,7 @@ def test_training_while_another_thread_scores(mode):
 
 
 def test_other_options_in_another_thread():
-    """Are refused, and nothing is changed."""
+    """They are refused, and nothing changes."""
     model = mlp()
     before = everything(model)
     with block(model, "eval"):
@@ -929,7 +929,7 @@ def test_other_options_in_another_thread():
 
 @pytest.mark.parametrize("held", [False, True])
 def test_a_thread_that_ends_inside(held):
-    """Its block does not stay in force, whether its object lives on or not."""
+    """Its block does not stay open, whether its object lives on or not."""
     model = mlp()
     before = everything(model)
     opened = block(model, "group_norm")

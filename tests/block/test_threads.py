@@ -97,7 +97,7 @@ def for_seconds(seconds):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_threads_enter_and_leave(mode):
-    """With the same options: whoever leaves last, the flags are as they were."""
+    """With the same options, the flags are as before, whichever thread leaves last."""
     model = small(layers=50)
     before, values = flags(model), buffers(model)
     entered = []
@@ -117,7 +117,7 @@ def test_two_threads_enter_and_leave(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_threads_compute(mode):
-    """With the same options each has the right numbers, all the time."""
+    """With the same options, both threads always compute the right numbers."""
     model = small()
     before, values = flags(model), buffers(model)
     x = torch.randn(4, 5, 3, dtype=torch.float64)
@@ -136,7 +136,7 @@ def test_two_threads_compute(mode):
 
 
 def test_other_options_in_another_thread():
-    """Refused in words or, where nobody holds the model, right; never between."""
+    """The call is refused or, if no other thread holds the model, right."""
     model = small(layers=5)
     before, values = flags(model), buffers(model)
     x = torch.randn(4, 5, 3, dtype=torch.float64)
@@ -165,7 +165,7 @@ def test_other_options_in_another_thread():
 
 
 def test_the_first_thread_leaves_first():
-    """The other one's block holds on until it leaves, and only then all is back."""
+    """The other thread's block stays open, and all is restored when it ends."""
     model = small()
     before = flags(model)
     x = torch.randn(4, 5, 3, dtype=torch.float64)
@@ -196,8 +196,8 @@ def test_the_first_thread_leaves_first():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_thread_that_ends_inside_a_block(mode):
-    """Its block object is dead: the model is as it was once another block is opened,
-    and nobody is kept out for ever."""
+    """Its block is freed: the model is as it was once another block is opened, and no
+    thread is kept out for ever."""
     model, other = small(), small()
     before, values = flags(model), buffers(model)
     x = torch.randn(4, 5, 3, dtype=torch.float64)
@@ -287,8 +287,8 @@ def test_training_while_another_thread_scores(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_forward_without_a_block(mode):
-    """Held by another thread that waits: right, or an error that names the layer; right
-    without fail where the flags are the owner's."""
+    """Another thread holds the model and waits. The forward is right, or an error names
+    the layer. It is always right if the flags are those of outside."""
     for evaluated in (False, True):
         model = small().train(not evaluated)
         if evaluated:
@@ -335,7 +335,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("same", [True, False], ids=["one mode", "many modes"])
 def test_the_functions_take_turns(same):
-    """On one model, from several threads, with the same options and with others."""
+    """Several threads call them on one model, with the same options and with others."""
     model = small()
     before, values = flags(model), buffers(model)
     parameters = [(id(p), p.clone()) for p in model.parameters()]
@@ -363,7 +363,7 @@ def test_the_functions_take_turns(same):
 
 
 def test_calls_inside_calls_that_wait_for_each_other():
-    """Two threads that take two models in opposite orders: an error, no deadlock."""
+    """Two threads take two models in opposite orders: an error, not a deadlock."""
     one, other = small(), small()
     x = torch.randn(5, 3, dtype=torch.float64)
     y = torch.randint(2, (5,))
@@ -388,7 +388,7 @@ def test_calls_inside_calls_that_wait_for_each_other():
 
 
 def test_an_error_that_is_kept_holds_nobody_up():
-    """The frames of its traceback live on, and the call has ended."""
+    """The frames of its traceback live on, but the call has ended."""
     model, kept = small(), []
     x = torch.randn(5, 3, dtype=torch.float64)
     y = torch.randint(2, (5,))
@@ -470,8 +470,8 @@ def in_a_fork(work, seconds=20):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_fork_while_another_thread_is_inside_a_block(mode):
-    """The other thread is gone in the child: the model is as its owner left it there,
-    and other options are nobody's business."""
+    """The other thread does not exist in the child: the model is as outside there, and
+    other options are accepted."""
     model = small()
     before, values = flags(model), buffers(model)
     x = torch.randn(4, 5, 3, dtype=torch.float64)

@@ -24,7 +24,7 @@ X = torch.randn(5, 2, 3)
 
 
 def switched(model):
-    """Whether the block is in force: the layer uses its running statistics."""
+    """Whether the block applies: the layer uses its running statistics."""
     return not model[1].training
 
 
@@ -78,7 +78,7 @@ def test_decorator(name, make, model):
 
 
 def test_methods_of_a_module(model):
-    """self counts, on methods, class methods, static methods and properties."""
+    """A block covers self on methods, class methods, static methods and properties."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -110,7 +110,7 @@ def test_methods_of_a_module(model):
     assert not switched(model)
 
 
-def test_wrapper_keeps_its_face():
+def test_wrapper_looks_like_the_function():
     """Name, docstring, signature and __wrapped__ are those of the function."""
 
     def step(model, x: int, *, y=3) -> float:
@@ -222,7 +222,7 @@ def test_a_block_held_by_a_generator(model):
 
 
 def test_wrappers_are_unwrapped(model):
-    """torch.compile'd models and DataParallel are looked into."""
+    """The models inside torch.compile's and DataParallel's wrappers are found."""
     for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model)):
         with vmap_safe(wrapped):
             assert switched(model)
@@ -258,7 +258,7 @@ def test_torchscript_has_its_training_flag_switched(model):
 
 
 class Fresh(nn.Sequential):
-    """A class of its own, so that the one warning a class is its."""
+    """A new class, so that it has not been warned about yet."""
 
 
 def test_never_updated_statistics_warn_once_a_class():
@@ -274,7 +274,7 @@ def test_never_updated_statistics_warn_once_a_class():
 
 
 def test_no_warning_for_loaded_or_meta_statistics():
-    """A counter of 0 with statistics that differ is a loaded checkpoint of old."""
+    """A counter of 0 with other statistics comes from an old checkpoint."""
 
     class Other(nn.Sequential):
         pass
@@ -301,7 +301,7 @@ def test_a_warning_that_is_an_error_leaves_nothing():
 
 
 def test_a_partial_is_a_function(model):
-    """Callables that are no plain functions can be decorated too."""
+    """Callables that are not plain functions can be decorated too."""
     calls = []
     function = functools.partial(lambda m, calls: calls.append(switched(m)), model)
     vmap_safe(model)(function)(calls)
@@ -312,7 +312,7 @@ def test_a_partial_is_a_function(model):
 
 
 def test_a_copy_made_inside_says_that_it_is_not_covered(model):
-    """Once, where it computes something else than the block says."""
+    """One warning, if the copy computes something else than the block says."""
     x = X[0]
     with vmap_safe(model, mode="no_running_stats"):
         twin = copy.deepcopy(model)
@@ -320,7 +320,7 @@ def test_a_copy_made_inside_says_that_it_is_not_covered(model):
             twin(x)
         twin(x)
         other = nn.BatchNorm1d(4)
-        other(torch.randn(3, 4))  # no copy
+        other(torch.randn(3, 4))  # not a copy
     with vmap_safe(model):
         copy.deepcopy(model)(x)
     with vmap_safe(model, mode="no_running_stats"):

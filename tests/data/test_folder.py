@@ -1,4 +1,4 @@
-"""Folders of ``over(...).save``: whatever happened to one, it is right or refused."""
+"""Folders of ``over(...).save``: after any damage a folder is right or refused."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def expected(model=None):
 
 
 class Loaded(Dataset):
-    """A data set that does not look as if it were in memory."""
+    """A data set that does not seem to be in memory."""
 
     def __init__(self, x=X, y=Y):
         self.x, self.y = x, y
@@ -131,8 +131,8 @@ def refused(folder, *words, **options):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("seconds,batches", [(0, "data set"), (1, "tensors")])
 def test_killed_several_times(tmp_path, monkeypatch, seconds, batches):
-    """Rows that a dead run wrote after the counted ones are not kept, with a checkpoint
-    for each batch or for the first alone."""
+    """Rows that a killed run wrote after its last checkpoint are not kept. A checkpoint
+    comes after each batch, or only after the first."""
     monkeypatch.setattr(files, "_SECONDS", seconds)
     for stop in (5, 2, 1, 3, 0, 1):
         child = os.fork()
@@ -184,7 +184,7 @@ def test_interrupted_at_any_line(tmp_path, monkeypatch):
     """Batches and samples are counted together."""
     monkeypatch.setattr(files, "_SECONDS", 0)
     monkeypatch.setattr(files, "_TIMES", 0)
-    monkeypatch.setattr(os, "fsync", lambda number: None)  # takes its time
+    monkeypatch.setattr(os, "fsync", lambda number: None)  # slow
     results = over(LOADERS["data set"](X, Y), quick, make(), F.cross_entropy)
     at = 0
     while True:
@@ -255,7 +255,7 @@ def test_damages(tmp_path, name, complete):
     refused(tmp_path, file)
 
 
-# -- Another question ------------------------------------------------------------------
+# -- Other arguments -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batches", LOADERS)

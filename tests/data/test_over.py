@@ -1,4 +1,4 @@
-"""A whole data set: results as by calls, and files as by a run without a stop."""
+"""A whole data set: results equal those of calls, and files those of one run."""
 
 import builtins
 import functools
@@ -163,7 +163,7 @@ def test_progress(mlp, capsys):
 
 @pytest.mark.parametrize("mode", ["eval", "sync"])
 def test_an_interruption_leaves_the_model_as_it_was(mlp, mode):
-    """It comes in the data, in the loss or between batches, or the loop is dropped."""
+    """It is in the data, in the loss or between batches, or the loop ends early."""
 
     def loss(output, target):
         calls.append(1)
@@ -232,7 +232,7 @@ def test_files_are_the_results(mlp, tmp_path, name):
 @pytest.mark.parametrize("name", ["rows", "norms", "norms in sync", "sketches"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("at", [1, 4, 9])
-def test_goes_on_where_it_stopped(mlp, tmp_path, name, error, at):
+def test_continues_where_it_stopped(mlp, tmp_path, name, error, at):
     """The files are bit-identical to those without a stop; of finished samples only the
     first batch is loaded again."""
     saved(tmp_path / "whole", mlp, name)
@@ -257,7 +257,7 @@ def test_goes_on_where_it_stopped(mlp, tmp_path, name, error, at):
 
 
 @pytest.mark.parametrize("batches", ["list", "iterable data", "own sampler", "workers"])
-def test_goes_on_with_any_loader(mlp, tmp_path, batches):
+def test_continues_with_any_loader(mlp, tmp_path, batches):
     """Batches that cannot be left out are loaded; results are not computed twice."""
 
     class Stream(IterableDataset):
@@ -325,7 +325,7 @@ def test_killed_at_any_moment(mlp, tmp_path, monkeypatch):
                 survived += len(done)
         results.save(folder)
         assert contents(folder) == contents(tmp_path / "whole")
-    assert moment > 50 and survived > moment  # it did go on with something
+    assert moment > 50 and survived > moment  # it did continue with something
 
 
 def _dies_at(moment, monkeypatch):
@@ -460,7 +460,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("text", CHANGES)
 @pytest.mark.parametrize("complete", [True, False])
-def test_another_question_is_refused(mlp, tmp_path, text, complete):
+def test_other_arguments_are_refused(mlp, tmp_path, text, complete):
     """The error says what differs, and nothing is written."""
 
     def save(

@@ -1,4 +1,4 @@
-"""What the functions of per-sample gradients are handed: right, or an error in words
+"""Arguments of the functions of per-sample gradients are right, or raise an error
 before anything is computed."""
 
 from collections import OrderedDict, namedtuple
@@ -109,7 +109,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("name", BATCHES)
 @each_function
-def test_batches_that_are_no_tensors(net, function, name):
+def test_batches_that_are_not_tensors(net, function, name):
     batch, words = BATCHES[name]
     call = lambda: function(net, F.cross_entropy, *batch)  # noqa: E731
     fails(call, ValueError, words, "torch.as_tensor")
@@ -144,7 +144,7 @@ CHOICES = [
 @pytest.mark.filterwarnings("ignore:clipped_grad_sum.* in mode .sync.:UserWarning")
 @each_function
 def test_options(net, function, options, words):
-    """Before anything is computed: the loss is not called."""
+    """The error comes before anything is computed: the loss is not called."""
 
     def loss(output, target):
         raise AssertionError
@@ -215,7 +215,7 @@ def test_exactly_the_parameters_that_are_named(net):
 
 @each_function
 def test_a_loss_without_reduction(net, function):
-    """(1,) is that number."""
+    """A loss of shape (1,) counts as that number."""
     one = function(net, lambda o, y: F.cross_entropy(o, y, reduction="none"), X, Y)
     assert_same(one, function(net, F.cross_entropy, X, Y))
 

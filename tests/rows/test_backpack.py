@@ -1,7 +1,7 @@
 """Contributions are what BackPACK calls individual gradients, in training mode.
 
 BackPACK's requirements name torchvision, whose wheels do not import beside a torch
-without CUDA; what is used of it here does not need that one. So it is no member of the
+without CUDA; what is used of it here does not need that one. So it is not in the
 extra ``test``: ``pip install --no-deps backpack-for-pytorch einops unfoldNd``.
 """
 

@@ -1,4 +1,4 @@
-"""chunk_size="auto": what fits, and halves where it did not."""
+"""chunk_size="auto" takes what fits, and halves it if it does not."""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("samples", [1, 2, 5, 100])
 def test_halves_where_it_does_not_fit(monkeypatch, name, samples):
-    """The same result, no finished chunk run again, each sample once in the end."""
+    """The result is the same, and finished chunks are not run again."""
     memory = Memory(monkeypatch, 100)
     model = Hungry(memory).double()
     expected = CALLS[name](model, None)
@@ -138,7 +138,7 @@ def test_an_earlier_peak_hides_what_a_chunk_took(monkeypatch):
 
 @pytest.mark.parametrize("chunk_size,first", [("auto", "memory"), (None, "forward")])
 def test_when_rows_get_their_memory(monkeypatch, chunk_size, first):
-    """In backward; but before the first chunk where its need is to be measured."""
+    """Rows get memory in backward, or before the first chunk if it is measured."""
     events = []
     memory = Memory(monkeypatch, 100)
     monkeypatch.setattr(memory, "take", lambda count: events.append("forward"))
@@ -160,7 +160,7 @@ def test_when_rows_get_their_memory(monkeypatch, chunk_size, first):
 
 
 def test_the_system_tells():
-    """Sensible numbers on a machine with /proc, and an answer on any."""
+    """The numbers are sensible if there is /proc, and there is always an answer."""
     device = torch.device("cpu")
     used, peak = chunks._used(device)
     assert 0 <= used <= peak

@@ -68,7 +68,7 @@ def test_against_the_loop(name, mode, measured, monkeypatch):
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("name", NETS)
 def test_memory_of_rows(name):
-    """Theirs alone and contiguous, so that they can be written into and given back."""
+    """It is contiguous and not shared, so that rows can be overwritten or be out=."""
     model, x, y = problem(name)
     rows = per_sample_grads(model, mse, x, y)
     given = [x, y, *model.parameters(), *model.buffers()]
@@ -121,7 +121,7 @@ def test_rows_are_not_written_over_what_is_read(place, said, chunk_size):
     ],
 )
 def test_nothing_waits_for_the_garbage_collector(name, compute):
-    """What a call has made is gone with its result, rows first of all."""
+    """What a call has made is freed with its result, above all rows."""
     model, x, y = problem(name)
     compute(model, mse, x, y)
     gc.collect()
@@ -180,7 +180,7 @@ def clip_in_sync(model, x, y, most, **options):
 
 @pytest.mark.parametrize("rows", ["jacobian", "detached"])
 def test_other_rows_in_sync(rows):
-    """Their norms and sums are those of per_sample_grads, which test_sync holds."""
+    """Their norms and sums are those of per_sample_grads, which test_sync tests."""
     make, shape = SYNC["images"]
     model, x = make().double(), torch.randn(shape, dtype=torch.float64)
     y = torch.randn(5, 3, dtype=torch.float64)
@@ -210,7 +210,7 @@ Y = torch.tensor([0, 1, 2, 2, 1])
 
 
 def test_chosen_parameters(mlp):
-    """Names, other values, frozen ones; the others are left alone."""
+    """Parameters by name, with other values, frozen; the others are left alone."""
     expected = per_sample_grads(mlp, F.cross_entropy, X, Y, fast=False)
     norms = per_sample_grad_norms(
         mlp, F.cross_entropy, X, Y, params=["3.weight", "1.bias"], per_parameter=True
@@ -232,7 +232,7 @@ def with_aux(output, target):
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_aux(mlp, chunk_size):
-    """In a pair, of the whole batch, without derivatives."""
+    """aux comes in a pair, for the whole batch, without derivatives."""
     _, expected = per_sample_grads(mlp, with_aux, X, Y, has_aux=True, fast=False)
     options = {"has_aux": True, "chunk_size": chunk_size}
     out = {n: X.new_empty(5, *p.shape) for n, p in mlp.named_parameters()}
@@ -295,7 +295,7 @@ def test_not_a_number(mlp):
 
 
 def test_norms_beyond_the_largest_number():
-    """A row that is finite and whose norm is not is not dropped in silence."""
+    """A finite row with an infinite norm is not dropped silently."""
     model = nn.Linear(2, 1, bias=False)
     x = torch.tensor([[3e38, 3e38], [1.0, 1.0]])
     total = clipped_grad_sum(model, lambda o: o.sum(), x, max_grad_norm=1.0)
@@ -415,7 +415,7 @@ def test_complex_numbers():
 @pytest.mark.parametrize("size", [2, 17])
 @pytest.mark.parametrize("fast", [True, False])
 def test_batch_norm_far_from_zero_in_half_precision(size, fast):
-    """The mean is taken off before anything is summed up."""
+    """The mean is subtracted before anything is summed."""
     torch.manual_seed(0)
     model = net(nn.BatchNorm2d(2), nn.Flatten(1), nn.Linear(2 * size**2, 3)).bfloat16()
     model[0].running_mean.fill_(100)
@@ -453,7 +453,7 @@ def test_transforms_around(mlp):
 
 
 def test_no_grad_and_inference_mode(mlp):
-    """The caller's grad mode does not count, and nothing requires a gradient."""
+    """The caller's grad mode does not matter, and no result requires a gradient."""
     expected = per_sample_grad_norms(mlp, F.cross_entropy, X, Y)
     assert not expected.requires_grad
     for mode in (torch.no_grad, torch.inference_mode):
@@ -500,7 +500,7 @@ def test_derivatives_stay_where_somebody_wants_them(mlp):
 
 
 class Foreign(nn.Module):
-    """A layer whose bias is its own and whose weight is somebody else's."""
+    """A layer with its own bias and a weight of another."""
 
     def __init__(self, apply, shape):
         super().__init__()
@@ -524,7 +524,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_derivatives_by_what_a_layer_was_lent(name):
-    """The rows of its bias depend on a weight that is no parameter."""
+    """The rows of the bias depend on a weight that is not a parameter."""
     apply, shape, sample = FOREIGN[name]
     torch.manual_seed(0)
     model, x = Foreign(apply, shape), torch.randn(5, *sample, dtype=torch.float64)
@@ -542,7 +542,7 @@ def test_derivatives_by_what_a_layer_was_lent(name):
 
 
 def test_in_a_block_and_beside_one(mlp):
-    """Its own mode inside another block; a second model keeps the block's."""
+    """A call keeps its own mode inside a block; a second model keeps the block's."""
     teacher = copy.deepcopy(mlp)
     teacher[1].running_mean.add_(1)
     expected = per_sample_grad_norms(mlp, F.cross_entropy, X, Y)
@@ -574,7 +574,7 @@ class Forces(nn.Module):
 
 
 def test_autograd_inside():
-    """What autograd takes inside the forward is followed, as by vmap(grad)."""
+    """Derivatives that the forward takes by autograd are followed, as by vmap(grad)."""
     model = Forces().double()
     y = torch.randn(5, 3, dtype=torch.float64)
     rows = slow.rows(model, mse, X, y, names=["a.weight", "a.bias", "b.weight"])
@@ -643,7 +643,7 @@ class Checkpoints(nn.Module):
 
 
 def test_checkpoints_raise():
-    """As under vmap(grad): a forward run again in backward would be past the vmap."""
+    """As under vmap(grad): backward would run the forward again outside the vmap."""
     with pytest.raises(RuntimeError, match="don't support saved tensor hooks"):
         per_sample_grad_norms(Checkpoints().double(), F.cross_entropy, X, Y)
 
@@ -684,7 +684,7 @@ class WritesOver(nn.Module):
 
 
 def test_writing_over_an_input_raises():
-    """As in plain autograd: never a wrong row in silence."""
+    """As in plain autograd: a row is never silently wrong."""
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         per_sample_grad_norms(WritesOver().double(), F.cross_entropy, X, Y)
 

@@ -1,4 +1,4 @@
-"""per_sample_grads: rows against one plain backward a sample."""
+"""per_sample_grads: rows equal those of one plain backward per sample."""
 
 import pytest
 import slow
@@ -66,7 +66,7 @@ def test_chosen_parameters_by_name(net):
 
 
 def test_parameters_at_other_values(net):
-    """A dict of tensors: the gradient there, the model's own parameters unread."""
+    """With a dict of tensors the gradient is taken there, not at the parameters."""
     other = {"3.weight": torch.randn(2, 4).double()}
     rows = per_sample_grads(net, F.cross_entropy, X, Y, params=other)
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_dropout():
 
 
 def test_writes_nothing_and_fits_into_a_block(net):
-    """No .grad; the same inside an open block, of the same mode or another."""
+    """No .grad is written; an open block, of any mode, does not change the rows."""
     rows = per_sample_grads(net, F.cross_entropy, X, Y)
     assert all(p.grad is None for p in net.parameters())
     with vmap_safe(net, mode="no_running_stats"):
@@ -196,7 +196,7 @@ def test_writes_nothing_and_fits_into_a_block(net):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_model_comes_back_after_an_error(fast):
-    """The same parameters in all places, those of one module of two names too."""
+    """The parameters are in their places, also those of a module with two names."""
     shared = nn.Linear(3, 3).double()
     net = nn.Sequential(shared, nn.BatchNorm1d(3).double(), shared)
     net(X)  # has statistics now

@@ -92,11 +92,11 @@ def test_a_loss_for_each_sample():
     assert aux.shape == (3,)
 
 
-# -- Parameters read past the model's modules ------------------------------------------
+# -- Parameters read without their modules ---------------------------------------------
 
 
 class Listed(nn.Module):
-    """Uses parameters through a list, an attribute of another module and a closure."""
+    """Uses parameters from a list, an attribute of another module and a closure."""
 
     def __init__(self):
         super().__init__()
@@ -158,7 +158,7 @@ def test_a_loss_that_holds_parameters():
 
 
 def test_chosen_parameters_in_lists():
-    """Frozen ones, and others' values in their place, too."""
+    """Also frozen ones, and other values in their place."""
     model, (x, y) = Listed().double(), data()
     want = slow.rows(model, F.cross_entropy, x, y)
     model.requires_grad_(False)
@@ -193,8 +193,8 @@ def computed_before(model):
 
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("make", [through_a_view, computed_before])
-def test_parameters_that_no_copy_can_stand_in_for(make, fast):
-    """An error that names the parameter, not a row without that use."""
+def test_parameters_that_a_copy_cannot_replace(make, fast):
+    """An error names the parameter; there is no row without that use."""
     model = mlp()
     call = model, make(model), *data()
     for function, options in (
@@ -342,7 +342,7 @@ def test_a_bias_that_broadcasts(shape, tokens):
     assert_same(rows["bias"], torch.stack(want))
 
 
-# -- Nothing in some dimension --------------------------------------------------------
+# -- Empty dimensions -----------------------------------------------------------------
 
 EMPTY = {
     "embedding": (lambda: nn.Embedding(4, 3, padding_idx=1), (0,), True),
@@ -389,7 +389,7 @@ def test_empty_dimensions(name):
 
 
 class Words(nn.Module):
-    """Some vectors of it never change."""
+    """An embedding with vectors that never change."""
 
     def __init__(self, padding_idx):
         super().__init__()
@@ -455,7 +455,7 @@ def test_a_layer_of_what_no_sample_has(name):
 
 
 class ByDefaults(nn.Module):
-    """Functions of torch, with nothing said that need not be said."""
+    """Functions of torch, with only the arguments that are required."""
 
     def __init__(self, function, *shapes):
         super().__init__()
@@ -500,7 +500,7 @@ class PastItsCall(nn.Module):
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d, nn.InstanceNorm2d])
 def test_a_layer_that_is_reached_past_its_call(layer):
-    """Its mode holds, in any order of the numbers in memory."""
+    """The layer follows its mode, in any order of the numbers in memory."""
     layer = layer(3, affine=True, track_running_stats=True).double()
     function = F.batch_norm if isinstance(layer, nn.BatchNorm2d) else F.instance_norm
     for tensor in (layer.running_mean, layer.running_var, layer.weight, layer.bias):
@@ -519,7 +519,7 @@ def test_a_layer_that_is_reached_past_its_call(layer):
 
 
 class ByItsOwn(nn.Module):
-    """A layer of somebody's own that hands a sample's statistics to batch norm."""
+    """A user's layer that passes a sample's statistics to batch norm."""
 
     def __init__(self):
         super().__init__()
@@ -579,7 +579,7 @@ class Folds(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("exponent", [-30, -22, -12, 0, 12, 19, 30])
 def test_norms_over_the_range_of_numbers(exponent, dtype):
-    """A norm is right where the row is: squares need not be numbers of the dtype."""
+    """A norm is right if the row is, also if the dtype cannot hold the squares."""
     if dtype is torch.float64:
         exponent *= 7
     torch.manual_seed(0)
@@ -625,13 +625,13 @@ def look_nowhere(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("exponent", [-22, 0, 19])
 def test_norms_where_numbers_are_not_read(exponent, dtype, monkeypatch):
-    """As on a device that would have to be waited for."""
+    """As on a device whose numbers would have to be waited for."""
     look_nowhere(monkeypatch)
     test_norms_over_the_range_of_numbers(exponent, dtype)
 
 
 def test_norms_of_rows_that_are_small_differences():
-    """A Gram matrix would leave nothing but its rounding errors."""
+    """A Gram matrix would give only rounding errors."""
     layer = nn.Linear(64, 64, bias=False)
     x = torch.randn(2, 1, 64).expand(2, 4, 64).contiguous()
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0 + 2**-12]).view(4, 1)
@@ -650,7 +650,7 @@ def test_norms_of_rows_that_are_small_differences():
 @pytest.mark.parametrize("reads", [True, False])
 @pytest.mark.parametrize("of_input", [1e38, 1e-38])
 def test_norms_of_large_times_small(of_input, reads, tokens, monkeypatch):
-    """Of numbers at one end of the range times those at the other."""
+    """Products of numbers at one end of the range and numbers at the other."""
     if not reads:
         look_nowhere(monkeypatch)
     layer = nn.Linear(64, 64, bias=False)
@@ -676,7 +676,7 @@ STRIDED = {
 
 @pytest.mark.parametrize("name", STRIDED)
 def test_norms_of_strided_convolutions(name):
-    """With few positions, where no row is made."""
+    """The shapes have few positions, for which rows are not made."""
     make, shape = STRIDED[name]
     model = make().double()
     check_all(model, lambda o: o.sin().sum(), torch.randn(3, *shape).double())
@@ -769,7 +769,7 @@ def test_instance_norm_by_running_statistics_under_autocast(affine):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_group_norm_of_one_value_is_refused(fast):
-    """As by torch itself: only the bias would be left."""
+    """It is refused as by torch itself, because only the bias would be left."""
     net = nn.Sequential(nn.GroupNorm(4, 4), nn.Flatten())
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         per_sample_grads(net, lambda y: y.sum(), torch.randn(5, 4, 1, 1), fast=fast)

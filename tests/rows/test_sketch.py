@@ -20,7 +20,7 @@ KINDS = ["rademacher", "gaussian"]
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("name,mode", CASES)
 def test_against_the_loop(name, mode):
-    """Whatever a parameter goes through, in chunks too; the model is left alone."""
+    """Sketches of every kind of layer, in chunks too; the model is left alone."""
     model, x, y = problem(name)
     expected = slow.rows_in(model, mode, mse, x, y)
     before, drawn = everything(model), torch.get_rng_state()
@@ -38,7 +38,7 @@ def test_against_the_loop(name, mode):
 
 @pytest.mark.parametrize("name", SYNC)
 def test_contributions(name):
-    """In "sync" what is projected is all losses through sample i's own copy."""
+    """In "sync", row i projects the gradient of all losses by sample i's own copy."""
     make, shape = SYNC[name]
     torch.manual_seed(3)
     model, x = make().double(), torch.randn(shape, dtype=torch.float64)
@@ -71,7 +71,7 @@ def sketch(model, k=6, x=X, y=Y, **options):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [1, 3, 64, 100])
 def test_blocks(mlp, k, kind, monkeypatch):
-    """A block at a time, a few samples at a time: the matrix in one piece."""
+    """Blocks of the matrix and chunks of samples give what the whole matrix gives."""
     expected = slow.sketch(per_sample_grads(mlp, F.cross_entropy, X, Y), k, kind)
     assert_same(sketch(mlp, k, kind=kind), expected)
     monkeypatch.setattr(module, "_BLOCK", 1)
@@ -81,7 +81,7 @@ def test_blocks(mlp, k, kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_a_block_of_the_matrix_is_there(mlp, kind, monkeypatch):
-    """64 rows of it, where a block takes no more."""
+    """A block has 64 rows of it, and there is never more."""
     monkeypatch.setattr(module, "_BLOCK", 1)
     blocks = []
     original = module._blocks
@@ -147,7 +147,7 @@ def test_aux_and_empty_batch(mlp):
 
 
 def test_not_a_number(mlp):
-    """Stays with its sample."""
+    """A NaN changes only the sketch of its sample."""
     x = X.clone()
     x[4] = torch.nan
     found = sketch(mlp, x=x)

@@ -1,7 +1,7 @@
 """Batches of one in any memory format, against batch norm in plain operations.
 
-torch's batch norm on the CPU is wrong in their backward where the layouts of the input
-and of the gradient differ; a loop over samples would be a wrong reference.
+torch's batch norm on the CPU has a wrong backward for them if the layouts of the input
+and of the gradient differ, so a loop over samples would be a wrong reference.
 """
 
 import copy
@@ -42,7 +42,7 @@ class ByRunning(nn.Module):
 
 
 class Turned(nn.Module):
-    """Hands on a view with the channels last, and so gets a gradient of that layout."""
+    """Returns a view with the channels last, so that its gradient has that layout."""
 
     def forward(self, x):
         return x.movedim(1, -1).tanh().contiguous()
@@ -68,7 +68,7 @@ def image(norm, dims=2, size=(5, 4), middle=nn.Tanh):
 
 
 def two_norms(norm):
-    """Between two norms the gradient has the layout of the second one's input."""
+    """Two norms; the gradient between them has the layout of the second's input."""
     return nn.Sequential(
         *(conv(2, 2, 4), norm(4), nn.Tanh(), norm(4)),
         *(Turned(), nn.Flatten(), nn.Linear(80, 3)),
@@ -155,7 +155,7 @@ MODES = ["eval", "no_running_stats"]
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NETS)
 def test_rows(name, mode, channels_last):
-    """Whole batches, chunks of one, a last chunk of one, a last batch of one."""
+    """Rows are right in whole batches, chunks of one, and a last part of one."""
     model, x, y, want = problem(name, mode, channels_last)
     norms = sum([row.flatten(1).square().sum(1) for row in want.values()]).sqrt()
     total = {n: row.sum(0) for n, row in want.items()}

@@ -1,5 +1,5 @@
-"""Where torch's own normalisation is wrong or raises: derivatives of any order, memory
-formats, autocast. The right values are written out in plain operations."""
+"""Cases in which torch's own normalisation is wrong or raises: derivatives of any
+order, memory formats, autocast. Plain operations give the right values."""
 
 import itertools
 
@@ -163,7 +163,7 @@ def paths(layer, shape, size=3):
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("name", NORMS)
 def test_derivatives_of_any_order(name, fast):
-    """Around vmap, inside it, on both sides, and without any."""
+    """Derivatives around vmap, inside it, on both sides, and without vmap."""
     layer, shape, mode, written = made(name)
     slices, at = paths(layer, shape)
     number = torch.tensor(0.7, dtype=D)
@@ -326,7 +326,7 @@ def test_orders_asked_for(name, fast):
 
 @pytest.mark.parametrize("call", [per_sample_grads])
 def test_group_norm_of_a_part_of_the_channels(call):
-    """Batches of one, of which torch.split gives what vmap takes for contiguous."""
+    """Batches of one: torch.split gives what vmap takes for contiguous."""
     torch.manual_seed(1)
     net = Reorders(lambda t: t.contiguous(memory_format=torch.channels_last)).double()
     x = torch.randn(3, 4, 5, 6, dtype=D)
@@ -346,8 +346,8 @@ def test_group_norm_of_a_part_of_the_channels(call):
 @pytest.mark.parametrize("mode", ["eval", "no_running_stats", "group_norm", "sync"])
 @pytest.mark.parametrize("name", NORMS)
 def test_autocast(name, mode, dtype):
-    """Inside the vmap and around it: near the float32 numbers, with their dtypes, and
-    with the dtypes of plain autograd in the outputs."""
+    """With autocast inside the vmap and around it, gradients are near the float32 ones
+    and have their dtypes. Outputs have the dtypes of plain autograd."""
     layer, shape, _, _ = made(name, torch.float32)
     if mode == "group_norm" and name == "batch norm, none":
         pytest.skip("(N, C) has one value for each group")
@@ -395,7 +395,7 @@ def test_autocast(name, mode, dtype):
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_vmap_that_batches_nothing(fast):
-    """Of a call inside two vmaps the inner or the outer batches no argument."""
+    """In a call inside two vmaps, the inner or the outer one batches no argument."""
     torch.manual_seed(1)
     net = nn.Sequential(
         *(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Flatten(2), nn.LayerNorm(4)),
@@ -425,7 +425,7 @@ def test_a_vmap_that_batches_nothing(fast):
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1)])
 def test_one_value_in_a_group_raises_as_torch_does(shape, fast):
-    """It would leave nothing but the bias."""
+    """The result would be the bias alone."""
     norm = nn.GroupNorm(4, 4)
     with vmap_safe(norm, fast=fast):
         with pytest.raises(ValueError, match="more than 1 value per channel"):

@@ -1,4 +1,4 @@
-"""The law: every rule in the table is its slow form, in values and gradients."""
+"""Every rule in the table equals its slow form, in values and gradients."""
 
 import dataclasses
 from pathlib import Path
@@ -170,7 +170,7 @@ def saved_by_attention(which):
 
     def derive(case):
         arguments = {name: case[name] for name in names}
-        for name in ("query", "key", "value"):  # the kernel asks for no other layout
+        for name in ("query", "key", "value"):  # the kernel needs this layout
             arguments[name] = arguments[name].contiguous()
         return forward(**arguments)[which].detach()
 
@@ -276,14 +276,14 @@ NATIVE_BATCH_NORMS = [
 
 
 def forward(case):
-    """The operator's arguments stand in another order."""
+    """The same call with the operator's order of arguments."""
     names = ("input", "weight", "bias", "running_mean", "running_var")
     return {name: case[name] for name in (*names, "training", "momentum", "eps")}
 
 
 def backward(case, mask=None):
     """The call that autograd makes for the backward of native_batch_norm."""
-    if mask is None:  # there is no gradient of a weight that is not there
+    if mask is None:  # without a weight there is no gradient of it
         mask = (True, case["weight"] is not None, case["bias"] is not None)
     return {
         "grad_out": randn(*case["input"].shape),
@@ -381,7 +381,7 @@ CASES = {
 }
 
 
-# A level that batches the weight or the bias too is an ensemble's, and not merged.
+# A level that batches the weight or the bias too is an ensemble's and is not merged.
 # Running statistics have no gradients. Batched weights are left to torch.
 BATCHED = {
     "batch_norm, layers that stay in eval mode": ["input", "weight", "bias"],
@@ -406,7 +406,7 @@ DERIVED = {
     },
 }
 
-# Where torch's own works it is left to torch.
+# torch's own runs for what it computes correctly.
 UNDER_AUTOCAST = {
     "batch_norm, running statistics",
     "group_norm, where torch's own fails",
@@ -415,7 +415,7 @@ UNDER_AUTOCAST = {
 }
 
 # Uninitialised memory has no values to compare; test_zoo draws into it. An order in
-# memory is no value; test_normalisation has those.
+# memory is not a value; test_normalisation has those.
 NO_VALUES = {
     "memory of its own for each slice",
     "copy in another order, under vmap",
@@ -425,7 +425,7 @@ RULES = [rule for rule in registered() if rule.name not in NO_VALUES]
 
 
 def force(monkeypatch, algorithm):
-    """Calls of all shapes go to one algorithm; windows are copied in several parts."""
+    """Use one algorithm for all shapes, and copy windows in several parts."""
     take_every_size(monkeypatch, algorithm, columns=50)
     change_regimes(monkeypatch, batch_norm=3, group_norm=3, layer_norm={"slice": 8})
     take_any_memory(monkeypatch)
@@ -433,13 +433,13 @@ def force(monkeypatch, algorithm):
 
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch):
-    """The rules of operators take calls of any size, as small ones would not pay."""
+    """Let the rules of operators take calls of any size, also small ones."""
     force(monkeypatch, "products")
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-def test_law(rule):
-    """batched ≈ reference for every rule there is; one without cases fails here."""
+def test_rules_equal_their_slow_forms(rule):
+    """batched ≈ reference for every rule. A rule without cases fails here."""
     cases = CASES[rule.name]
     autocast = rule.name in UNDER_AUTOCAST
     options = {"batched": BATCHED.get(rule.name), "derived": DERIVED.get(rule.name)}
@@ -449,8 +449,8 @@ def test_law(rule):
 
 
 @pytest.mark.parametrize("algorithm", convolution.ALGORITHMS)
-def test_law_of_each_algorithm(algorithm, monkeypatch):
-    """Whichever algorithm a shape is given to, the gradients are the same."""
+def test_algorithms_equal_the_slow_form(algorithm, monkeypatch):
+    """The gradients do not depend on the algorithm that computes them."""
     force(monkeypatch, algorithm)
     check_rule(OPERATOR, CONVOLUTIONS, batched=["grad_output", "input"])
 
@@ -459,7 +459,7 @@ def test_law_of_each_algorithm(algorithm, monkeypatch):
 @pytest.mark.parametrize(
     "name, case", [("attention", attention), ("attention_backward", attention_backward)]
 )
-def test_law_with_a_mask(name, case, mask):
+def test_masks_equal_the_slow_form(name, case, mask):
     """Attention, for masks that broadcast in every way torch allows."""
     (rule,) = [r for r in RULES if r.name.startswith(f"{name} ")]
 
@@ -536,8 +536,8 @@ WRONG_SOMETIMES = {
 
 @pytest.mark.parametrize("when", WRONG_SOMETIMES)
 def test_a_rule_that_is_wrong_there_is_caught(when):
-    """Cases in float64 are tried in other forms too: off by ten percent, another shape
-    and an error are all seen, as torch's own square runs in each."""
+    """check_rule also tries other forms of cases in float64. torch's own square runs in
+    each. A value off by ten percent, another shape and an error are all found."""
     assert check_rule(SQUARE, IMAGES) == 7
     condition = WRONG_SOMETIMES[when]
 
@@ -560,7 +560,7 @@ def test_a_rule_that_is_wrong_there_is_caught(when):
 
 
 def test_a_rule_may_fail_where_torch_fails():
-    """Batch norm of torch refuses an empty batch, ours may."""
+    """torch's batch norm refuses an empty batch, so the rule may refuse it too."""
     with pytest.raises(RuntimeError, match="at least one element"):
         torch.func.vmap(nn.BatchNorm1d(4, track_running_stats=False))(randn(0, 2, 4))
     case = batch_norm(2, 4, affine=False)
@@ -588,7 +588,7 @@ WRONG_OPERATOR = {
 
 @pytest.mark.parametrize("wrong", WRONG_OPERATOR)
 def test_a_wrong_rule_of_an_operator_is_caught(wrong):
-    """The law holds operators to the same."""
+    """check_rule finds mistakes in rules of operators too."""
 
     def batched(call):
         return WRONG_OPERATOR[wrong](OPERATOR.batched(call))
@@ -598,7 +598,7 @@ def test_a_wrong_rule_of_an_operator_is_caught(wrong):
 
 
 def test_a_rule_of_an_operator_that_takes_nothing_is_caught():
-    """Torch's own rule would pass for it."""
+    """Without this check, torch's own rule would pass for it."""
     rule = dataclasses.replace(OPERATOR, accepts=lambda call: False)
     with pytest.raises(AssertionError, match="does not take"):
         check_rule(rule, CONVOLUTIONS[:1])

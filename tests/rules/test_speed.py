@@ -1,5 +1,5 @@
-"""Speed rules: the same numbers with and without, under every transform; nothing of
-them outside a block."""
+"""Speed rules: the numbers are the same with and without them, under every transform,
+and the rules do not run outside a block."""
 
 import subprocess
 import sys
@@ -34,14 +34,14 @@ pytestmark = [
 
 
 def force(monkeypatch, algorithm):
-    """For all shapes; windows are copied in several parts."""
+    """Use one algorithm for all shapes, and copy windows in several parts."""
     one = {"winners": (Winner(algorithm),), "columns": 100}
     change_regimes(monkeypatch, convolution=one)
 
 
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch):
-    """Small calls are taken too."""
+    """Let the rule take small calls too."""
     force(monkeypatch, "products")
 
 
@@ -142,7 +142,7 @@ def test_dual_numbers_around(net, taken, channels_last):
 
 @pytest.mark.parametrize("name", ["vmap(grad)", "grad(vmap(grad))"])
 def test_compiled(name, net, taken):
-    """The same through torch.compile, and the graph has the rule in it."""
+    """torch.compile gives the same numbers, and its graph contains the rule."""
     torch._dynamo.reset()
 
     def function(params, x):
@@ -157,7 +157,7 @@ def test_compiled(name, net, taken):
 
 
 def test_compiled_around_the_block(net):
-    """A block inside a compiled function: torch's own rules, the same numbers."""
+    """In a block inside a compiled function torch's own rules give the same numbers."""
     torch._dynamo.reset()
 
     def function(params, x):
@@ -184,7 +184,7 @@ def test_autocast(net, taken, dtype):
 
 
 def test_a_backward_inside_autocast_is_not_rounded(taken):
-    """A convolution in float32 whose backward runs under autocast stays float32:
+    """A convolution in float32 stays float32 if its backward runs under autocast:
     torch's own rule takes it."""
     w, x = torch.randn(3, 2, 1, 1), torch.randn(4, 1, 2, 6, 6)
 
@@ -230,8 +230,8 @@ LAYERS = {
 @pytest.mark.parametrize("algorithm", ["torch", *convolution.ALGORITHMS])
 @pytest.mark.parametrize("name", LAYERS)
 def test_who_computes(name, algorithm, taken, monkeypatch):
-    """What the table gives to torch its own rule computes, as one convolution with
-    groups of its own for each slice; of the rest it sees no weight gradient."""
+    """If the table selects torch's own rule, torch computes one convolution with groups
+    for each slice. Otherwise torch does not compute a weight gradient."""
     force(monkeypatch, algorithm)
     layer = LAYERS[name].double()
     x = torch.randn(3, 2, 2, 5, 5, 5, dtype=torch.float64)
@@ -259,7 +259,7 @@ ENTRIES = {
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_table_of_a_cpu(name, taken, monkeypatch):
-    """The table itself, a shape for each of its parts."""
+    """The table itself, with one shape for each of its parts."""
     monkeypatch.setitem(convolution.REGIMES, "cpu", MEASURED)
     layer, size, algorithm = ENTRIES[name]
     x = torch.randn(2, 1, layer.in_channels, size, size)
@@ -271,7 +271,7 @@ def test_table_of_a_cpu(name, taken, monkeypatch):
 
 
 def test_missing_kernels_are_found_among_others(net, monkeypatch):
-    """A kernel put in place for a rule of somebody else's stands for none of ours."""
+    """A kernel that another rule installed is not taken for one of ours."""
     missing, *rest = operator_rules()
     there = dict.fromkeys([*rest, torch.ops.aten.relu.default])
     put_in_place = []
@@ -300,7 +300,7 @@ def test_no_rule_holds_without_an_entry(net, taken, monkeypatch):
 
 
 def test_other_devices_and_precisions_are_left_alone(net, taken, monkeypatch):
-    """A type of device without regimes, and matrix products that may be rounded."""
+    """Devices without regimes, and matrix products that may be rounded."""
     net = net.float()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -314,7 +314,7 @@ def test_other_devices_and_precisions_are_left_alone(net, taken, monkeypatch):
     assert not taken
 
 
-# -- When rules are in force ----------------------------------------------------------
+# -- When rules apply -----------------------------------------------------------------
 
 
 def test_nothing_outside_a_block(net, taken):
@@ -348,7 +348,7 @@ def test_a_slow_block_inside_a_fast_one(net, taken):
 
 
 def test_an_entry_that_fails_counts_for_nothing(taken):
-    """A block that was refused leaves no rule in force."""
+    """After a block that was refused, its rules do not apply."""
     with pytest.raises(ValueError), vmap_safe(nn.LazyBatchNorm1d(), fast=True):
         pass
     assert not operators._in_force(torch.ops.aten.addmm.default)
@@ -397,7 +397,7 @@ def test_blocks_come_and_go_while_another_thread_computes():
 
 
 def test_no_warning_and_no_filter_left():
-    """The first block of a process says nothing and leaves the filters as they are."""
+    """The first block of a process does not warn and does not change the filters."""
     program = """
 import warnings
 import torch
@@ -413,7 +413,7 @@ assert warnings.filters == filters
 
 
 def test_torchs_own_stays_where_no_model_is_on_a_measured_device():
-    """A process that only ever opens blocks elsewhere pays nothing."""
+    """A process that only opens blocks on other devices has no cost."""
     program = """
 import torch
 from vmapsafe import vmap_safe
@@ -428,8 +428,8 @@ with vmap_safe(torch.nn.Conv2d(1, 1, 1)):
 
 
 def test_per_sample_grads(net, taken):
-    """The helper passes the option on where it uses vmap(grad), as for an input that
-    requires a gradient; an empty batch has no rows."""
+    """per_sample_grads passes the option on if it uses vmap(grad), as it does for an
+    input that requires a gradient. An empty batch has no rows."""
 
     def loss(out, y):
         return (out - y).square().sum()
@@ -446,7 +446,7 @@ def test_per_sample_grads(net, taken):
 
 
 def test_slices_without_samples(net, taken):
-    """A slice of none has no gradient, as in torch."""
+    """A slice without samples has no gradient, as in torch."""
     with vmap_safe(net, fast=True):
         actual = rows(net, tensors(net), X[:, :0])[0]
     assert not taken
@@ -454,7 +454,7 @@ def test_slices_without_samples(net, taken):
 
 
 def test_in_force_unless_switched_off(net, taken):
-    """The user's own vmap(grad) meets the rule with no change to it."""
+    """The user's own vmap(grad) uses the rule without a change."""
     with vmap_safe(net):
         rows(net, tensors(net), X)
     assert taken

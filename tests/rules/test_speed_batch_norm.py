@@ -69,7 +69,7 @@ def test_same_as_torchs_own(name, mode, taken, monkeypatch):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_without_weights(mode, taken):
-    """There is one gradient then, of the input."""
+    """Then there is only the gradient of the input."""
     model = net(affine=False)
     found = []
     for fast in (False, True):
@@ -109,7 +109,7 @@ def test_gradient_in_another_layout(mode, taken, monkeypatch):
 
 
 def test_weights_of_an_ensemble_are_left_to_torch(taken):
-    """Batched weights, running statistics or gradients alone: no rule takes them."""
+    """No rule takes a call in which the weights are batched."""
     model = net()
     stacked = {n: torch.stack([p, p + 0.1]) for n, p in tensors(model).items()}
     with vmap_safe(model):
@@ -200,7 +200,7 @@ def test_group_norm_that_is_left_to_torch(by_layer_norm, monkeypatch):
 
 
 def test_instance_norm_is_batch_norm(taken):
-    """torch makes it one, with a channel for each sample and channel."""
+    """torch calls batch norm, with a channel for each sample and channel."""
     layer = nn.InstanceNorm2d(3, affine=True).double()
     x = torch.randn(3, 2, 3, 4, 4, dtype=torch.float64)
     found = []
@@ -227,8 +227,8 @@ class Scaled(nn.Module):
 
 
 def test_rows_keep_their_derivatives():
-    """Whoever asks for derivatives by what only the model knows of gets those of the
-    speed rule that mends torch's own."""
+    """Derivatives with respect to a tensor that only the model knows are those of the
+    speed rule that corrects torch's own."""
     model, (x, y) = Scaled(), torch.randn(2, 3, 2, 5).double()
 
     def loss(out, y):

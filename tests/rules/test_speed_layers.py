@@ -1,5 +1,5 @@
 """Speed rules of layer norm, attention, linear layers and embedding: under every
-transform what the same layers, written out in plain operations, give."""
+transform they equal the same layers, written out in plain operations."""
 
 import mmap
 
@@ -64,7 +64,7 @@ def taken(monkeypatch):
 
 @pytest.fixture(params=[2**3, 2**40], ids=["a kernel a slice", "plain operations"])
 def every_size(request, monkeypatch):
-    """Small calls are taken too; both ways of layer norm's backward."""
+    """Let the rules take small calls too, in both ways of layer norm's backward."""
     of_layer_norm = {"batch": 0, "slice": request.param}
     change_regimes(monkeypatch, layer_norm=of_layer_norm, linear=0)
     take_any_memory(monkeypatch)
@@ -130,7 +130,7 @@ def attending(plain=False):
 
 
 def scattered(net):
-    """Its parameters, with no ones or zeros among them."""
+    """Set random parameters, so that none is one or zero."""
     torch.manual_seed(2)
     return {n: p + 0.3 * torch.randn_like(p) for n, p in tensors(net).items()}
 
@@ -169,7 +169,7 @@ FIRST_ORDER = {
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_attention(name, taken, every_size):
-    """The same for attention; what torch refuses is refused in the same words."""
+    """The same holds for attention; what torch refuses raises the same error."""
     net = attending()
     params = scattered(net)
     if name in FIRST_ORDER:
@@ -289,7 +289,7 @@ WATCHED = {"grad(vmap(grad))", "jvp(vmap(grad))", "ensemble", "vmap(hvp)"}
 
 @pytest.mark.parametrize("name", OF_WORDS)
 def test_embedding(name, taken, every_size):
-    """What a product with one-hot rows gives; a padding word has no gradient."""
+    """Equal to a product with one-hot rows; a padding word has no gradient."""
     expected = OF_WORDS[name](Words(plain=True), tensors(Words()), WORDS)
     net = Words()
     with vmap_safe(net):

@@ -1,4 +1,4 @@
-"""Mode "sync": what the plain layer does to the whole batch, slice by slice."""
+"""Mode "sync": slice by slice what the plain layer computes for the whole batch."""
 
 import copy
 import itertools
@@ -64,7 +64,7 @@ def test_forward_is_the_plain_layers(case, device, n):
     ],
 )
 def test_bit_equal(layer, shape, affine, momentum, dtype):
-    """Where the same kernel runs: outputs and running statistics, to the bit."""
+    """If the same kernel runs, outputs and running statistics are bit-identical."""
     model = layer(4, affine=affine, momentum=momentum).to(dtype)
     model.num_batches_tracked.fill_(2)
     x = (3 + 2 * torch.randn(5, 2, *shape)).to(dtype)
@@ -140,7 +140,7 @@ def test_nested_vmap_merges_both_axes():
 
 
 def test_functional_call_writes_to_the_buffers_it_is_given():
-    """As an un-vmapped functional_call in training mode does; not to the model's."""
+    """It updates them as it would without vmap, and not those of the model."""
     model = nn.BatchNorm1d(3)
     before = everything(model)
     given = {name: b.clone() for name, b in model.named_buffers()}
@@ -166,7 +166,7 @@ def test_in_the_block_but_not_in_a_vmap():
 
 
 class Keeps(nn.Module):
-    """Keeps what it computes: in an attribute, or in a buffer."""
+    """Keeps what it computes in an attribute or in a buffer."""
 
     def __init__(self, where):
         super().__init__()
@@ -187,7 +187,7 @@ class Keeps(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::vmapsafe.LeftOutWarning")
 @pytest.mark.parametrize("where", ["attribute", "attribute, afterwards", "buffer"])
-def test_what_a_forward_keeps_is_no_parameter(where):
+def test_what_a_forward_keeps_is_not_a_parameter(where):
     """It is batched as the input is, and does not keep slices apart."""
     model = Keeps(where).double()
     x = torch.randn(4, 2, 3).double()
@@ -249,7 +249,7 @@ def test_layers_that_share_a_weight():
 
 
 def test_input_that_is_not_batched():
-    """Only the labels are: nothing to merge."""
+    """Only the labels are batched, so there is nothing to merge."""
     model = nn.BatchNorm1d(3).double()
     x, y = torch.randn(8, 3).double(), torch.randn(4, 8, 3).double()
     with vmap_safe(model, mode="sync"):
@@ -502,7 +502,7 @@ BATCH = torch.randn(6, 2).double(), torch.tensor([0, 1, 1, 0, 1, 0])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("loss_fn", [F.cross_entropy, nn.CrossEntropyLoss()])
 def test_rows(rows, loss_fn):
-    """Each kind of row against its own slow form."""
+    """Each kind of row equals its own slow form."""
     net = small()
     before = everything(net)
     actual = per_sample_grads(net, loss_fn, *BATCH, mode="sync", rows=rows)
@@ -580,7 +580,7 @@ def test_rows_update_running_statistics_once():
 
 
 def test_an_empty_batch():
-    """No rows, and no step."""
+    """An empty batch has no rows and does not update."""
     net = small()
     before = everything(net)
     empty = [t[:0] for t in BATCH]
@@ -604,7 +604,7 @@ def test_an_empty_batch():
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("update", [True, False])
 def test_ensemble_in_training_mode(affine, update):
-    """Members are never mixed; each one's statistics step as its own."""
+    """Members are never mixed; each updates its own statistics."""
     members = [
         nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3, affine=affine)).double()
         for _ in range(3)
@@ -746,7 +746,7 @@ INSTANCE_NORMS = [
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("layer,shape", INSTANCE_NORMS)
 @pytest.mark.parametrize("training", [True, False])
-def test_instance_norm_statistics_to_the_bit(
+def test_instance_norm_statistics_are_bit_identical(
     layer, shape, affine, momentum, dtype, training
 ):
     """One training step on the merged batch; a model in eval mode is put in training,
@@ -844,7 +844,7 @@ def test_rows_through_instance_norm(rows):
 
 @pytest.mark.parametrize("update", [True, False])
 def test_ensemble_with_instance_norm(update):
-    """Each member's statistics step as its own, by its own samples."""
+    """Each member updates its own statistics, with its own samples."""
     members = [
         nn.InstanceNorm1d(3, affine=True, track_running_stats=True).double()
         for _ in range(3)
