@@ -100,9 +100,6 @@ def register(rule: Rule) -> None:
     Args:
         rule: of functions, or of an operator.
 
-    Args:
-        rule: of a function or of an operator.
-
     Raises:
         VmapSafeValueError: the name is taken, or a mode is unknown.
     """
