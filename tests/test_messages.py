@@ -91,7 +91,8 @@ ENTRY = {
         lambda: vmap_safe(nn.Linear),
         TypeError,
         '@vmap_safe(mode="eval"): Linear is a class, and the block would '
-        "cover only the creation of its objects. Decorate its methods.",
+        "cover only the creation of its objects. Decorate its methods, or write "
+        "vmap_safe(Linear(...)).",
     ),
     "not a function": (
         lambda: vmap_safe(mode="eval")(3),

@@ -92,28 +92,28 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Signature:
     """The names of a torch function's parameters and their defaults."""
 
     names: tuple[str, ...]
     defaults: Mapping[str, Any]
 
     @staticmethod
-    def of(function: Function) -> Parameters:
+    def of(function: Function) -> Signature:
         """Read them from the signature; empty if a function has none of its own."""
         if isinstance(function, OpOverload):
             arguments = function._schema.arguments
-            return Parameters(
+            return Signature(
                 tuple(a.name for a in arguments),
                 {a.name: a.default_value for a in arguments if a.has_default_value()},
             )
         try:
             parameters = inspect.signature(function).parameters.values()
         except ValueError:
-            return Parameters((), {})
+            return Signature((), {})
         if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-            return Parameters((), {})
-        return Parameters(
+            return Signature((), {})
+        return Signature(
             tuple(p.name for p in parameters),
             {p.name: p.default for p in parameters if p.default is not p.empty},
         )

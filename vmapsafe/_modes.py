@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, shown
+from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, shown
 
 ModeName = Literal["eval", "no_running_stats", "group_norm", "sync"]
 RowsName = Literal["contribution", "jacobian", "detached"]
@@ -46,8 +46,8 @@ class Mode:
             that a layer that the block does not reach can be put in eval mode by hand.
         merges: whether slices share their statistics. The slices are one batch, which
             can update running statistics.
-        by_rule: whether a rule has to know the layer by its buffers, so that a layer
-            shows eval mode, in which it passes them on.
+        by_rule: whether a rule computes the mode. The layer shows eval mode, so that it
+            passes its buffers to ``F.batch_norm``, where the rule finds them.
     """
 
     name: ModeName
@@ -129,6 +129,8 @@ class Options:
         check_mode(self.called, self.mode)
         check_num_groups(self.called, self.num_groups)
         _check_also(self.called, self.also)
+        check_flag(self.called, "update_running_stats", self.update_running_stats)
+        check_flag(self.called, "fast", self.fast)
         self._check_rows()
         self._check_updates()
 
@@ -181,7 +183,8 @@ class Options:
         if levels is not None and (type(levels) is not int or levels < 1):
             raise VmapSafeValueError(
                 called,
-                "sync_levels is the number of vmaps to merge, innermost first",
+                f"sync_levels is {shown(levels)}, not the number of vmaps to merge, "
+                "innermost first",
                 "Pass an int of at least 1, or None for all",
             )
         if not self.meaning.merges:
@@ -218,6 +221,23 @@ def check_mode(called: str, mode: object) -> None:
         listed = ", ".join([f'"{name}"' for name in MODES])
         raise VmapSafeValueError(
             called, f"unknown mode {shown(mode)}", f"Choose one of {listed}"
+        )
+
+
+def check_flag(called: str, name: str, value: object) -> None:
+    """Raise unless an option that is on or off is a bool.
+
+    Args:
+        called: the public function, for the error.
+        name: of the option.
+        value: what the user wrote.
+
+    Raises:
+        VmapSafeTypeError: it is not one.
+    """
+    if not isinstance(value, bool):
+        raise VmapSafeTypeError(
+            called, f"{name} is {shown(value)}, {a_kind(value)}", "Pass True or False"
         )
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmapsafe._call import Call, Function, Parameters, batch_size, slices
+from vmapsafe._call import Call, Function, Signature, batch_size, slices
 from vmapsafe._errors import VmapSafeValueError
 from vmapsafe._modes import check_mode
 
@@ -91,7 +91,7 @@ OperatorTable = Mapping[Function, tuple[OperatorRule, ...]]
 _functions: list[FunctionRule] = []
 _tables: dict[tuple[str, bool], Table] = {}
 _operators: dict[Function, tuple[OperatorRule, ...]] = {}
-_parameters: dict[Function, Parameters] = {}
+_parameters: dict[Function, Signature] = {}
 
 
 def register(rule: Rule) -> None:
@@ -117,7 +117,7 @@ def register(rule: Rule) -> None:
     _functions.append(rule)
     _tables.clear()
     for function in rule.functions:
-        _parameters.setdefault(function, Parameters.of(function))
+        _parameters.setdefault(function, Signature.of(function))
 
 
 def registered() -> tuple[Rule, ...]:

@@ -293,7 +293,7 @@ def beyond_reverse_mode(*tensors: Tensor | None) -> bool:
     )
 
 
-def recorded(*tensors: Tensor | None) -> bool:
+def autograd_records(*tensors: Tensor | None) -> bool:
     """Whether plain autograd records what is computed from ``tensors``, none of them
     empty, and no transform takes derivatives inside it."""
     if not torch.is_grad_enabled():

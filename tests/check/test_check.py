@@ -866,7 +866,7 @@ def test_a_refusal_at_entry() -> None:
         (
             lambda x: x.no_such_method(),
             "without vmap too, it raises AttributeError: ",
-            "Make sure that the model runs on a batch of one.",
+            "Make sure that model(*example) runs, on a batch of one too.",
         ),
     ],
 )

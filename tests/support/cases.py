@@ -1,6 +1,7 @@
 """Networks as data: small, smooth, in training mode, with statistics of their own.
 
-Adding a layer to the library adds a row here. ``slices`` has the shape (B, N, ...): B
+Adding a layer to the library adds a row here; if rows of its parameters are recorded,
+also a call in tests/rules/test_kept_calls.py. ``slices`` has the shape (B, N, ...): B
 slices of N samples, N and the rest large enough for every mode.
 """
 

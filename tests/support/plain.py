@@ -66,12 +66,14 @@ def switched(model: nn.Module, mode: ModeName, num_groups: int = 2) -> nn.Module
             layer.eval()
         elif batch_norm and mode == "no_running_stats":
             _replace(model, name, ByFormula(layer))
-        elif batch_norm:
+        elif batch_norm and mode == "group_norm":
             channels = layer.num_features
             groups = num_groups if channels % num_groups == 0 else channels
             _replace(model, name, ByFormula(layer, groups))
         elif mode == "no_running_stats" or layer.training:
             _replace(model, name, BySample(layer))
+        elif mode not in ("group_norm", "no_running_stats"):
+            raise ValueError(f"there is no plain form of mode {mode!r}")
     return model
 
 

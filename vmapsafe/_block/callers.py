@@ -143,7 +143,7 @@ class Callers:
 
 
 @dataclass(slots=True)
-class Place:
+class SiteInBlock:
     """Where a call is made, see :class:`vmapsafe._call.Site`: in which block, and by
     which covered layer, if by one."""
 

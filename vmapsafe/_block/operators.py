@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from vmapsafe._block import open_blocks
-from vmapsafe._call import Call, Function, Parameters
+from vmapsafe._call import Call, Function, Signature
 from vmapsafe._rule import OperatorRule, OperatorTable, operator_rules
 from vmapsafe._torch import (
     below_vmap,
@@ -101,7 +101,7 @@ def _install(operator: Any) -> None:
 
 
 def _kernel(operator: Any) -> Callable[..., Any]:
-    parameters = Parameters.of(operator)
+    parameters = Signature.of(operator)
     torchs_own = torch.library.get_kernel(operator, _KEY)
     one_output = len(operator._schema.returns) == 1
 

@@ -28,7 +28,7 @@ from vmapsafe._block.callers import (
     BELOW_LAYERS,
     OF_LAYERS,
     Callers,
-    Place,
+    SiteInBlock,
     in_a_forward,
 )
 from vmapsafe._block.covered import Layer, Model
@@ -193,14 +193,14 @@ class Scope(TorchFunctionMode):
                         return func(*args, **kwargs)
                     self._look_for_copies(bound)
             if module is None or self._owns(module):
-                call = Call(func, bound, Place(self, module))
+                call = Call(func, bound, SiteInBlock(self, module))
                 for rule in rules:
                     if rule.accepts(call):
                         return rule.batched(call)
         written = args[0] if out is None and kwargs.get("inplace") else out
         if written is not None:
             targets = (written,) if isinstance(written, Tensor) else written
-            place = Place(self, None)
+            place = SiteInBlock(self, None)
             if any([place.leaves_out(target) for target in targets]):
                 return written
         return func(*args, **kwargs)
@@ -238,7 +238,7 @@ class Scope(TorchFunctionMode):
         If it only writes buffers in place, it is not called. Otherwise it writes to
         copies of them.
         """
-        place = Place(self, None)
+        place = SiteInBlock(self, None)
         targets = written_by(func, args, kwargs)
         written = [target for target in targets if place.leaves_out(target)]
         if not written:
@@ -307,9 +307,13 @@ class Scope(TorchFunctionMode):
         if _compiling():
             return
         kind = own_class(module)
-        if not self.warns or kind in _warned or not is_hand_made_write(module, name):
+        if (
+            not self.warns
+            or kind in _warned_of_writes
+            or not is_hand_made_write(module, name)
+        ):
             return
-        _warned.add(kind)
+        _warned_of_writes.add(kind)
         model = self.covers[module]
         warn_user(
             worded(
@@ -428,7 +432,9 @@ class Scope(TorchFunctionMode):
                     )
 
 
-_warned: weakref.WeakSet[type] = weakref.WeakSet()  # classes with a write left out
+_warned_of_writes: weakref.WeakSet[type] = (
+    weakref.WeakSet()
+)  # classes with a write left out
 # What no layer calls, and may write buffers.
 _NOT_OF_LAYERS = NATIVE_BATCH_NORMS | WRITE_SEVERAL
 # The first arguments of NATIVE_BATCH_NORMS.

@@ -155,7 +155,8 @@ def vmap_safe(
             innermost; None for all. A vmap is merged if it batches a layer's input but
             none of the model's parameters or buffers.
         also: classes of hand-made layers, subclasses included, that "eval" switches as
-            it switches torch's own; the other modes refuse them. A layer that owns
+            it switches torch's own. The other modes refuse a model with such a layer,
+            unless its owner has frozen it. A layer that owns
             buffers ``running_mean`` and ``running_var`` need not be named. Other
             hand-made layers normalise as they do in training mode.
         fast: whether faster batching rules replace torch's own for some operators, in
@@ -198,10 +199,13 @@ def vmap_safe(
         return Block((), options)(models[0])
     for model in models:
         if not isinstance(model, nn.Module):
+            do = "Write vmap_safe(model)"
+            if isinstance(model, str):
+                do = f"Pass options by name, as vmap_safe(model, mode={model!r})"
+            elif isinstance(model, (list, tuple)):
+                do = "Write vmap_safe(*models)"
             raise VmapSafeTypeError(
-                "vmap_safe(...)",
-                f"got {a_kind(model)}, not an nn.Module",
-                "Write vmap_safe(model)",
+                "vmap_safe(...)", f"got {a_kind(model)}, not an nn.Module", do
             )
     return Block(models, options)
 
@@ -307,7 +311,7 @@ def _leave(scope: Scope, error: BaseException | None) -> None:
 
 
 _updated: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_warned: weakref.WeakSet[type] = weakref.WeakSet()
+_warned_of_statistics: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def _warn_if_never_updated(scope: Scope) -> None:
@@ -319,7 +323,7 @@ def _warn_if_never_updated(scope: Scope) -> None:
         return
     for model in scope.models:
         kind = own_class(model.root)
-        if kind in _warned:
+        if kind in _warned_of_statistics:
             continue
         for layer in model.layers:
             if layer in _updated:
@@ -327,7 +331,7 @@ def _warn_if_never_updated(scope: Scope) -> None:
             if not never_updated(layer):
                 _updated.add(layer)
                 continue
-            _warned.add(kind)
+            _warned_of_statistics.add(kind)
             warn_user(
                 worded(
                     f"vmap_safe({kind.__name__}, {scope.options})",
@@ -365,7 +369,7 @@ def _decorated(function: Any, block: Block[object]) -> Any:
             f"@{block}",
             f"{function.__name__} is a class, and the block would cover only the "
             "creation of its objects",
-            "Decorate its methods",
+            f"Decorate its methods, or write vmap_safe({function.__name__}(...))",
         )
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise VmapSafeTypeError(

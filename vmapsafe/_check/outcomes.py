@@ -108,7 +108,7 @@ def _said(failure: Failure, alone: bool) -> tuple[str, str]:
     if isinstance(error, VmapSafeError):
         return f"in slices of one, {error.found}", f"{error.do}."
     if alone:
-        advice = "Make sure that the model runs on a batch of one."
+        advice = "Make sure that model(*example) runs, on a batch of one too."
         return f"without vmap too, it raises {one_line(error)}", advice
     otherwise = "Take it out of the function that is mapped, or loop over the slices."
     said = f"under {failure.transform} it raises {one_line(error)}"

@@ -1,5 +1,11 @@
 """Per-sample gradients and quantities of them, from one forward and one backward pass.
 
+The way of a call: ``per_sample`` takes it, and ``turns`` lets it wait for other threads.
+Then ``compute`` checks its arguments into ``samples``, and takes some samples at a time.
+For these ``record`` runs the model in a block, and hands what backward meets to a part
+of a quantity (``quantities``). The results of the parts make up that of the call. Where
+the loss cannot be recorded, ``samples`` makes the rows by ``vmap(grad)`` instead.
+
 The map, bottom up:
 
 ``copies``       a sample's own copy of each parameter, wherever a forward reads one
@@ -8,10 +14,10 @@ The map, bottom up:
 ``turns``        one call at a time on a model
 ``processes``    results of several processes, put together
 ``parameters``   by which parameters to differentiate, and where they are in the model
-``samples``      the model, the loss and the batch of a call, checked and bound
+``samples``      the arguments of a call, checked and bound; rows by ``vmap(grad)``
 ``quantities``   what can be wanted of the gradients: rows, norms, clipped sums
-``sketch``       random projections
-``out``          given memory for rows
-``one_pass``     one call for one quantity: chunks, empty batches, processes
+``sketch``       one more: random projections, and their matrix
+``out``          checks of ``out=``
+``compute``      one quantity of one call: chunks, empty batches, processes
 ``per_sample``   the functions that users call
 """

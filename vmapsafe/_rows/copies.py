@@ -37,8 +37,8 @@ class Copies(TorchFunctionMode):
     def stand_in(self, copies: Mapping[str, Tensor]) -> None:
         """Begin a forward with these copies, by name."""
         self._copies = copies
-        self._named = {id(copy): name for name, copy in copies.items()}
-        self._named.update({id(p): name for name, p in self._originals.items()})
+        self._name_of = {id(copy): name for name, copy in copies.items()}
+        self._name_of.update({id(p): name for name, p in self._originals.items()})
         self._read: set[str] = set()
         self._renormalised: set[str] = set()
 
@@ -86,7 +86,7 @@ class Copies(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        named = self._named
+        named = self._name_of
         for value in (*args, *kwargs.values()):
             if id(value) in named or type(value) in (list, tuple):
                 found: set[str] = set()
@@ -110,7 +110,7 @@ class Copies(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _copy(self, value: Any, found: set[str]) -> Any:
-        name = self._named.get(id(value))
+        name = self._name_of.get(id(value))
         if name is not None:
             found.add(name)
             return self._copies[name]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vmapsafe._errors import VmapSafeValueError, a_kind
+from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, shown
 from vmapsafe._rows.samples import Samples
 from vmapsafe._torch import current_level, dispatch_modes_are_on
 
@@ -21,9 +21,16 @@ def check_out(called: str, out: Mapping[str, Tensor], samples: Samples) -> None:
         samples: of the call.
 
     Raises:
+        VmapSafeTypeError: ``out`` is not a dict.
         VmapSafeValueError: they cannot; the text says which tensor and why.
     """
     called = f"{called} with out="
+    if not isinstance(out, Mapping):
+        raise VmapSafeTypeError(
+            called,
+            f"out is {shown(out)}, not a dict of tensors",
+            "Pass what an earlier call returned",
+        )
     if current_level() > 0:
         raise VmapSafeValueError(
             called,
@@ -69,7 +76,7 @@ def _check_memory(called: str, out: Mapping[str, Tensor], samples: Samples) -> N
     read = {
         id(tensor): tensor
         for tensors in (
-            samples.leaves,
+            samples.tensors,
             samples.values.values(),
             samples.parameters.known.values(),
             samples.net.buffers(),
@@ -100,7 +107,7 @@ def _refuse_memory(
     """Raise for two of ``tensors``, which begin with the rows."""
     if other < len(names):
         said = f"out[{names[other]!r}]"
-    elif any(tensors[other] is leaf for leaf in samples.leaves):
+    elif any(tensors[other] is leaf for leaf in samples.tensors):
         said = "a tensor of the batch"
     else:
         said = "a parameter or buffer"

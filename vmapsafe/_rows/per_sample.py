@@ -11,7 +11,7 @@ from vmapsafe._draws import Draws, Randomness
 from vmapsafe._errors import warn_user, worded
 from vmapsafe._modes import MODES, Also, ModeName, NumGroups, RowsName
 from vmapsafe._rows.chunks import ChunkSize
-from vmapsafe._rows.one_pass import (
+from vmapsafe._rows.compute import (
     Asked,
     computed,
     recorded_if_possible,
@@ -102,7 +102,7 @@ def per_sample_grads(
     {'0.weight': (5, 8, 4), '0.bias': (5, 8)}
 
     Args:
-        model: takes batches; it need not be in a block already.
+        model: a network that takes batches. The call opens the block itself.
         loss_fn: of the model's output on a batch of one, and of the rest of the batch;
             returns a tensor of one number, or ``(loss, aux)`` with ``has_aux``.
         *batch: the inputs, then what ``loss_fn`` takes after the output: trees of
@@ -130,10 +130,12 @@ def per_sample_grads(
             that raises half-way.
         num_groups: in "group_norm", the number of groups, or a function of the number
             of channels.
-        update_running_stats: in "sync", whether to update them, as a training step.
-        sync_levels: in "sync", how many nested vmaps to merge; None for all.
+        update_running_stats: in "sync", whether the running statistics are updated.
+        sync_levels: in "sync", how many batch dimensions to merge: 1 for the samples,
+            more for vmaps around the call; None for all.
         also: in "eval", classes of hand-made layers to put in eval mode too.
-        fast: False for ``vmap(grad)`` with torch's own batching rules.
+        fast: False for torch's own batching rules and, without ``out``, for
+            ``vmap(grad)`` in the place of one recorded pass.
 
     Returns:
         A dict from parameter names to tensors (B, *parameter.shape), in the dtype of
@@ -150,7 +152,9 @@ def per_sample_grads(
     One backward pass gives the rows, layer by layer (``vmapsafe/_rows/record.py``).
     ``vmap(grad)`` gives them where somebody could want their derivatives: under
     transforms, and where the batch, a parameter that is not chosen, or a tensor that
-    the loss uses requires a gradient. Rows in ``out`` carry no derivatives.
+    the loss uses requires a gradient. It also gives them with ``fast=False`` or
+    ``update_running_stats=True``, and where the loss itself calls autograd. Rows in
+    ``out`` carry no derivatives.
 
     In "eval", "no_running_stats" and "group_norm" samples are independent, and there is
     one gradient of sample i. In "sync" there are three definitions. With
@@ -205,8 +209,8 @@ def per_sample_grads(
         check_out(_GRADS, out, samples)
         wanted = Rows(out)
         filled = computed(samples, wanted, chunk_size, recorded_if_possible)
-        return asked.shown((out, filled[1]))
-    return asked.shown(_rows(samples, chunk_size))
+        return asked.returned((out, filled[1]))
+    return asked.returned(_rows(samples, chunk_size))
 
 
 def _rows(samples: Samples, chunk_size: ChunkSize) -> tuple[dict[str, Tensor], Any]:
@@ -217,7 +221,7 @@ def _rows(samples: Samples, chunk_size: ChunkSize) -> tuple[dict[str, Tensor], A
         options.fast
         and not options.update_running_stats
         and samples.recordable()
-        and not samples.watched()
+        and not samples.could_be_watched()
     ):
         draws = Draws(samples.randomness)
         try:
@@ -317,7 +321,7 @@ def per_sample_grad_norms(
     {'0.weight': (5,), '2.bias': (5,)}
 
     Args:
-        model: takes batches; it need not be in a block already.
+        model: a network that takes batches. The call opens the block itself.
         loss_fn: of the model's output on a batch of one, and of the rest of the batch.
         *batch: the inputs, then what ``loss_fn`` takes after the output: trees of
             tensors (B, ...).
@@ -333,8 +337,9 @@ def per_sample_grad_norms(
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
         num_groups: in "group_norm", the number of groups, or a function of the number
             of channels.
-        update_running_stats: in "sync", whether to update them, as a training step.
-        sync_levels: in "sync", how many nested vmaps to merge; None for all.
+        update_running_stats: in "sync", whether the running statistics are updated.
+        sync_levels: in "sync", how many batch dimensions to merge: 1 for the samples,
+            more for vmaps around the call; None for all.
         also: in "eval", classes of hand-made layers to put in eval mode too.
         fast: whether faster batching rules may take the place of torch's own.
 
@@ -344,17 +349,19 @@ def per_sample_grad_norms(
         ``has_aux`` a pair: that, and aux of this process.
 
     Raises:
+        VmapSafeTypeError: as :func:`per_sample_grads`.
         VmapSafeValueError: as :func:`per_sample_grads`; an unknown ``gather``.
         VmapSafeRuntimeError: ``gather`` without a process group; another process
             failed; the loss cannot be followed, and a second forward would update the
             running statistics twice.
 
     A parameter takes little or no memory for its rows if one linear layer, convolution,
-    embedding or normalisation layer uses it, once. A parameter that is used otherwise
-    (twice, tied, or by another operation) takes the memory of its rows; its norm is
-    that of their sum, cross terms included. The formulas, with their sources, stand in
-    ``vmapsafe/rules/``. The result carries no derivatives, except under transforms of
-    torch.func. A sample with NaN has the norm NaN, and the others have theirs.
+    embedding, batch norm or group norm uses it, once. A parameter that is used
+    otherwise (twice, tied, or by another operation) takes the memory of its rows; its
+    norm is that of their sum, cross terms included. The formulas, with their sources,
+    are in ``vmapsafe/rules/``. The result carries no derivatives, except under
+    transforms of torch.func. A sample with NaN has the norm NaN, and the others have
+    theirs.
     """
     asked = Asked(
         _NORMS,
@@ -376,7 +383,7 @@ def per_sample_grad_norms(
         },
     )
     return asked.found_in_all(
-        "gather", gather, "the norms", lambda: Norms(per_parameter)
+        "gather", gather, "the norms", lambda: Norms(_NORMS, per_parameter)
     )
 
 
@@ -448,7 +455,7 @@ def clipped_grad_sum(
     torch.Size([8, 4])
 
     Args:
-        model: takes batches; it need not be in a block already.
+        model: a network that takes batches. The call opens the block itself.
         loss_fn: of the model's output on a batch of one, and of the rest of the batch.
         *batch: the inputs, then what ``loss_fn`` takes after the output: trees of
             tensors (B, ...).
@@ -464,8 +471,9 @@ def clipped_grad_sum(
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
         num_groups: in "group_norm", the number of groups, or a function of the number
             of channels.
-        update_running_stats: in "sync", whether to update them, as a training step.
-        sync_levels: in "sync", how many nested vmaps to merge; None for all.
+        update_running_stats: in "sync", whether the running statistics are updated.
+        sync_levels: in "sync", how many batch dimensions to merge: 1 for the samples,
+            more for vmaps around the call; None for all.
         also: in "eval", classes of hand-made layers to put in eval mode too.
         fast: whether faster batching rules may take the place of torch's own.
 
@@ -474,6 +482,8 @@ def clipped_grad_sum(
         ``has_aux`` a pair: that, and aux of this process.
 
     Raises:
+        VmapSafeTypeError: as :func:`per_sample_grads`; ``max_grad_norm`` is not a
+            number.
         VmapSafeValueError: as :func:`per_sample_grads`; ``max_grad_norm`` is not above
             0; an unknown ``reduce``.
         VmapSafeRuntimeError: ``reduce`` without a process group; another process
@@ -602,7 +612,7 @@ def per_sample_sketch(
     True
 
     Args:
-        model: takes batches; it need not be in a block already.
+        model: a network that takes batches. The call opens the block itself.
         loss_fn: of the model's output on a batch of one, and of the rest of the batch.
         *batch: the inputs, then what ``loss_fn`` takes after the output: trees of
             tensors (B, ...).
@@ -620,8 +630,9 @@ def per_sample_sketch(
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
         num_groups: in "group_norm", the number of groups, or a function of the number
             of channels.
-        update_running_stats: in "sync", whether to update them, as a training step.
-        sync_levels: in "sync", how many nested vmaps to merge; None for all.
+        update_running_stats: in "sync", whether the running statistics are updated.
+        sync_levels: in "sync", how many batch dimensions to merge: 1 for the samples,
+            more for vmaps around the call; None for all.
         also: in "eval", classes of hand-made layers to put in eval mode too.
         fast: whether faster batching rules may take the place of torch's own.
 
@@ -630,6 +641,7 @@ def per_sample_sketch(
         precision. With ``has_aux`` a pair: that, and aux of this process.
 
     Raises:
+        VmapSafeTypeError: as :func:`per_sample_grads`.
         VmapSafeValueError: as :func:`per_sample_grads`; ``k`` below 1; an unknown
             ``kind`` or ``gather``; a ``seed`` that is not an int.
         VmapSafeRuntimeError: ``gather`` without a process group; another process

@@ -16,7 +16,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from vmapsafe._errors import VmapSafeValueError
+from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, shown
+from vmapsafe._modes import check_flag
 from vmapsafe._rows.processes import gathered, summed
 from vmapsafe._rows.record import Collector
 from vmapsafe._torch import tree_map, without_autocast
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Batch:
+class CallShape:
     """The samples of one call, as much as a quantity needs to know.
 
     Attributes:
@@ -54,16 +55,16 @@ class Part(Collector):
 class Quantity(ABC, Generic[T]):
     """Something that follows from every sample's gradient."""
 
-    def begin(self, batch: Batch) -> Quantity[T]:
+    def begin(self, shape: CallShape) -> Quantity[T]:
         """The quantity of one call: another object if it keeps something meanwhile."""
         return self
 
     @abstractmethod
-    def part(self, batch: Batch, start: int, stop: int) -> Part:
+    def part(self, shape: CallShape, start: int, stop: int) -> Part:
         """A collector for the samples from ``start`` to ``stop``."""
 
     @abstractmethod
-    def joined(self, batch: Batch, parts: Sequence[Any]) -> T:
+    def joined(self, shape: CallShape, parts: Sequence[Any]) -> T:
         """The result, from what the parts gave, in the order of the samples."""
 
     @abstractmethod
@@ -74,8 +75,8 @@ class Quantity(ABC, Generic[T]):
 class PerSample(Quantity[T]):
     """A quantity with a number, or several, for each sample: a tree of (B, ...)."""
 
-    def joined(self, batch: Batch, parts: Sequence[Any]) -> T:
-        found: T = joined(batch, parts)
+    def joined(self, shape: CallShape, parts: Sequence[Any]) -> T:
+        found: T = joined(shape, parts)
         return found
 
     def of_all_processes(self, found: T) -> T:
@@ -83,9 +84,9 @@ class PerSample(Quantity[T]):
         return together
 
 
-def joined(batch: Batch, parts: Sequence[Any]) -> Any:
+def joined(shape: CallShape, parts: Sequence[Any]) -> Any:
     """Trees of tensors (samples, ...) as one tree, of the caller's samples."""
-    if batch.made_up:
+    if shape.made_up:
         return tree_map(lambda t: t[:0], parts[0])
     if len(parts) == 1:
         return parts[0]
@@ -99,19 +100,21 @@ class Norms(PerSample[Any]):
     """The Euclidean norm of every row.
 
     Args:
+        called: the public function, for errors.
         per_parameter: whether to give a norm for each parameter, and not one of all.
     """
 
-    def __init__(self, per_parameter: bool = False) -> None:
+    def __init__(self, called: str, per_parameter: bool = False) -> None:
+        check_flag(called, "per_parameter", per_parameter)
         self._per_parameter = per_parameter
 
-    def part(self, batch: Batch, start: int, stop: int) -> Part:
-        return _NormsPart(batch, self._per_parameter)
+    def part(self, shape: CallShape, start: int, stop: int) -> Part:
+        return _NormsPart(shape, self._per_parameter)
 
 
 class _NormsPart(Part):
-    def __init__(self, batch: Batch, per_parameter: bool) -> None:
-        self._names, self._per_parameter = list(batch.parameters), per_parameter
+    def __init__(self, shape: CallShape, per_parameter: bool) -> None:
+        self._names, self._per_parameter = list(shape.parameters), per_parameter
         self.norms: dict[str, Tensor] = {}
 
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
@@ -141,10 +144,18 @@ class ClippedSum(Quantity[dict[str, Tensor]]):
         max_grad_norm: the largest norm that a row keeps, above 0.
 
     Raises:
-        VmapSafeValueError: ``max_grad_norm`` is not above 0.
+        VmapSafeTypeError: ``max_grad_norm`` is not a number.
+        VmapSafeValueError: it is not above 0.
     """
 
     def __init__(self, called: str, max_grad_norm: float) -> None:
+        number = isinstance(max_grad_norm, (int, float, Tensor))
+        if not number or isinstance(max_grad_norm, bool) or _has_dims(max_grad_norm):
+            raise VmapSafeTypeError(
+                called,
+                f"max_grad_norm is {shown(max_grad_norm)}, {a_kind(max_grad_norm)}",
+                "Pass one number, the largest norm a row may keep",
+            )
         if not max_grad_norm > 0:
             raise VmapSafeValueError(
                 called,
@@ -153,10 +164,10 @@ class ClippedSum(Quantity[dict[str, Tensor]]):
             )
         self._most = max_grad_norm
 
-    def part(self, batch: Batch, start: int, stop: int) -> Part:
-        return _ClippedPart(batch, self._most)
+    def part(self, shape: CallShape, start: int, stop: int) -> Part:
+        return _ClippedPart(shape, self._most)
 
-    def joined(self, batch: Batch, parts: Sequence[Any]) -> dict[str, Tensor]:
+    def joined(self, shape: CallShape, parts: Sequence[Any]) -> dict[str, Tensor]:
         first, *rest = parts
         return {name: sum([p[name] for p in rest], first[name]) for name in first}
 
@@ -164,12 +175,16 @@ class ClippedSum(Quantity[dict[str, Tensor]]):
         return summed(found)
 
 
+def _has_dims(number: object) -> bool:
+    return isinstance(number, Tensor) and number.dim() > 0
+
+
 class _ClippedPart(_NormsPart):
     """Keeps what the rows come from until the norm of all parameters is known."""
 
-    def __init__(self, batch: Batch, most: float) -> None:
-        super().__init__(batch, per_parameter=False)
-        self._made_up, self._most = batch.made_up, most
+    def __init__(self, shape: CallShape, most: float) -> None:
+        super().__init__(shape, per_parameter=False)
+        self._made_up, self._most = shape.made_up, most
         self._uses: dict[str, tuple[Formula, Tensor, Tensor]] = {}
         self._rows: dict[str, Tensor] = {}
 
@@ -215,32 +230,32 @@ class Rows(PerSample[dict[str, Tensor]]):
     def __init__(self, out: Mapping[str, Tensor] | None = None) -> None:
         self._out = out
 
-    def begin(self, batch: Batch) -> Rows:
-        return _RowsOfCall(self._out, batch)
+    def begin(self, shape: CallShape) -> Rows:
+        return _RowsOfCall(self._out, shape)
 
-    def part(self, batch: Batch, start: int, stop: int) -> Part:
+    def part(self, shape: CallShape, start: int, stop: int) -> Part:
         raise NotImplementedError("a call begins the quantity first")
 
 
 class _RowsOfCall(Rows):
     """The rows of one call: all chunks write into the same memory."""
 
-    def __init__(self, out: Mapping[str, Tensor] | None, batch: Batch) -> None:
+    def __init__(self, out: Mapping[str, Tensor] | None, shape: CallShape) -> None:
         super().__init__(out)
-        self.batch = batch
-        given = None if batch.made_up else out  # whose tensors have no rows
+        self.shape = shape
+        given = None if shape.made_up else out  # whose tensors have no rows
         self.memory: dict[str, Tensor] = dict(given or {})
-        if batch.in_chunks:  # at once: "auto" measures what a chunk takes besides
-            for name in batch.parameters:
+        if shape.in_chunks:  # at once: "auto" measures what a chunk takes besides
+            for name in shape.parameters:
                 self.rows(name)
 
-    def part(self, batch: Batch, start: int, stop: int) -> Part:
+    def part(self, shape: CallShape, start: int, stop: int) -> Part:
         return _RowsPart(self, slice(start, stop))
 
-    def joined(self, batch: Batch, parts: Sequence[Any]) -> dict[str, Tensor]:
-        if batch.made_up and self._out is not None:
+    def joined(self, shape: CallShape, parts: Sequence[Any]) -> dict[str, Tensor]:
+        if shape.made_up and self._out is not None:
             return dict(self._out)
-        return super().joined(batch, [{n: self.rows(n) for n in batch.parameters}])
+        return super().joined(shape, [{n: self.rows(n) for n in shape.parameters}])
 
     def rows(self, name: str) -> Tensor:
         """(B, *shape): the memory of a parameter's rows, made when it is needed."""
@@ -249,8 +264,8 @@ class _RowsOfCall(Rows):
         return self.memory[name]
 
     def _fresh(self, name: str) -> Tensor:
-        value = self.batch.parameters[name]
-        return value.new_empty(self.batch.count, *value.shape)
+        value = self.shape.parameters[name]
+        return value.new_empty(self.shape.count, *value.shape)
 
 
 class _RowsPart(Part):

@@ -7,7 +7,7 @@ each parameter as a batch of copies, ``p.expand(B, ...)``, which takes no memory
 belongs to sample i, and its gradient is row i, whatever the forward does with it.
 
 Autograd would need B x P numbers for that too. So a :class:`Recorder`, a mode below the
-block's, asks for each call whether a layer says how to keep it (``rules/recordings``).
+block's, asks for each call whether a layer says how to keep it (``rules/kept_calls``).
 It makes such a call on the whole batch with the plain parameter, without a derivative
 by it, and keeps the input. Backward hands it the output gradient. Rows, their norms or
 a weighted sum follow from the two (``rules/formulas``).
@@ -44,11 +44,11 @@ from vmapsafe._torch import (
     without_autocast,
 )
 from vmapsafe.rules.formulas import Formula, Made
-from vmapsafe.rules.recordings import (
-    RECORDINGS,
+from vmapsafe.rules.kept_calls import (
+    KEPT_CALLS,
     ByFormulas,
-    Record,
-    Recording,
+    KeptCall,
+    KeptCalls,
 )
 
 LEVEL = 1  # of the one vmap
@@ -59,7 +59,11 @@ class Unrecordable(Exception):
 
 
 class Collector(ABC):
-    """Takes the gradients, parameter by parameter, as backward meets them."""
+    """Takes the gradients, parameter by parameter, as backward meets them.
+
+    Each parameter comes once, in any order. What a method gets may be kept until
+    backward has ended, and must not be written.
+    """
 
     @abstractmethod
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
@@ -117,11 +121,11 @@ class Recorded:
         recorder.check_graph(leaves)
         self._reached = {id(leaf) for leaf in leaves}
 
-    def watched(self) -> bool:
+    def is_watched(self) -> bool:
         """Whether plain autograd would differentiate the losses by other tensors."""
-        if self._recorder.leaves_out:
+        if self._recorder.lacks_a_gradient:
             return True
-        leaves = *self._recorder.leaves.values(), self._recorder.anchor
+        leaves = *self._recorder.copies.values(), self._recorder.anchor
         return not self._reached <= {id(leaf) for leaf in leaves}
 
     def backward(self, into: Collector) -> None:
@@ -129,7 +133,7 @@ class Recorded:
         recorder, reached = self._recorder, self._reached
         # ``receive`` knows these and not the recorder: a cycle of references would keep
         # the rows alive until Python's garbage collector comes by.
-        leaves, uses = recorder.leaves, recorder.uses
+        leaves, uses = recorder.copies, recorder.uses
         rest = {name: leaf for name, leaf in leaves.items() if id(leaf) in reached}
         sums: dict[str, Tensor] = {}
 
@@ -179,9 +183,9 @@ class Recorder(Copies):
         size: B.
 
     Attributes:
-        leaves: the copies of each parameter, (B, *shape), by name.
+        copies: the copies of each parameter, (B, *shape), by name.
         uses: how many recorded uses each has.
-        leaves_out: whether a tensor requires a gradient that is not computed.
+        lacks_a_gradient: whether a tensor requires a gradient that is not computed.
         anchor: all recorded outputs depend on it, so that autograd reaches them.
         receive: takes a use and its output gradient in backward.
     """
@@ -195,70 +199,70 @@ class Recorder(Copies):
     ) -> None:
         super().__init__(called, originals)
         self._plain = {name: value.detach() for name, value in values.items()}
-        self.leaves = {
+        self.copies = {
             name: value.expand(size, *value.shape).requires_grad_()
             for name, value in self._plain.items()
         }
         self._size = size
         self.uses = {name: 0 for name in values}
-        self.leaves_out = False
+        self.lacks_a_gradient = False
         self.anchor = torch.zeros((), requires_grad=True)
         self.receive: Callable[[str, Formula, Tensor, Tensor], None]
 
     def begin(self) -> Mapping[str, Tensor]:
         """Begin a forward; returns the slices of the copies that it sees."""
-        copies = {name: slices_of(leaf, LEVEL) for name, leaf in self.leaves.items()}
+        copies = {name: slices_of(leaf, LEVEL) for name, leaf in self.copies.items()}
         self.stand_in(copies)
-        self._names = {id(copy): name for name, copy in copies.items()}
+        self._name_of_copy = {id(copy): name for name, copy in copies.items()}
         return copies
 
     def call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        found = RECORDINGS.get(func)
+        found = KEPT_CALLS.get(func)
         if (found is None and func not in _ASKED) or current_level() != LEVEL:
             return func(*args, **kwargs)
         if func in _REFUSED:
             raise Unrecordable(_REFUSED[func])
         if found is None:
             return self._requires_grad(*args)
-        recording, parameters = found
-        y = self._recorded(recording, {**parameters.bind(args, kwargs)})
-        return (recording.otherwise or func)(*args, **kwargs) if y is None else y
+        kept, signature = found
+        y = self._kept(kept, {**signature.bind(args, kwargs)})
+        return (kept.otherwise or func)(*args, **kwargs) if y is None else y
 
-    def _recorded(
-        self, recording: Recording, arguments: dict[str, Any]
-    ) -> Tensor | None:
+    def _kept(self, kept: KeptCalls, arguments: dict[str, Any]) -> Tensor | None:
         """The output of a call that is kept; None for another call."""
         names: dict[str, str | None] = {}
         others = []
-        for own in recording.parameters:
+        for own in kept.parameters:
             parameter = arguments[own]
-            name = names[own] = self._names.get(id(parameter))
+            name = names[own] = self._name_of_copy.get(id(parameter))
             if name is not None:  # without the samples' copies, and a derivative
                 arguments[own] = self._plain[name]
             elif parameter is not None:
                 others.append(parameter)
         if not any(names.values()) or any([is_wrapped(p) for p in others]):
             return None
-        self.leaves_out = self.leaves_out or any([p.requires_grad for p in others])
+        self.lacks_a_gradient = self.lacks_a_gradient or any(
+            [p.requires_grad for p in others]
+        )
         with below_innermost():
             x = batch_behind(arguments["input"], LEVEL, self._size)
             if x is None:
                 return None
             arguments["input"] = x
-            record = recording.record(**arguments)
-            if record is None:
+            call = kept.keep(**arguments)
+            if call is None:
                 return None
             for name in names.values():
                 if name is not None:
                     self.uses[name] += 1
-            y: Tensor = _Recorded.apply(self.anchor, x, self, record, names)
+            y: Tensor = _KeptCall.apply(self.anchor, x, self, call, names)
             return slices_of(y, LEVEL)
 
     def _requires_grad(self, tensor: Tensor) -> bool:
         """What vmap(grad) would show of a slice."""
-        if id(tensor) in self._names:
+        if id(tensor) in self._name_of_copy:
             return True
         if is_wrapped(tensor):
             with below_innermost():
@@ -268,7 +272,7 @@ class Recorder(Copies):
         return tensor.requires_grad
 
 
-class _Recorded(Function):
+class _KeptCall(Function):
     """A function of the input. Its backward hands on what rows are made of."""
 
     @staticmethod
@@ -277,11 +281,11 @@ class _Recorded(Function):
         anchor: Tensor,
         x: Tensor,
         recorder: Recorder,
-        record: Record,
+        call: KeptCall,
         names: Mapping[str, str | None],
     ) -> Tensor:
-        ctx.recorder, ctx.record, ctx.names = recorder, record, names
-        found = record.forward(x)
+        ctx.recorder, ctx.call, ctx.names = recorder, call, names
+        found = call.forward(x)
         y, *saved = (found,) if isinstance(found, Tensor) else found
         ctx.save_for_backward(x, *saved)  # says so where x was written over since
         return _no_view(y)
@@ -291,18 +295,18 @@ class _Recorded(Function):
         (grad,) = grads
         x, *saved = ctx.saved_tensors
         x = x.detach()  # kept, perhaps, until after backward
-        names, record = ctx.names, ctx.record
+        names, call = ctx.names, ctx.call
         by_input, of_input = ctx.needs_input_grad[1], None
-        if isinstance(record, ByFormulas):
-            for own, formula in record.formulas.items():
+        if isinstance(call, ByFormulas):
+            for own, formula in call.formulas.items():
                 if names[own] is not None:
                     ctx.recorder.receive(names[own], formula, x, grad)
-            if by_input and record.input_gradient is not None:
+            if by_input and call.input_gradient is not None:
                 # Autocast computes in the dtype of the output and goes back.
-                of_input = record.input_gradient(x.to(grad.dtype), grad).to(x.dtype)
+                of_input = call.input_gradient(x.to(grad.dtype), grad).to(x.dtype)
         else:
             wanted = [by_input, *[name is not None for name in names.values()]]
-            of_input, *made = record.backward(grad, x, saved, wanted)
+            of_input, *made = call.backward(grad, x, saved, wanted)
             for name, rows in zip(names.values(), made):
                 if name is not None and rows is not None:
                     ctx.recorder.receive(name, Made(rows.shape[1:]), rows, rows)

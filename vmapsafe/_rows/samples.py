@@ -47,7 +47,7 @@ class Samples:
         parameters: those to differentiate by, and where they are.
         batch: trees of tensors (B, ...). If the caller's batch is empty, it is made-up
             samples, whose results are thrown away.
-        leaves: the tensors in it.
+        tensors: those of the batch.
         size: of the caller's batch.
         options: of the block.
         randomness: as in vmap.
@@ -60,7 +60,7 @@ class Samples:
     loss_fn: Loss
     parameters: Parameters
     batch: tuple[Any, ...]
-    leaves: list[Tensor]
+    tensors: list[Tensor]
     size: int
     options: Options
     randomness: str
@@ -154,7 +154,7 @@ class Samples:
 
     def recordable(self) -> bool:
         """Whether nothing that can be seen from outside forbids :meth:`recorded`."""
-        leaves = (*self.leaves, *self.values.values())
+        leaves = (*self.tensors, *self.values.values())
         return (
             current_level() == 0
             and not beyond_reverse_mode()
@@ -188,14 +188,14 @@ class Samples:
             Block((self.model,), replace(self.options, copies_at=LEVEL)),
         )
 
-    def watched(self) -> bool:
+    def could_be_watched(self) -> bool:
         """Whether plain autograd has an interest in the rows."""
         if not torch.is_grad_enabled():
             return False
         known = self.parameters.known
         chosen = {id(known[name]) for name in self.values}
         others = [p for p in known.values() if id(p) not in chosen]
-        given = (*self.leaves, *self.values.values())
+        given = (*self.tensors, *self.values.values())
         watched = (*given, *others, *self.net.buffers())
         return any([tensor.requires_grad for tensor in watched])
 
@@ -204,7 +204,9 @@ class Samples:
     def _loss(self, values: Mapping[str, Tensor], inputs: Any, *rest: Any) -> Any:
         """Of one sample, handed to the model as a batch of one."""
         inputs, rest = tree_map(lambda t: t.unsqueeze(0), (inputs, rest))
-        result = self.parameters.standing_in(values, self._called, inputs, rest)
+        result = self.parameters.standing_in(
+            values, self._output_and_loss, inputs, rest
+        )
         if not self.has_aux:
             return self._scalar(result)
         if not isinstance(result, (tuple, list)) or len(result) != 2:
@@ -216,7 +218,7 @@ class Samples:
         value, aux = result
         return self._scalar(value), tree_map(self._aux, aux)
 
-    def _called(self, inputs: Any, rest: tuple[Any, ...]) -> Any:
+    def _output_and_loss(self, inputs: Any, rest: tuple[Any, ...]) -> Any:
         args, kwargs = _as_call(inputs)
         output = self.net(*args, **kwargs)
         return self.loss_fn(output, *rest)  # which may read parameters too
@@ -261,6 +263,8 @@ class Samples:
                 return loss.squeeze(0)
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         do = 'Let it return the mean or the sum, e.g. reduction="sum"'
+        if isinstance(loss, (int, float)):
+            do = "Let it return a tensor; .item() and float() cut it from the model"
         if isinstance(loss, (tuple, list)):
             do = "Let it return the loss alone, or pass has_aux=True for (loss, aux)"
         raise VmapSafeValueError(
@@ -346,7 +350,8 @@ def _batch_size(called: str, batch: tuple[Any, ...]) -> int:
                     f"batch[{i}] holds {shown(leaf)}, {a_kind(leaf)}, "
                     "which has no batch dimension",
                     "Pass tensors (B, ...), which torch.as_tensor makes of numpy "
-                    "arrays and lists; what all samples share belongs into loss_fn",
+                    "arrays and lists; what all samples share belongs in loss_fn, "
+                    "and options go by name",
                 )
             shapes.append((i, tuple(leaf.shape)))
     if not shapes:

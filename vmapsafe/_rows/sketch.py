@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vmapsafe._errors import VmapSafeValueError
-from vmapsafe._rows.quantities import Batch, Part, PerSample
+from vmapsafe._rows.quantities import CallShape, Part, PerSample
 from vmapsafe._torch import below_all, without_autocast
 from vmapsafe.rules.formulas import Formula
 from vmapsafe.rules.precision import wide
@@ -59,7 +59,7 @@ class Sketch(PerSample[Tensor]):
             raise VmapSafeValueError(called, f"seed is {seed!r}", "Pass an int")
         self._k, self._kind, self._seed = k, kind, seed
 
-    def part(self, batch: Batch, start: int, stop: int) -> Part:
+    def part(self, shape: CallShape, start: int, stop: int) -> Part:
         return _SketchPart(self._k, self._kind, self._seed)
 
 

@@ -5,8 +5,8 @@ The map, bottom up:
 ``precision``             half precision is computed in float32
 ``memory``                large zeros that cost nothing where nobody writes
 ``formulas``              rows of a parameter, their norms and sums
-``recordings``            the table in which layers say what ``_rows`` keeps of a call
-``slow``                  slow forms of normalisation, for references
+``kept_calls``            the table in which layers say what ``_rows`` keeps of a call
+``references``            slow forms of normalisation, to compare with
 ``normalisation``         by statistics of the input, right in every derivative
 ``layer_norm``            layer norm
 ``rms_norm``              RMS norm

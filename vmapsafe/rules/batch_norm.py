@@ -19,8 +19,9 @@ from vmapsafe._modes import MODES, groups_for
 from vmapsafe._rule import FunctionRule, register, slice_by_slice
 from vmapsafe._torch import autocasts, innermost, is_wrapped
 from vmapsafe.rules import batch_norm_operators as operators
-from vmapsafe.rules import slow
+from vmapsafe.rules import references
 from vmapsafe.rules.group_norm import by_groups
+from vmapsafe.rules.kept_calls import ByKernel, KeptCalls, keep_calls
 from vmapsafe.rules.normalisation import (
     has_own_weights,
     has_several_layouts,
@@ -29,7 +30,6 @@ from vmapsafe.rules.normalisation import (
     per_channel,
 )
 from vmapsafe.rules.precision import wide
-from vmapsafe.rules.recordings import ByKernel, Recording, record_calls
 
 # -- "no_running_stats": the statistics of the slice ---------------------------------
 
@@ -52,7 +52,7 @@ register(
         modes=("no_running_stats",),
         accepts=of_a_layer,
         batched=_by_own_statistics,
-        reference=slice_by_slice(slow.batch_norm),
+        reference=slice_by_slice(references.batch_norm),
     )
 )
 
@@ -79,7 +79,7 @@ def _group_norm(call: Call) -> Tensor:
 
 def _plain_groups(call: Call) -> Tensor:
     assert call.site is not None
-    return slow.group_norm(
+    return references.group_norm(
         call, groups_for(call["input"].size(1), call.site.num_groups)
     )
 
@@ -143,7 +143,7 @@ for _function in (F.batch_norm, F.instance_norm):
             modes=MODES,
             accepts=_asks_for_its_own,
             batched=_staying_in_eval,
-            reference=slice_by_slice(slow.by_running_statistics),
+            reference=slice_by_slice(references.by_running_statistics),
         )
     )
 
@@ -177,7 +177,7 @@ register(
         modes=MODES,
         accepts=_uses_own_statistics,
         batched=_by_own_statistics,
-        reference=slice_by_slice(slow.batch_norm),
+        reference=slice_by_slice(references.batch_norm),
     )
 )
 
@@ -243,7 +243,7 @@ register(
         modes=MODES,
         accepts=_reads_statistics,
         batched=_by_running_statistics,
-        reference=slice_by_slice(slow.by_running_statistics),
+        reference=slice_by_slice(references.by_running_statistics),
     )
 )
 
@@ -270,8 +270,8 @@ def with_one_layout(call: Call) -> Tensor:
 
 def _plain_batch_of_one(call: Call) -> Tensor:
     if call["training"] or call["running_mean"] is None:
-        return slow.batch_norm(call)
-    return slow.by_running_statistics(call)
+        return references.batch_norm(call)
+    return references.by_running_statistics(call)
 
 
 register(
@@ -300,7 +300,7 @@ def one_value(call: Call, per: str, do: str) -> VmapSafeValueError:
 # -- Rows ------------------------------------------------------------------------------
 
 
-def _record(
+def _keep(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -350,4 +350,4 @@ def _otherwise(
     return F.batch_norm(x, *rest).view(input.shape)
 
 
-record_calls(F.batch_norm, Recording(_record, otherwise=_otherwise))
+keep_calls(F.batch_norm, KeptCalls(_keep, otherwise=_otherwise))

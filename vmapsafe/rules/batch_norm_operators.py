@@ -18,7 +18,7 @@ from torch import Tensor
 from vmapsafe._call import Call, batch_first
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_plain
-from vmapsafe.rules import slow
+from vmapsafe.rules import references
 from vmapsafe.rules.precision import wide
 
 # Values per sample and channel from which on the fused backward by running statistics
@@ -266,17 +266,17 @@ def _statistics(call: Call, training: bool) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(var + eps), in the shape that broadcasts."""
     x = call["input"]
     if training:
-        mean, variance = slow.statistics(x, slow.but_channels(x))
+        mean, variance = references.statistics(x, references.but_channels(x))
     else:
-        mean = slow.along_channels(call["running_mean"], x)
-        variance = slow.along_channels(call["running_var"], x)
+        mean = references.along_channels(call["running_mean"], x)
+        variance = references.along_channels(call["running_var"], x)
     return mean, (variance + call["eps"]).rsqrt()
 
 
 def _plain(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     x, training = call["input"], call["training"]
     mean, rstd = _statistics(call, training)
-    y = slow.affine(call, (x - mean) * rstd)
+    y = references.affine(call, (x - mean) * rstd)
     if not training:
         return y, x.new_empty(0), x.new_empty(0)
     # torch does not differentiate what it saves.
@@ -287,12 +287,12 @@ def _plain_backward(call: Call) -> tuple[Tensor | None, ...]:
     """Its three derivatives."""
     x, grad = call["input"], call["grad_out"]
     wants_input, wants_weight, wants_bias = call["output_mask"]
-    over = slow.but_channels(x)
+    over = references.but_channels(x)
     mean, rstd = _statistics(call, call["train"])
     normalised = (x - mean) * rstd
     weighted = grad
     if call["weight"] is not None:
-        weighted = grad * slow.along_channels(call["weight"], x)
+        weighted = grad * references.along_channels(call["weight"], x)
     if call["train"]:
         mean_of = weighted.mean(over, keepdim=True)
         along = (weighted * normalised).mean(over, keepdim=True)

@@ -30,7 +30,7 @@ from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_plain, multiplies_exactly, unwatched
 from vmapsafe.rules.convolution_regimes import REGIMES
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
-from vmapsafe.rules.recordings import ByFormulas, Recording, record_calls
+from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
 
 _backward = torch.ops.aten.convolution_backward.default
 
@@ -395,7 +395,7 @@ def _weight_gradient(arguments: Mapping[str, Any]) -> Tensor:
     return found
 
 
-def _record(
+def _keep(
     function: Callable[..., Tensor],
     dims: int,
     input: Tensor,
@@ -434,4 +434,4 @@ def _each(value: Any, dims: int) -> list[int]:
 
 
 for _dims, _function in enumerate((F.conv1d, F.conv2d, F.conv3d), 1):
-    record_calls(_function, Recording(partial(_record, _function, _dims)))
+    keep_calls(_function, KeptCalls(partial(_keep, _function, _dims)))

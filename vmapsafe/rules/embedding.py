@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmapsafe._call import Call, Function, Parameters, batch_first, batch_size
+from vmapsafe._call import Call, Function, Signature, batch_first, batch_size
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_plain
 from vmapsafe.rules import memory
@@ -27,8 +27,8 @@ from vmapsafe.rules.formulas import (
     norms_of,
     roots_of,
 )
+from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
 from vmapsafe.rules.precision import wide
-from vmapsafe.rules.recordings import ByFormulas, Recording, record_calls
 
 DEVICES = ("cpu",)  # whose system hands out zeros
 
@@ -146,7 +146,7 @@ class Weight(Formula):
         return grad.masked_fill((x == padding).unsqueeze(-1), 0)
 
 
-def _record(
+def _keep(
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -164,14 +164,14 @@ def _record(
     )
 
 
-record_calls(F.embedding, Recording(_record, parameters=("weight",)))
+keep_calls(F.embedding, KeptCalls(_keep, parameters=("weight",)))
 
 
 # -- max_norm --------------------------------------------------------------------------
 #
 # torch writes the renormalised rows into the weight. Here a copy of them is used.
 
-_RENORMALISING = {f: Parameters.of(f) for f in (F.embedding, F.embedding_bag)}
+_RENORMALISING = {f: Signature.of(f) for f in (F.embedding, F.embedding_bag)}
 
 
 def renormalises(

@@ -25,7 +25,8 @@ from vmapsafe._torch import (
     innermost,
     is_differentiated,
 )
-from vmapsafe.rules import slow
+from vmapsafe.rules import references
+from vmapsafe.rules.kept_calls import ByKernel, KeptCalls, keep_calls
 from vmapsafe.rules.normalisation import (
     fused_layer_norm,
     has_own_weights,
@@ -34,7 +35,6 @@ from vmapsafe.rules.normalisation import (
     specimen,
     torchs_own_fails,
 )
-from vmapsafe.rules.recordings import ByKernel, Recording, record_calls
 
 # Values per sample and channel from which on layer norm and batch norm win, by type of
 # device. Measured on an x86 server core, float32, torch 2.13.
@@ -114,7 +114,7 @@ def _by_groups(call: Call) -> Tensor:
 
 
 def _plain(call: Call) -> Tensor:
-    return slow.group_norm(call, call["num_groups"])
+    return references.group_norm(call, call["num_groups"])
 
 
 register(
@@ -143,7 +143,7 @@ register(
 # -- Rows ------------------------------------------------------------------------------
 
 
-def _record(
+def _keep(
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
@@ -204,4 +204,4 @@ def _otherwise(
     return (by_groups if fails else F.group_norm)(*given)
 
 
-record_calls(F.group_norm, Recording(_record, otherwise=_otherwise))
+keep_calls(F.group_norm, KeptCalls(_keep, otherwise=_otherwise))

@@ -12,8 +12,8 @@ from torch import Tensor
 from vmapsafe._call import Call
 from vmapsafe._modes import MODES
 from vmapsafe._rule import FunctionRule, register, slice_by_slice
-from vmapsafe._torch import recorded
-from vmapsafe.rules import slow
+from vmapsafe._torch import autograd_records
+from vmapsafe.rules import references
 from vmapsafe.rules.batch_norm import one_value, with_one_layout, writes_statistics
 from vmapsafe.rules.normalisation import (
     fused_batch_norm,
@@ -34,7 +34,7 @@ def _unwritten(call: Call) -> Tensor:
         y = normalised(x, list(range(2, x.dim())), call["eps"])
         return scaled_and_shifted(y, weight, bias).to(x.dtype)
     flat = x.flatten(2)
-    if recorded(x, weight, bias):
+    if autograd_records(x, weight, bias):
         as_channels = flat.reshape(1, -1, flat.size(2))
         weight, bias = (p if p is None else p.repeat(len(x)) for p in (weight, bias))
         y = fused_batch_norm(as_channels, weight, bias, call["eps"])
@@ -57,7 +57,7 @@ register(
         modes=("no_running_stats",),
         accepts=of_a_layer,
         batched=_unwritten,
-        reference=slice_by_slice(slow.instance_norm),
+        reference=slice_by_slice(references.instance_norm),
     )
 )
 
@@ -68,7 +68,7 @@ register(
         modes=MODES,
         accepts=_uses_own_statistics,
         batched=_unwritten,
-        reference=slice_by_slice(slow.instance_norm),
+        reference=slice_by_slice(references.instance_norm),
     )
 )
 
@@ -80,8 +80,8 @@ def _has_several_layouts(call: Call) -> bool:
 
 def _plain_of_both_kinds(call: Call) -> Tensor:
     if call["use_input_stats"] or call["running_mean"] is None:
-        return slow.instance_norm(call)
-    return slow.by_running_statistics(call)
+        return references.instance_norm(call)
+    return references.by_running_statistics(call)
 
 
 register(
@@ -126,6 +126,6 @@ register(
         modes=("sync",),
         accepts=of_a_layer,
         batched=_across_slices,
-        reference=slice_by_slice(slow.instance_norm),
+        reference=slice_by_slice(references.instance_norm),
     )
 )

@@ -22,8 +22,8 @@ from torch import Tensor
 from vmapsafe._call import Call, batch_first, expanded
 from vmapsafe._modes import MODES
 from vmapsafe._rule import FunctionRule, OperatorRule, register, slice_by_slice
-from vmapsafe._torch import is_differentiated, is_plain, recorded
-from vmapsafe.rules import slow
+from vmapsafe._torch import autograd_records, is_differentiated, is_plain
+from vmapsafe.rules import references
 from vmapsafe.rules.normalisation import (
     fused_layer_norm,
     has_own_weights,
@@ -199,7 +199,7 @@ def _torchs_own_fails(call: Call) -> bool:
     if torchs_own_fails(*tensors):
         return True
     # Of rows, for which slices have weights of their own, there is one derivative.
-    return recorded(*tensors) and not has_own_weights(call)
+    return autograd_records(*tensors) and not has_own_weights(call)
 
 
 def _right(call: Call) -> Tensor:
@@ -217,7 +217,7 @@ def _plain(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Ba et al., https://arxiv.org/abs/1607.06450, section 3.1."""
     x = call["input"]
     dims = list(range(-len(call["normalized_shape"]), 0))
-    mean, variance = slow.statistics(x, dims)
+    mean, variance = references.statistics(x, dims)
     rstd = 1 / torch.sqrt(variance + call["eps"])
     y = (x - mean) * rstd
     y = y if call["weight"] is None else y * call["weight"]

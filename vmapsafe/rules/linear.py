@@ -16,7 +16,7 @@ from torch import Tensor
 from vmapsafe._call import Call, batch_first
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
-from vmapsafe.rules.recordings import ByFormulas, Recording, record_calls
+from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
 
 # Numbers in the output of the whole batch from which on one fused product and sum wins,
 # by type of device. Measured by bench/thresholds/layers.py on an x86 server core,
@@ -100,7 +100,7 @@ class Weight(Products):
         return (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(dtype)
 
 
-def _record(
+def _keep(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> ByFormulas | None:
     if input.dim() < 2 or weight.dim() != 2:
@@ -117,4 +117,4 @@ def _record(
     )
 
 
-record_calls(F.linear, Recording(_record))
+keep_calls(F.linear, KeptCalls(_keep))

@@ -23,10 +23,10 @@ from torch.autograd import Function
 from vmapsafe._call import Call
 from vmapsafe._torch import (
     autocasts,
+    autograd_records,
     batched_levels,
     beyond_reverse_mode,
     merging,
-    recorded,
 )
 from vmapsafe.rules.precision import HALVES, wide
 
@@ -115,7 +115,7 @@ def own_statistics(
         y = normalised(x, [d for d in range(x.dim()) if d != 1], eps)
         return scaled_and_shifted(y, weight, bias).to(x.dtype)
     flat = x.flatten(2) if has_several_layouts(x) else x
-    if recorded(x, weight, bias):
+    if autograd_records(x, weight, bias):
         y = fused_batch_norm(flat, weight, bias, eps)
     else:
         y = F.batch_norm(flat, None, None, weight, bias, True, 0.0, eps)
@@ -135,7 +135,7 @@ def fused_layer_norm(
     eps: float,
 ) -> Tensor:
     """Layer norm where :func:`torchs_own_fails` says no."""
-    if not recorded(x, weight, bias):
+    if not autograd_records(x, weight, bias):
         return F.layer_norm(x, shape, weight, bias, eps)
 
     def plain(*tensors: Tensor | None) -> Tensor:
@@ -163,7 +163,7 @@ def fused_layer_norm(
 def fused_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Batch norm by the statistics of ``x``, where :func:`recorded` says yes."""
+    """Batch norm by the statistics of ``x``, if :func:`autograd_records` them."""
 
     def plain(*tensors: Tensor | None) -> Tensor:
         y: Tensor = BatchNorm.apply(*tensors, eps)

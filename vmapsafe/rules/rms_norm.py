@@ -2,7 +2,7 @@
 
 On the CPU torch (2.13) computes it in plain operations, which are right. On CUDA it has
 a fused kernel, whose backward is given the saved root mean square. Here it is written
-out where more than the first derivative may be taken. Recording its calls for rows was
+out where more than the first derivative may be taken. KeptCalls its calls for rows was
 tried and gained nothing.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from vmapsafe._call import Call
 from vmapsafe._modes import MODES
 from vmapsafe._rule import FunctionRule, register, slice_by_slice
-from vmapsafe._torch import recorded
+from vmapsafe._torch import autograd_records
 from vmapsafe.rules.normalisation import has_own_weights, torchs_own_fails
 from vmapsafe.rules.precision import wide
 
@@ -27,7 +27,7 @@ def _torchs_own_fails(call: Call) -> bool:
     if torchs_own_fails(x, call["weight"]):
         return True
     # Of rows, for which slices have weights of their own, there is one derivative.
-    return recorded(x, call["weight"]) and not has_own_weights(call)
+    return autograd_records(x, call["weight"]) and not has_own_weights(call)
 
 
 def _written_out(call: Call) -> Tensor:

@@ -43,7 +43,7 @@ from vmapsafe._torch import (
     vmap_size,
     whole_while_compiling,
 )
-from vmapsafe.rules import slow
+from vmapsafe.rules import references
 from vmapsafe.rules.normalisation import (
     has_own_weights,
     of_a_layer,
@@ -357,7 +357,7 @@ def _whole_batch(call: Call) -> Tensor:
     """Of the merged batch, slices put back."""
     x: Tensor = call["input"]
     merged = {**call.arguments, "input": x.flatten(0, 1)}
-    return slow.batch_norm(Call(call.function, merged)).view(x.shape)
+    return references.batch_norm(Call(call.function, merged)).view(x.shape)
 
 
 register(

@@ -20,7 +20,7 @@ from vmapsafe._modes import Options
 from vmapsafe._rows.chunks import ChunkSize, check_chunk_size, in_chunks
 from vmapsafe._rows.parameters import Params
 from vmapsafe._rows.processes import agreed, check_all_or_none
-from vmapsafe._rows.quantities import Batch, Part, Quantity, joined
+from vmapsafe._rows.quantities import CallShape, Part, Quantity, joined
 from vmapsafe._rows.record import Unrecordable
 from vmapsafe._rows.samples import Loss, Samples
 
@@ -34,7 +34,7 @@ class Asked:
 
     Attributes:
         called: the function, for errors.
-        block: the options of ``vmap_safe``, and ``rows``.
+        options: those of ``vmap_safe``, and ``rows``.
 
     The other attributes are those of :func:`vmapsafe.per_sample_grads`.
     """
@@ -47,7 +47,7 @@ class Asked:
     chunk_size: ChunkSize
     randomness: str
     has_aux: bool
-    block: dict[str, Any]
+    options: dict[str, Any]
 
     def samples(self) -> Samples:
         """All of it checked and bound.
@@ -59,7 +59,7 @@ class Asked:
             VmapSafeTypeError: an argument of another kind.
             VmapSafeValueError: an argument that makes no sense.
         """
-        options = Options(called=self.called, **self.block)
+        options = Options(called=self.called, **self.options)
         check_chunk_size(self.called, self.chunk_size, options)
         return Samples.of(
             self.model,
@@ -80,7 +80,7 @@ class Asked:
         Returns:
             The result, or with ``has_aux`` a pair of it and aux.
         """
-        return self.shown(self._computed(quantity))
+        return self.returned(self._computed(quantity))
 
     def found_in_all(
         self, option: str, value: str | None, one: str, quantity: Callable[[], Any]
@@ -107,9 +107,9 @@ class Asked:
         result, aux = agreed(
             called, device_of(self.model), lambda: self._computed(quantity)
         )
-        return self.shown((quantity().of_all_processes(result), aux))
+        return self.returned((quantity().of_all_processes(result), aux))
 
-    def shown(self, pair: tuple[T, Any]) -> Any:
+    def returned(self, pair: tuple[T, Any]) -> Any:
         """What the caller gets of a result and aux."""
         return pair if self.has_aux else pair[0]
 
@@ -132,19 +132,19 @@ def computed(
     Returns:
         The quantity, and aux.
     """
-    batch = _batch(samples, chunk_size)
-    quantity = quantity.begin(batch)
+    shape = _shape(samples, chunk_size)
+    quantity = quantity.begin(shape)
     parts: list[Any] = []
     auxs: list[Any] = []
 
     def run(start: int, stop: int) -> None:
-        part = quantity.part(batch, start, stop)
+        part = quantity.part(shape, start, stop)
         aux = way(samples, samples.part(start, stop), part)
         parts.append(part.finished())
         auxs.append(aux)
 
     in_chunks(samples.count, chunk_size, samples.device, samples.randomness, run)
-    return quantity.joined(batch, parts), joined(batch, auxs)
+    return quantity.joined(shape, parts), joined(shape, auxs)
 
 
 def with_derivatives(
@@ -157,12 +157,12 @@ def with_derivatives(
         found.append(samples.rows(samples.part(start, stop)))
 
     in_chunks(samples.count, chunk_size, samples.device, samples.randomness, run)
-    rows: tuple[dict[str, Tensor], Any] = joined(_batch(samples, chunk_size), found)
+    rows: tuple[dict[str, Tensor], Any] = joined(_shape(samples, chunk_size), found)
     return rows
 
 
-def _batch(samples: Samples, chunk_size: ChunkSize) -> Batch:
-    return Batch(
+def _shape(samples: Samples, chunk_size: ChunkSize) -> CallShape:
+    return CallShape(
         samples.values,
         samples.count,
         in_chunks=chunk_size is not None,
@@ -210,7 +210,7 @@ def recorded_if_unwatched(samples: Samples, batch: tuple[Any, ...], into: Part) 
             followed.
     """
     recorded = samples.recorded(batch)
-    if recorded.watched():
+    if recorded.is_watched():
         raise Unrecordable("a tensor that requires a gradient")
     recorded.backward(into)
     return recorded.aux

@@ -7,6 +7,10 @@ layer gives that call in one of two forms, and ``_rows/record`` does the rest:
 * :class:`ByFormulas`: backward keeps the input and hands the output gradient to a
   formula for each parameter (``formulas``);
 * :class:`ByKernel`: one kernel makes the input gradient and all rows, which are small.
+
+The input of such a call is (B, N, ...): of each of B samples what its slice passes, and
+N is the length of the slice's own batch dimension, 1 in most networks. So channels are
+dimension 2.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vmapsafe._call import Function, Parameters
+from vmapsafe._call import Function, Signature
 from vmapsafe.rules.formulas import Formula
 
 
@@ -25,7 +29,7 @@ class ByFormulas:
     """A call on the whole batch whose rows follow from input and output gradient.
 
     Attributes:
-        forward: of the input (B, ...).
+        forward: of the input (B, N, ...).
         input_gradient: of the input and the output gradient, in one dtype; None where
             the input has no gradient.
         formulas: by the argument's name.
@@ -41,7 +45,7 @@ class ByKernel:
     """A call on the whole batch whose rows come out of one kernel.
 
     Attributes:
-        forward: of the input (B, ...); gives the output, and what backward needs.
+        forward: of the input (B, N, ...); gives the output, and what backward needs.
         backward: of the output gradient, the input, what forward gave, and for the
             input and each parameter whether its gradient is wanted; gives those.
     """
@@ -52,30 +56,30 @@ class ByKernel:
     ]
 
 
-Record = ByFormulas | ByKernel
+KeptCall = ByFormulas | ByKernel
 
 
 @dataclass(frozen=True)
-class Recording:
+class KeptCalls:
     """What is kept of the calls of a function.
 
     Attributes:
-        record: has the function's own signature. It is called with the whole batch as
-            ``input``, (B, ...), and plain parameters; None where the call is not kept.
+        keep: has the function's own signature. It gets the whole batch as ``input``,
+            and plain parameters; it gives None for a call that is not kept.
         parameters: the names of the arguments that may be parameters.
-        otherwise: what a call means that is not kept, on one slice and its own copies
-            of the parameters; torch's own by default.
+        otherwise: what makes a call that is not kept, on one slice and its own copies
+            of the parameters; by default the function itself.
     """
 
-    record: Callable[..., Record | None]
+    keep: Callable[..., KeptCall | None]
     parameters: tuple[str, ...] = ("weight", "bias")
     otherwise: Function | None = None
 
 
 # What is kept of the calls of each function, and the names of their arguments.
-RECORDINGS: dict[Function, tuple[Recording, Parameters]] = {}
+KEPT_CALLS: dict[Function, tuple[KeptCalls, Signature]] = {}
 
 
-def record_calls(function: Function, recording: Recording) -> None:
+def keep_calls(function: Function, kept: KeptCalls) -> None:
     """Say what is kept of the calls of ``function``."""
-    RECORDINGS[function] = recording, Parameters.of(recording.record)
+    KEPT_CALLS[function] = kept, Signature.of(kept.keep)
