@@ -1,5 +1,10 @@
 """BatchNorm networks under torch.func, and the model comes back as it was.
 
+Users start with ``vmap_safe`` (a block in which vmap and the other transforms work),
+``batched`` (functions of a batch, run on batches of one), ``per_sample_grads`` with its
+norms, clipped sums and sketches, ``check`` (a report of what is unsafe in a model),
+``convert`` and ``norm_layer`` (permanent conversions) and ``over`` (a whole data set).
+
 The map of the package, bottom up. Each file imports only from those above it, and each
 folder's docstring has the map of its own files.
 

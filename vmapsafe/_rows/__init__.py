@@ -1,10 +1,10 @@
 """Per-sample gradients and quantities of them, from one forward and one backward pass.
 
-The way of a call: ``per_sample`` takes it, and ``turns`` lets it wait for other threads.
-Then ``compute`` checks its arguments into ``samples``, and takes some samples at a time.
-For these ``record`` runs the model in a block, and hands what backward meets to a part
-of a quantity (``quantities``). The results of the parts make up that of the call. Where
-the loss cannot be recorded, ``samples`` makes the rows by ``vmap(grad)`` instead.
+The way of a call: ``per_sample`` takes it, and ``turns`` lets it wait for other
+threads. Then ``compute`` checks its arguments into ``samples``, and takes some samples
+at a time. For these ``record`` runs the model in a block, and hands what backward meets
+to a part of a quantity (``quantities``). The results of the parts make up that of the
+call. Where the loss cannot be recorded, ``samples`` makes the rows by ``vmap(grad)``.
 
 The map, bottom up:
 
