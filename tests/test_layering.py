@@ -17,7 +17,7 @@ def mapped(folder=()):
         ast.parse(ROOT.joinpath(*folder, "__init__.py").read_text())
     )
     found = []
-    for name in re.findall(r"^``([\w/]+)`` +\S", text, re.MULTILINE):
+    for name in re.findall(r"^``([\w/]+)`` {2,}\S", text, re.MULTILINE):
         if name.endswith("/"):
             found += mapped((*folder, name[:-1]))
         else:
