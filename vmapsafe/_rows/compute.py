@@ -133,18 +133,18 @@ def computed(
         The quantity, and aux.
     """
     shape = _shape(samples, chunk_size)
-    quantity = quantity.begin(shape)
+    wanted = quantity.begin(shape)
     parts: list[Any] = []
     auxs: list[Any] = []
 
     def run(start: int, stop: int) -> None:
-        part = quantity.part(shape, start, stop)
+        part = wanted.part(shape, start, stop)
         aux = way(samples, samples.part(start, stop), part)
         parts.append(part.finished())
         auxs.append(aux)
 
     in_chunks(samples.count, chunk_size, samples.device, samples.randomness, run)
-    return quantity.joined(shape, parts), joined(shape, auxs)
+    return wanted.joined(shape, parts), joined(shape, auxs)
 
 
 def with_derivatives(

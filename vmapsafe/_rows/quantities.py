@@ -52,12 +52,8 @@ class Part(Collector):
         """What these samples give; all parameters have been met."""
 
 
-class Quantity(ABC, Generic[T]):
-    """Something that follows from every sample's gradient."""
-
-    def begin(self, shape: CallShape) -> Quantity[T]:
-        """The quantity of one call: another object if it keeps something meanwhile."""
-        return self
+class Run(ABC, Generic[T]):
+    """A quantity of the samples of one call."""
 
     @abstractmethod
     def part(self, shape: CallShape, start: int, stop: int) -> Part:
@@ -67,12 +63,27 @@ class Quantity(ABC, Generic[T]):
     def joined(self, shape: CallShape, parts: Sequence[Any]) -> T:
         """The result, from what the parts gave, in the order of the samples."""
 
+
+class Quantity(ABC, Generic[T]):
+    """Something that follows from every sample's gradient."""
+
+    @abstractmethod
+    def begin(self, shape: CallShape) -> Run[T]:
+        """Begin a call."""
+
     @abstractmethod
     def of_all_processes(self, found: T) -> T:
         """The result of all processes of torch.distributed's default group."""
 
 
-class PerSample(Quantity[T]):
+class KeepsNothing(Quantity[T], Run[T]):
+    """A quantity that keeps nothing between the parts of a call."""
+
+    def begin(self, shape: CallShape) -> Run[T]:
+        return self
+
+
+class PerSample(KeepsNothing[T]):
     """A quantity with a number, or several, for each sample: a tree of (B, ...)."""
 
     def joined(self, shape: CallShape, parts: Sequence[Any]) -> T:
@@ -136,7 +147,7 @@ class _NormsPart(Part):
 # -- Clipped sums ----------------------------------------------------------------------
 
 
-class ClippedSum(Quantity[dict[str, Tensor]]):
+class ClippedSum(KeepsNothing[dict[str, Tensor]]):
     """The sum of the rows, each clipped to a norm.
 
     Args:
@@ -218,7 +229,7 @@ class _ClippedPart(_NormsPart):
 # -- Rows ------------------------------------------------------------------------------
 
 
-class Rows(PerSample[dict[str, Tensor]]):
+class Rows(Quantity[dict[str, Tensor]]):
     """The rows themselves, B x P numbers.
 
     Args:
@@ -230,19 +241,18 @@ class Rows(PerSample[dict[str, Tensor]]):
     def __init__(self, out: Mapping[str, Tensor] | None = None) -> None:
         self._out = out
 
-    def begin(self, shape: CallShape) -> Rows:
+    def begin(self, shape: CallShape) -> Run[dict[str, Tensor]]:
         return _RowsOfCall(self._out, shape)
 
-    def part(self, shape: CallShape, start: int, stop: int) -> Part:
-        raise NotImplementedError("a call begins the quantity first")
+    def of_all_processes(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: gathered(rows) for name, rows in found.items()}
 
 
-class _RowsOfCall(Rows):
+class _RowsOfCall(Run[dict[str, Tensor]]):
     """The rows of one call: all chunks write into the same memory."""
 
     def __init__(self, out: Mapping[str, Tensor] | None, shape: CallShape) -> None:
-        super().__init__(out)
-        self.shape = shape
+        self._out, self.shape = out, shape
         given = None if shape.made_up else out  # whose tensors have no rows
         self.memory: dict[str, Tensor] = dict(given or {})
         if shape.in_chunks:  # at once: "auto" measures what a chunk takes besides
@@ -255,7 +265,8 @@ class _RowsOfCall(Rows):
     def joined(self, shape: CallShape, parts: Sequence[Any]) -> dict[str, Tensor]:
         if shape.made_up and self._out is not None:
             return dict(self._out)
-        return super().joined(shape, [{n: self.rows(n) for n in shape.parameters}])
+        rows = {name: self.rows(name) for name in shape.parameters}
+        return {n: r[:0] for n, r in rows.items()} if shape.made_up else rows
 
     def rows(self, name: str) -> Tensor:
         """(B, *shape): the memory of a parameter's rows, made when it is needed."""
