@@ -567,7 +567,7 @@ def scripted():
         return nn.Sequential(torch.jit.script(nn.BatchNorm2d(4)))
 
 
-MODE_LIST = 'Choose one of "eval", "no_running_stats", "group_norm", "sync".'
+MODE_LIST = 'Choose one of "eval", "no_running_stats", "group_norm".'
 COUNT = "Pass an int of at least 1, or a callable from C to one."
 LOSES = (
     " that does more than nn.BatchNorm (a forward of its own, or a parametrization), "

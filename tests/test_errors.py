@@ -67,3 +67,9 @@ def test_copies(name):
         assert type(other) is type(error) and str(other) == "f(...): x is 3. Pass 4."
         assert (other.called, other.found, other.do) == error.args
         assert other.__notes__ == ["a note"]
+
+
+def test_an_error_of_one_text():
+    """As somebody else's code, a mock say, would make it."""
+    error = vmapsafe.BlockError("no")
+    assert (str(error), error.called, error.found, error.do) == ("no", "", "no", "")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vmapsafe._modes import NumGroups, RowsName
-from vmapsafe._torch import OpOverload
+from vmapsafe._torch import OpOverload, schema_of
 
 Function = Callable[..., Any]
 
@@ -102,7 +102,7 @@ class Signature:
     def of(function: Function) -> Signature:
         """Read them from the signature; empty if a function has none of its own."""
         if isinstance(function, OpOverload):
-            arguments = function._schema.arguments
+            arguments = schema_of(function).arguments
             return Signature(
                 tuple(a.name for a in arguments),
                 {a.name: a.default_value for a in arguments if a.has_default_value()},

@@ -145,8 +145,9 @@ def norm_layer(
 
 
 def _conversion(called: str, mode: str) -> _Conversion:
-    check_mode(called, mode)
-    if mode not in _CONVERSIONS:
+    if mode not in tuple(MODES):
+        check_mode(called, mode, among=_CONVERSIONS)
+    elif mode not in _CONVERSIONS:
         found = "the mode holds only while a block is open"
         if MODES[mode].merges:
             found += ", as it needs statistics across the vmapped axis"

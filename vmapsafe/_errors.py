@@ -20,25 +20,26 @@ class VmapSafeError(Exception):
     __module__ = "vmapsafe"
 
     # Without an __init__ of its own: torch.compile could not trace one.
-    args: tuple[str, str, str]
+    # An error that somebody else makes of one text has found that.
+    args: tuple[str, ...]
 
     def __str__(self) -> str:
-        return worded(*self.args)
+        return worded(*self.args) if len(self.args) == 3 else super().__str__()
 
     @property
     def called(self) -> str:
         """What was called."""
-        return self.args[0]
+        return self.args[0] if len(self.args) == 3 else ""
 
     @property
     def found(self) -> str:
         """What was found."""
-        return self.args[1]
+        return self.args[1] if len(self.args) == 3 else str(self)
 
     @property
     def do(self) -> str:
         """What to do."""
-        return self.args[2]
+        return self.args[2] if len(self.args) == 3 else ""
 
 
 class VmapSafeValueError(VmapSafeError, ValueError):

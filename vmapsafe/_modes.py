@@ -7,7 +7,7 @@ exists is a value that makes sense.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -207,18 +207,21 @@ def _shared(options: Options) -> tuple[object, ...]:
     )
 
 
-def check_mode(called: str, mode: object) -> None:
+def check_mode(
+    called: str, mode: object, among: Collection[str] = tuple(MODES)
+) -> None:
     """Raise unless ``mode`` is the name of a mode.
 
     Args:
         called: the public function, for the error.
         mode: what the user wrote.
+        among: the modes that the function takes.
 
     Raises:
         VmapSafeValueError: it is another value; the text lists the modes.
     """
-    if mode not in tuple(MODES):  # a value that is not a string may not be hashable
-        listed = ", ".join([f'"{name}"' for name in MODES])
+    if mode not in tuple(among):  # a value that is not a string may not be hashable
+        listed = ", ".join([f'"{name}"' for name in among])
         raise VmapSafeValueError(
             called, f"unknown mode {shown(mode)}", f"Choose one of {listed}"
         )

@@ -1,8 +1,9 @@
 """Every private name of torch that the package uses, and what each one does.
 
 Each name has the version of torch in which it was read. When torch moves a name, this
-is the file to change. Other files import these functions and classes, and use only
-names of torch that torch documents.
+is the file to change. Other files import these functions and classes. Of private names
+they use only attributes of modules (``_parameters``, ``_buffers``, ``_modules``, hooks)
+and names of operators, which rules are for.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ DropoutBase = _DropoutNd
 InstanceNormBase = _InstanceNorm
 NormBase = _NormBase
 
+# The code that calls a module's hooks and its forward.
+CODE_OF_CALLS = torch.nn.Module._call_impl.__code__
 # The module whose frames show that vmap is running.
 HOME_OF_VMAP = "torch._functorch.vmap"
 
@@ -518,6 +521,29 @@ def lies_alone(tensor: Tensor, base: Tensor | None) -> bool:
     # The tensor's own and ``storage``. Read in torch 2.13.
     known = 2 if base is None else 3
     return bool(torch._C._storage_Use_Count(storage._cdata) <= known)
+
+
+def schema_of(operator: Any) -> Any:
+    """What an operator takes, writes and returns."""
+    return operator._schema
+
+
+def base_of(view: Tensor) -> Tensor | None:
+    """The tensor that a view shows a part of; None for other tensors."""
+    return view._base
+
+
+def forward_class_of(node: Any) -> type:
+    """The autograd.Function of a node that runs its backward."""
+    found: type = node._forward_cls
+    return found
+
+
+def without_view(tensor: Tensor) -> Tensor:
+    """The same memory, as a tensor that is not a view for autograd. What follows can
+    then write into it in place."""
+    shown: Tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
+    return shown
 
 
 def is_wrapped(tensor: Tensor) -> bool:

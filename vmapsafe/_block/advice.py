@@ -9,7 +9,7 @@ from types import FrameType
 from torch import nn
 
 from vmapsafe._block.models import Model
-from vmapsafe._torch import HOME_OF_VMAP, current_level
+from vmapsafe._torch import CODE_OF_CALLS, HOME_OF_VMAP, current_level
 
 _VALUE = "The code asks for the value of a tensor, which differs from slice to slice. "
 
@@ -156,18 +156,16 @@ def _where(frames: Iterable[FrameType], models: Iterable[Model]) -> str:
     found = "the code inside the block, outside its models"
     for frame in frames:
         module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and _is_call_of(module, frame):
+        if isinstance(module, nn.Module) and _is_call(frame):
             for model in models:
                 if module in model.modules:
                     found = model.label(module)
     return found
 
 
-def _is_call_of(module: nn.Module, frame: FrameType) -> bool:
-    """Not a method of the module that calls it, as ``training_step`` does."""
-    return frame.f_code.co_name == "forward" or (
-        frame.f_code is nn.Module._call_impl.__code__
-    )
+def _is_call(frame: FrameType) -> bool:
+    """Whether a module is called there, and not another method of it."""
+    return frame.f_code.co_name == "forward" or frame.f_code is CODE_OF_CALLS
 
 
 def _frames(error: BaseException) -> Iterator[FrameType]:

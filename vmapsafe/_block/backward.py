@@ -32,6 +32,7 @@ from vmapsafe._torch import (
     BackwardCFunction,
     TorchFunctionMode,
     below_modes,
+    forward_class_of,
     handle_torch_function,
     hooks_are_enabled,
     innermost_mode,
@@ -120,7 +121,7 @@ def listen() -> None:
 
 
 def _made(node: Any) -> None:
-    if open_blocks.blocks() and not node._forward_cls.__module__.startswith(
+    if open_blocks.blocks() and not forward_class_of(node).__module__.startswith(
         "vmapsafe."
     ):
         blocks = tuple([block for block in open_blocks.in_force() if block.alive])

@@ -72,7 +72,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 def is_frozen(module: nn.Module, root: nn.Module) -> bool:
     """Whether a module is in eval mode in a model that is in training mode."""
-    return owners_flags(root).training and not owners_flags(module).training
+    return _is_frozen(owners_flags(module), owners_flags(root))
+
+
+def _is_frozen(flags: Flags, of_root: Flags) -> bool:
+    return of_root.training and not flags.training
 
 
 def is_lazy(module: nn.Module) -> bool:
@@ -180,7 +184,7 @@ def _look_at(root: nn.Module, options: Options) -> Model:
     paths: dict[nn.Module, str] = {}
     model = Model(root, paths)
     buffered: list[nn.Module] = []
-    can_freeze = owners_flags(root).training
+    of_root = owners_flags(root)
     seen = {root}
     waiting = [(root, "")]
     while waiting:
@@ -201,7 +205,7 @@ def _look_at(root: nn.Module, options: Options) -> Model:
             model.computed[module] = tensors
         if isinstance(module, torch.jit.ScriptModule):
             if is_normalisation(module) and mode.reads_running_stats:
-                if not can_freeze or module.training:
+                if not _is_frozen(owners_flags(module), of_root):
                     model.scripted[module] = module.training
             continue
         if module._parameters:
@@ -211,7 +215,7 @@ def _look_at(root: nn.Module, options: Options) -> Model:
         named = isinstance(module, also) if also else False
         if named or (module._buffers and is_normalisation(module)):
             flags = owners_flags(module)
-            frozen = can_freeze and not flags.training
+            frozen = _is_frozen(flags, of_root)
             if named and not frozen:
                 _raise(refusal_of_named(mode), module, model, mode)
             if mode.merges and isinstance(module, BatchNormBase):

@@ -31,6 +31,7 @@ from vmapsafe._torch import (
     below_vmap,
     current_level,
     run_while_compiling,
+    schema_of,
     unseen_by_modes,
     whole_batches,
     would_be_cast,
@@ -103,7 +104,7 @@ def _install(operator: Any) -> None:
 def _kernel(operator: Any) -> Callable[..., Any]:
     parameters = Signature.of(operator)
     torchs_own = torch.library.get_kernel(operator, _KEY)
-    one_output = len(operator._schema.returns) == 1
+    one_output = len(schema_of(operator).returns) == 1
 
     @run_while_compiling
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:

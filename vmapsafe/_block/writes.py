@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from vmapsafe._block.covered import Model
 from vmapsafe._torch import (
     OpOverloadPacket,
+    base_of,
     is_wrapped,
     lies_alone,
+    schema_of,
     shares_memory,
     tree_flatten,
 )
@@ -41,7 +43,7 @@ class BuffersOf:
 
     def owner_of(self, tensor: Tensor) -> tuple[nn.Module, str] | None:
         """The module and the name of the buffer that shares memory with ``tensor``."""
-        base = None if _compiling() or is_wrapped(tensor) else tensor._base
+        base = None if _compiling() or is_wrapped(tensor) else base_of(tensor)
         for module in self._owners:
             for buffer in module._buffers.values():
                 if buffer is not None and (buffer is tensor or buffer is base):
@@ -88,7 +90,7 @@ def written_by(
         overloads = [getattr(func, name) for name in names]
     written: dict[int, Tensor] = {}  # each once
     for overload in overloads:
-        for i, argument in enumerate(overload._schema.arguments):
+        for i, argument in enumerate(schema_of(overload).arguments):
             if argument.is_write:
                 given = args[i] if i < len(args) else kwargs.get(argument.name)
                 tensors = [t for t in tree_flatten(given)[0] if isinstance(t, Tensor)]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from vmapsafe._block.models import device_of
@@ -104,9 +105,10 @@ class Asked:
         if value is None:
             return self.found(quantity)
         called = f'{self.called} with {option}="all"'
-        result, aux = agreed(
-            called, device_of(self.model), lambda: self._computed(quantity)
-        )
+        model = self.model  # which is checked later
+        is_module = isinstance(model, nn.Module)
+        device = device_of(model) if is_module else torch.device("cpu")
+        result, aux = agreed(called, device, lambda: self._computed(quantity))
         return self.returned((quantity().of_all_processes(result), aux))
 
     def returned(self, pair: tuple[T, Any]) -> Any:
@@ -166,6 +168,7 @@ def _shape(samples: Samples, chunk_size: ChunkSize) -> CallShape:
         samples.values,
         samples.count,
         in_chunks=chunk_size is not None,
+        mode=samples.options.meaning,
         made_up=samples.size == 0,
     )
 

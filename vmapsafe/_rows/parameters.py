@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, shown
 
@@ -32,12 +33,14 @@ class Parameters:
         known: all parameters of the model, by each of their names.
         places: where each of ``values`` goes, by the name it has there.
         constants: where the rest of a state dict goes, and the tensors.
+        of_state_dict: whether the caller gave a whole state dict.
     """
 
     values: dict[str, Tensor]
     known: dict[str, nn.Parameter]
     places: tuple[Place, ...]
     constants: tuple[tuple[Place, Tensor], ...]
+    of_state_dict: bool
 
     @staticmethod
     def of(called: str, net: nn.Module, params: Params) -> Parameters:
@@ -58,9 +61,12 @@ class Parameters:
             VmapSafeTypeError: ``params`` is neither names nor a dict.
         """
         places = _places(net)
+        _refuse_lazy(called, net, places)
         known = {place.name: place.tensors[place.own] for place in places}
         constants: dict[str, Tensor] = {}
-        if isinstance(params, Mapping) and _is_state_dict(net, known, params):
+        whole = isinstance(params, Mapping) and _is_state_dict(net, known, params)
+        if whole:
+            assert isinstance(params, Mapping)
             values, constants = _of_state_dict(called, net, known, params)
         else:
             values = _chosen(called, net, known, params)
@@ -82,6 +88,7 @@ class Parameters:
                     if place.name in constants
                 ]
             ),
+            whole,
         )
 
     @property
@@ -111,6 +118,17 @@ class Parameters:
         finally:
             if not done:  # interrupted while it put them back
                 _put_back(before)
+
+
+def _refuse_lazy(called: str, net: nn.Module, places: list[Place]) -> None:
+    lazy = [p.name for p in places if is_lazy(p.tensors[p.own])]
+    if lazy:
+        raise VmapSafeValueError(
+            called,
+            f"{lazy[0]!r} of {type(net).__name__} belongs to a lazy layer that has not "
+            "seen a batch",
+            "Run the model on one batch first",
+        )
 
 
 def _put_back(before: list[tuple[Place, Any]]) -> None:

@@ -8,8 +8,7 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 from torch import Tensor, nn
 
 from vmapsafe._draws import Draws, Randomness
-from vmapsafe._errors import warn_user, worded
-from vmapsafe._modes import MODES, Also, ModeName, NumGroups, RowsName
+from vmapsafe._modes import Also, ModeName, NumGroups, RowsName
 from vmapsafe._rows.chunks import ChunkSize
 from vmapsafe._rows.compute import (
     Asked,
@@ -501,8 +500,6 @@ def clipped_grad_sum(
     random. Such a scheme cannot use it where a row depends on more than its sample: in
     "sync", and in "eval" unless the running statistics come from public data.
     """
-    if MODES.get(mode) is not None and MODES[mode].merges:
-        _warn_of_shared_statistics(mode)
     asked = Asked(
         _CLIPPED,
         model,
@@ -528,18 +525,6 @@ def clipped_grad_sum(
 
 
 _CLIPPED = "clipped_grad_sum(...)"
-
-
-def _warn_of_shared_statistics(mode: str) -> None:
-    warn_user(
-        worded(
-            f'{_CLIPPED} in mode "{mode}"',
-            "samples share their statistics there, so that a row depends on all "
-            "samples and clipping it bounds no sample's influence",
-            "Use another mode if that is what clipping is for",
-        ),
-        UserWarning,
-    )
 
 
 @overload

@@ -16,8 +16,15 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, shown
-from vmapsafe._modes import check_flag
+from vmapsafe._errors import (
+    VmapSafeTypeError,
+    VmapSafeValueError,
+    a_kind,
+    shown,
+    warn_user,
+    worded,
+)
+from vmapsafe._modes import Mode, check_flag
 from vmapsafe._rows.processes import gathered, summed
 from vmapsafe._rows.record import Collector
 from vmapsafe._torch import tree_map, without_autocast
@@ -34,6 +41,7 @@ class CallShape:
         parameters: the tensors at which gradients are taken, by name.
         count: how many samples run.
         in_chunks: whether they run a few at a time.
+        mode: of the block.
         made_up: whether the caller's batch is empty, and these samples only show which
             shapes and dtypes the result has.
     """
@@ -41,6 +49,7 @@ class CallShape:
     parameters: Mapping[str, Tensor]
     count: int
     in_chunks: bool
+    mode: Mode
     made_up: bool
 
 
@@ -173,7 +182,20 @@ class ClippedSum(KeepsNothing[dict[str, Tensor]]):
                 f"max_grad_norm is {max_grad_norm!r}",
                 "Pass the largest norm a row may keep, above 0",
             )
-        self._most = max_grad_norm
+        self._called, self._most = called, max_grad_norm
+
+    def begin(self, shape: CallShape) -> Run[dict[str, Tensor]]:
+        if shape.mode.merges:
+            warn_user(
+                worded(
+                    f'{self._called} in mode "{shape.mode.name}"',
+                    "samples share their statistics there, so that a row depends on "
+                    "all samples and clipping it does not bound what one sample does",
+                    "Use another mode if that is what clipping is for",
+                ),
+                UserWarning,
+            )
+        return self
 
     def part(self, shape: CallShape, start: int, stop: int) -> Part:
         return _ClippedPart(shape, self._most)
@@ -256,8 +278,8 @@ class _RowsOfCall(Run[dict[str, Tensor]]):
         given = None if shape.made_up else out  # whose tensors have no rows
         self.memory: dict[str, Tensor] = dict(given or {})
         if shape.in_chunks:  # at once: "auto" measures what a chunk takes besides
-            for name in shape.parameters:
-                self.rows(name)
+            missing = [n for n in shape.parameters if n not in self.memory]
+            self.memory.update({name: self._fresh(name) for name in missing})
 
     def part(self, shape: CallShape, start: int, stop: int) -> Part:
         return _RowsPart(self, slice(start, stop))

@@ -42,6 +42,7 @@ from vmapsafe._torch import (
     tree_map,
     under,
     without_autocast,
+    without_view,
 )
 from vmapsafe.rules.formulas import Formula, Made
 from vmapsafe.rules.kept_calls import (
@@ -288,7 +289,7 @@ class _KeptCall(Function):
         found = call.forward(x)
         y, *saved = (found,) if isinstance(found, Tensor) else found
         ctx.save_for_backward(x, *saved)  # says so where x was written over since
-        return _no_view(y)
+        return without_view(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -311,13 +312,6 @@ class _KeptCall(Function):
                 if name is not None and rows is not None:
                     ctx.recorder.receive(name, Made(rows.shape[1:]), rows, rows)
         return None, of_input, None, None, None
-
-
-def _no_view(y: Tensor) -> Tensor:
-    """The same memory, as a tensor that is not a view for autograd. The forward can
-    then write into it in place, as it does elsewhere."""
-    shown: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
-    return shown
 
 
 def _no_hooks() -> Any:

@@ -99,7 +99,7 @@ class Samples:
         check_randomness(called, randomness)
         net = unwrapped(model)
         parameters = Parameters.of(called, net, params)
-        if parameters.constants and options.update_running_stats:
+        if parameters.of_state_dict and options.update_running_stats:
             raise VmapSafeValueError(
                 f"{called} with update_running_stats=True",
                 "params is a state dict, whose tensors are never written",
