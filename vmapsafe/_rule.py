@@ -4,14 +4,16 @@ A rule has two forms of the same meaning: ``batched``, which runs inside a block
 ``reference``, slow and obviously right, which only tests run. The two must agree in
 values and in gradients (:func:`vmapsafe.testing.check_rule`).
 
-There are two kinds. A :class:`FunctionRule` stands for torch functions. What happens to
-a call inside a block, in this order:
+There are two kinds. A :class:`FunctionRule` stands for torch functions. A block decides
+about each call in this order:
 
-1. its function has no rule in the block's table: torch's own behaviour;
-2. the forward of a model that the block covers does not make it: torch's own behaviour;
-3. the first rule of the function whose ``accepts`` says yes: its ``batched``. Rules
-   that hold in fewer modes come first, then the order is that of registration;
-4. none says yes: torch's own behaviour.
+1. If the function has no rule in the block's table, torch's own code runs.
+2. If the call does not come from the forward of a model that the block covers, torch's
+   own code runs.
+3. The block asks the function's rules, those that hold in fewer modes first, then in
+   the order of registration. The first whose ``accepts`` returns True runs: its
+   ``batched`` makes the output.
+4. If none returns True, torch's own code runs.
 
 An :class:`OperatorRule` stands for an operator, ``torch.ops.aten.…``. It is a faster
 batching rule with the same meaning, see ``_block/operators``.
@@ -36,15 +38,15 @@ class FunctionRule:
     """What torch functions mean inside a block.
 
     Attributes:
-        name: for tables and test ids.
-        functions: the torch function it stands for, e.g. ``F.batch_norm``, or
-            several where they differ in name only, as in-place methods do.
+        name: a unique name, for tables and test ids.
+        functions: the torch functions it stands for: one, e.g. ``F.batch_norm``, or
+            several that differ only in name, as in-place methods do.
         modes: the modes in which it holds.
-        accepts: whether it takes this call; otherwise torch's own behaviour.
-        batched: the meaning that runs, on the tensors the call sees under vmap.
-        reference: the same meaning on the whole batch (``call.in_dims``), batch
-            dimension first, in plain torch without vmap and without ``batched``'s code.
-        speed: whether it changes speed only, and is left out with ``fast=False``.
+        accepts: whether the rule applies to this call.
+        batched: makes the output, from the tensors that the call sees under vmap.
+        reference: makes the same output for the whole batch (``call.in_dims``), batch
+            dimension first. It uses neither vmap nor the code of ``batched``.
+        speed: whether the rule changes only speed. ``fast=False`` leaves it out.
     """
 
     name: str
@@ -61,14 +63,15 @@ class OperatorRule:
     """A faster batching rule of an operator, in every mode, not with ``fast=False``.
 
     Attributes:
-        name: for tables and test ids.
-        operator: what it stands for, ``torch.ops.aten.….default``.
-        accepts: whether it takes this call, which holds whole batches
-            (``call.in_dims``); otherwise torch's own rule runs.
-        batched: what runs, on the same call; returns a tuple of whole batches, batch
-            dimension first, None for an output that was not asked for.
+        name: a unique name, for tables and test ids.
+        operator: the operator it stands for, ``torch.ops.aten.….default``.
+        accepts: whether the rule applies to this call, which holds whole batches
+            (``call.in_dims``). If not, torch's own rule runs.
+        batched: makes the outputs of the same call. It returns a tuple of whole
+            batches, batch dimension first, with None for each output that the caller
+            did not ask for.
         reference: as in :class:`FunctionRule`.
-        devices: the types of device on which it holds, often a table of what was
+        devices: the types of device on which the rule holds, often a table of what was
             measured on each; None for all. On others torch's own rule runs.
     """
 
@@ -80,7 +83,7 @@ class OperatorRule:
     devices: Collection[str] | None
 
     def holds_on(self, device: str) -> bool:
-        """Whether it holds on this type of device."""
+        """Whether the rule holds on this type of device."""
         return self.devices is None or device in self.devices
 
 
@@ -95,18 +98,18 @@ _parameters: dict[Function, Signature] = {}
 
 
 def register(rule: Rule) -> None:
-    """Put a rule in the tables of every block entered from now on.
+    """Add a rule to the tables of all blocks entered from now on.
 
     Args:
-        rule: of functions, or of an operator.
+        rule: a rule of functions, or of an operator.
 
     Raises:
-        VmapSafeValueError: the name is taken, or a mode is unknown.
+        VmapSafeValueError: another rule has this name, or a mode is unknown.
     """
     if any(rule.name == other.name for other in registered()):
         raise VmapSafeValueError(
             "register(...)",
-            f"a rule named {rule.name!r} is there already",
+            f"a rule named {rule.name!r} already exists",
             "Give the rule another name",
         )
     if isinstance(rule, OperatorRule):
@@ -121,16 +124,18 @@ def register(rule: Rule) -> None:
 
 
 def registered() -> tuple[Rule, ...]:
-    """All rules: those of functions in the order of registration, then operators'."""
+    """All rules: those of functions in the order of registration, then of operators."""
     return (*_functions, *[rule for rules in _operators.values() for rule in rules])
 
 
 def table(mode: str, fast: bool) -> Table:
-    """The rules of ``mode`` by function, those for speed only where ``fast``; what is
-    registered later is not in it."""
+    """The rules of ``mode`` by function, with those for speed if ``fast``.
+
+    The table does not change when more rules are registered.
+    """
     if (mode, fast) not in _tables:
         found: dict[Function, tuple[FunctionRule, ...]] = {}
-        # A rule of this mode is asked before one that holds in several.
+        # A rule for this mode alone comes before one that holds in several.
         for rule in sorted(_functions, key=lambda rule: len(rule.modes)):
             if mode in rule.modes and (fast or not rule.speed):
                 for function in rule.functions:
@@ -147,15 +152,15 @@ def operator_rules() -> OperatorTable:
 def bind(
     function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """The arguments of a call of a function that has a rule, by name."""
+    """The arguments by name of a call of a function that has a rule."""
     return _parameters[function].bind(args, kwargs)
 
 
 def slice_by_slice(plain: Callable[[Call], Any]) -> Callable[[Call], Any]:
-    """A reference that is a Python loop of ``plain`` over the slices.
+    """A reference that calls ``plain`` on each slice, in a Python loop.
 
-    ``plain`` gives a tensor, or, as operators do, several, and None for what was not
-    asked.
+    ``plain`` returns a tensor. Like an operator it may also return a tuple of tensors,
+    with None for each output that the caller did not ask for.
     """
 
     def reference(call: Call) -> Any:

@@ -1,4 +1,4 @@
-"""For tests of rules and of vmapped code: a rule's reference, the loop, comparison."""
+"""Tools for tests: check a rule, run vmapped code as a loop, compare results."""
 
 from __future__ import annotations
 
@@ -31,14 +31,13 @@ def loop(function: Callable[..., Any], in_dims: Any = 0, out_dims: int = 0) -> A
     tensor([ 3., 12.])
 
     Args:
-        function: what to run on each slice.
+        function: the function to run on each slice.
         in_dims: as in vmap.
-        out_dims: an int, where the slices are stacked in every output.
+        out_dims: the dimension along which every output stacks the slices, an int.
 
     Returns:
-        A function of the batched arguments; outputs are trees of tensors.
-
-    It does not map over an empty batch, and draws random numbers slice after slice.
+        A function of the batched arguments. It returns a tree of tensors. It cannot map
+        over an empty batch, and it draws random numbers slice after slice.
     """
 
     def looped(*args: Any) -> Any:
@@ -68,12 +67,12 @@ def assert_same(
 
     Args:
         actual: a tree of tensors.
-        expected: the tree it should be.
-        rtol: relative tolerance, for values.
-        atol: absolute tolerance, for values.
+        expected: the tree that ``actual`` should equal.
+        rtol: the relative tolerance for values.
+        atol: the absolute tolerance for values.
 
     Raises:
-        AssertionError: they differ; the text says where and by how much.
+        AssertionError: the trees differ; the text says where and by how much.
     """
     a, a_tree = tree_flatten(actual)
     e, e_tree = tree_flatten(expected)
@@ -95,16 +94,16 @@ def check_rule(
 ) -> int:
     """Compare a rule with its reference, in values and in gradients.
 
-    For every case and every choice of which of its tensors are batched, the rule under
-    ``vmap``, along the first dimension or the last, and under two nested ones is
-    compared with its reference: values, dtype, and the gradients of every floating
-    tensor for a random cotangent. The rule of an operator is put in the place of
-    torch's batching rule, must take each case for some choice of what is batched, and
-    is tried also on tensors without derivatives.
+    For each case and each choice of which of its tensors are batched, this runs the
+    rule under ``vmap``, along the first dimension or the last, and under two nested
+    vmaps. It compares values, dtypes and, for a random cotangent, the gradients of all
+    floating tensors with those of the reference. The rule of an operator replaces
+    torch's batching rule. It must apply to each case for at least one choice of what is
+    batched, and it also runs on tensors without derivatives.
 
-    The same is asked of each case in float32 and bfloat16, with its images and volumes
-    channels last, and for an empty batch. There the rule may decline; nothing is asked
-    where the reference does not run.
+    Then this does the same for each case in float32 and bfloat16, with images and
+    volumes channels last, and for an empty batch. Here the rule need not apply, and
+    a comparison is skipped if torch's own behaviour fails as well.
 
     >>> import torch
     >>> import torch.nn.functional as F
@@ -123,21 +122,22 @@ def check_rule(
     6
 
     Args:
-        rule: the rule; it need not be registered.
-        cases: the arguments of one slice, by name, tensors in float64 where there is a
-            choice.
-        site: where the calls claim to be made, for rules that ask.
-        batched: the names of the arguments that are batched, for rules with no meaning
-            for others; default every tensor.
-        derived: arguments that follow from the others, as statistics saved by a forward
-            do, by name: functions of the arguments of one slice, those before them in
-            this dict among them.
+        rule: the rule, which need not be registered.
+        cases: the arguments of one slice by name for each case. Use float64 where
+            there is a choice.
+        site: where in a model the calls are made, for rules that ask.
+        batched: the names of the arguments that may be batched; by default all tensors.
+            Name them if the rule has no meaning for others.
+        derived: by name, the arguments that follow from the others, such as statistics
+            saved by a forward. Each is a function of the arguments of one slice, which
+            include the derived ones before it in this dict.
 
     Returns:
         The number of comparisons made.
 
     Raises:
-        AssertionError: the rule does not take a case, or differs from its reference.
+        AssertionError: the rule does not apply to a case, or differs from its
+            reference.
     """
     compared = 0
     for case in cases:
@@ -176,7 +176,7 @@ def _function(rule: Rule) -> Function:
 def _choices(
     names: Sequence[str], dims: Sequence[int | None]
 ) -> Iterator[dict[str, int | None]]:
-    """Every choice of batch dimensions; something is batched."""
+    """Every choice of batch dimensions in which something is batched."""
     for choice in itertools.product(dims, repeat=len(names)):
         if any(dim is not None for dim in choice):
             yield dict(zip(names, choice))
@@ -184,9 +184,12 @@ def _choices(
 
 @dataclass(frozen=True)
 class _Trial:
-    """One comparison. ``nested``, an outer vmap runs over the innermost batch of two;
-    ``plain``, no derivatives are taken, and a rule may write in place; ``last``, images
-    and volumes have their channels last in memory."""
+    """One comparison.
+
+    If ``nested``, two vmaps run, one inside the other. If ``plain``, no derivatives are
+    taken, and a rule may write in place. If ``last``, images and volumes have their
+    channels last in memory.
+    """
 
     case: Mapping[str, Any]
     in_dims: Mapping[str, int | None]
@@ -222,14 +225,14 @@ def _cast(dtype: torch.dtype) -> Callable[[Any], Any]:
 
 
 def _takes(rule: Rule, trial: _Trial) -> bool:
-    """Whether the rule accepts; the rule of a function is shown one slice."""
+    """Whether the rule accepts the call; the rule of a function sees one slice."""
     if isinstance(rule, OperatorRule):
         return rule.accepts(_whole(rule, trial, _values(trial)))
     return rule.accepts(Call(rule.functions[0], trial.case, trial.site))
 
 
 def _runs(rule: Rule, trial: _Trial) -> bool:
-    """Whether there is something to compare: not where torch's own fails too."""
+    """Whether there is something to compare. False if torch's own code fails too."""
     values = _values(trial)
     try:
         _expected(rule, trial, values)
@@ -249,7 +252,7 @@ def _torchs_own(call: Call) -> Any:
 
 
 def _compare(rule: Rule, trial: _Trial) -> bool:
-    """True; it raises where they differ."""
+    """Raise if the rule differs from its reference; return True otherwise."""
     taken: list[Call] = []
 
     def noted(call: Call) -> Any:
@@ -260,13 +263,13 @@ def _compare(rule: Rule, trial: _Trial) -> bool:
     actual = _actual(replace(rule, batched=noted), trial, values)
     expected = _expected(rule, trial, values)
     what = f"{rule.name}, {trial}"
-    # Inside a second vmap tensors are wrapped, which not every rule takes.
+    # Inside a second vmap tensors are wrapped, and some rules do not apply to those.
     assert taken or trial.nested and trial.plain, f"never called: {what}"
     assert len(actual) == len(expected), what
     for one, other in zip(actual, expected):
         watched = other.requires_grad and not trial.plain
         assert one.requires_grad or not watched, f"no gradients of {what}"
-    # What the reference does not differentiate has no derivative in torch.
+    # torch has no derivative of an output that the reference does not differentiate.
     actual = [a if e.requires_grad else a.detach() for a, e in zip(actual, expected)]
     found = _with_gradients(actual, values)
     right = _with_gradients(expected, values)
@@ -279,7 +282,7 @@ def _compare(rule: Rule, trial: _Trial) -> bool:
 def _rounding(
     rule: Rule, trial: _Trial, found: Sequence[tuple[str, Tensor]]
 ) -> list[float]:
-    """What rounding does to the reference, much where large numbers cancel."""
+    """How far rounding moves the reference: far if large numbers cancel."""
     if all(out.dtype == torch.float64 for _, out in found):
         return [0.0] * len(found)
     doubled = {}
@@ -316,7 +319,10 @@ def _with_gradients(
 
 
 def _values(trial: _Trial) -> dict[str, Tensor]:
-    """What is batched or may be, batch dimension first; the same for the same trial."""
+    """The tensors that are or may be batched, batch dimension first.
+
+    They are the same for the same trial.
+    """
     generator = torch.Generator().manual_seed(0)
     size = 2 * trial.size if trial.nested else trial.size
     values = {}
@@ -338,7 +344,7 @@ def _values(trial: _Trial) -> dict[str, Tensor]:
 
 
 def _completed(arguments: Mapping[str, Any], derived: Derived) -> dict[str, Any]:
-    """The arguments of one slice, and those that follow from them."""
+    """The arguments of one slice, with the derived ones."""
     completed = dict(arguments)
     for name, function in derived.items():
         completed[name] = function(completed)
@@ -346,7 +352,7 @@ def _completed(arguments: Mapping[str, Any], derived: Derived) -> dict[str, Any]
 
 
 def _whole(rule: Rule, trial: _Trial, values: Mapping[str, Tensor]) -> Call:
-    """The call with its batches, batch dimension first."""
+    """The call on whole batches, batch dimension first."""
     at_front: dict[str, int | None] = {
         name: 0 if trial.in_dims.get(name) is not None else None
         for name, value in trial.case.items()
@@ -368,7 +374,7 @@ def _whole(rule: Rule, trial: _Trial, values: Mapping[str, Tensor]) -> Call:
 
 
 def _actual(rule: Rule, trial: _Trial, values: Mapping[str, Tensor]) -> list[Tensor]:
-    """What the rule makes of the values, batch dimension first."""
+    """The outputs of the rule for these values, batch dimension first."""
 
     def fast(values: Mapping[str, Tensor]) -> Any:
         arguments = _completed({**trial.case, **values}, trial.derived)
@@ -402,7 +408,10 @@ def _actual(rule: Rule, trial: _Trial, values: Mapping[str, Tensor]) -> list[Ten
 
 
 def _expected(rule: Rule, trial: _Trial, values: Mapping[str, Tensor]) -> list[Tensor]:
-    """What its reference does. An empty batch is what is left of one of one."""
+    """The outputs of the rule's reference.
+
+    For an empty batch it runs on a batch of one, whose outputs are cut to length 0.
+    """
     if not trial.size:
         values = {
             name: (
@@ -417,7 +426,7 @@ def _expected(rule: Rule, trial: _Trial, values: Mapping[str, Tensor]) -> list[T
     return leaves if trial.size else [out[:0] for out in leaves]
 
 
-# What the dtype leaves of equality, relative to the largest entry.
+# The tolerance for each dtype, relative to the largest entry.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 

@@ -1,17 +1,17 @@
-"""Operators' own batching rules, replaced by faster ones while a block is open.
+"""Faster batching rules replace those of torch's operators while a block is open.
 
 A rule of an aten operator changes speed, never meaning, so it may hold in the whole
-process: in the other threads that compute while a block is open somewhere, and in
-backward on a GPU, which runs in a thread of its own. It needs no derivative: autograd
-differentiates what it does.
+process: in other threads that compute while a block is open somewhere, and in backward
+on a GPU, which runs in a thread of its own. It does not need a derivative, because
+autograd differentiates the operations it calls.
 
-A kernel is put in place at the first block of the process and stays there. With no
-block open it hands the call on to torch's own rule, as it does with a call that no rule
-takes, at the price of about 15 microseconds. It is not taken out again, for an
-operator's table may not change while another thread calls it: kernels put in and taken
-out in one thread under ``vmap(grad)`` in another end in an internal error of torch
-within seconds (torch 2.13; the memory of a kernel is freed while it runs). It would
-have been cheap (0.02 ms).
+The first block of the process registers a kernel, which stays registered. If no block
+is open, or if no rule applies to a call, the kernel passes the call to torch's own
+rule, which costs about 15 microseconds. To remove the kernel at the end of each block
+would be cheap (0.02 ms) but is not safe: an operator's table must not change while
+another thread calls it. When one thread registers and removes kernels while another
+runs ``vmap(grad)``, torch fails with an internal error within seconds (torch 2.13; it
+frees the memory of a kernel that is still running).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from vmapsafe._torch import (
 
 
 def install(types_of_device: Callable[[], Collection[str]]) -> None:
-    """Put in place the rules that may take a call on these types of device.
+    """Register a kernel for each operator with a rule for one of these device types.
 
-    Older versions of torch cannot give their own rule back: there are none there.
+    Does nothing in older versions of torch, where torch's own rule cannot be called.
     """
     missing = [one for one in operator_rules() if one not in _installed]
     if not missing or not hasattr(torch.library, "get_kernel"):
@@ -58,9 +58,9 @@ def install(types_of_device: Callable[[], Collection[str]]) -> None:
 
 @contextmanager
 def only(rule: OperatorRule) -> Iterator[None]:
-    """Put ``rule`` in force in the place of all others, blocks or no blocks.
+    """Use ``rule`` instead of all other rules, whether or not a block is open.
 
-    For tests, one at a time; the rule need not be registered.
+    Tests use this, one at a time. The rule need not be registered.
     """
     global _alone
     with open_blocks.lock:
@@ -77,7 +77,8 @@ _KEY = "FuncTorchBatched"
 _alone: OperatorTable | None = None
 _installed: dict[Function, torch.library.Library] = {}
 
-# torch says so once a process. The filter is put in and taken out by hand, see _scope.
+# torch warns so once in a process. The code adds and removes this filter by hand,
+# because warnings.catch_warnings is not thread-safe.
 _QUIET = (
     "ignore",
     re.compile("Warning only once for all operators"),
@@ -115,7 +116,7 @@ def _kernel(operator: Any) -> Callable[..., Any]:
                 given = parameters.bind(args, kwargs)
                 values, in_dims = whole_batches(given, level)
                 call = Call(operator, values, None, in_dims)
-                # A vmap that batches none of the arguments makes slices of nothing.
+                # If no argument is batched at this level, there is nothing to merge.
                 batched = any([dim is not None for dim in in_dims.values()])
                 tensors = [call[name] for name in in_dims]
                 device = tensors[0].device.type
