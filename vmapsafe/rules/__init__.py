@@ -1,13 +1,13 @@
-"""All that is known of a layer, a file a family. Importing this registers the rules.
+"""What the package knows of layers, one file for each family; importing registers it.
 
 The map, bottom up:
 
 ``precision``             half precision is computed in float32
-``memory``                large zeros that cost nothing where nobody writes
+``memory``                large tensors of zeros, whose pages cost nothing until written
 ``formulas``              rows of a parameter, their norms and sums
 ``kept_calls``            the table in which layers say what ``_rows`` keeps of a call
 ``references``            slow forms of normalisation, to compare with
-``normalisation``         by statistics of the input, right in every derivative
+``normalisation``         norms by the input's statistics, right in every derivative
 ``layer_norm``            layer norm
 ``rms_norm``              RMS norm
 ``group_norm``            group norm
@@ -16,12 +16,12 @@ The map, bottom up:
 ``sync``                  batch norm across the vmapped axis
 ``instance_norm``         instance norm
 ``linear``                linear layers
-``convolution_regimes``   which algorithm of a convolution wins where
+``convolution_regimes``   which algorithm is the fastest for which convolution
 ``convolution``           convolutions
 ``embedding``             embeddings
 ``attention``             scaled dot product attention
 ``buffers``               writes to buffers, which a forward in a block leaves out
-``layouts``               orders in memory that vmap cannot make or ask for
+``layouts``               memory formats that vmap cannot make or query
 ``random_numbers``        memory for random numbers
 """
 

@@ -1,7 +1,7 @@
 """Scaled dot product attention on the CPU: a faster batching rule.
 
-torch (2.13) has none for its fused kernel there and runs it, and its backward, sample
-by sample. The fused kernels of CUDA have one.
+torch (2.13) does not have a batching rule for its fused kernel on the CPU, so it runs
+the kernel and its backward sample by sample. The fused kernels of CUDA have one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 def _accepts(call: Call) -> bool:
-    """All of them: torch's own is a loop, at any size."""
+    """Every call without dropout: at any size, torch's own rule is a loop."""
     return bool(call["dropout_p"] == 0)
 
 
 def _merged(call: Call) -> tuple[Tensor, ...]:
-    """One call of the kernel, on (B * N, H, L, D)."""
+    """The outputs of one call of the kernel, on (B * N, H, L, D)."""
     size = batch_size(call)
     merged = {name: expanded(call, name) for name in call.in_dims}
     samples = merged["query"].size(1)
@@ -38,7 +38,10 @@ def _merged(call: Call) -> tuple[Tensor, ...]:
 
 
 def _by_rows(value: Tensor) -> Tensor:
-    """The kernel reads the last dimension as if its numbers lay side by side."""
+    """``value`` in a layout that the kernel reads correctly.
+
+    The kernel assumes that the stride of the last dimension is 1.
+    """
     return value if value.stride(-1) == 1 else value.contiguous()
 
 
@@ -46,7 +49,7 @@ def _by_rows(value: Tensor) -> Tensor:
 
 
 def _weights(call: Call) -> Tensor:
-    """(N, H, L, S), before the softmax."""
+    """(N, H, L, S): the attention weights before the softmax."""
     query, key = call["query"], call["key"]
     scale = query.size(-1) ** -0.5 if call["scale"] is None else call["scale"]
     weights: Tensor = query @ key.mT * scale
@@ -61,14 +64,16 @@ def _weights(call: Call) -> Tensor:
 def _plain(call: Call) -> tuple[Tensor, Tensor]:
     weights = _weights(call)
     output: Tensor = weights.softmax(-1) @ call["value"]
-    half = weights.dtype == torch.bfloat16  # as torch's kernel gives it
+    half = weights.dtype == torch.bfloat16  # as in torch's kernel
     logsumexp = (weights.float() if half else weights).logsumexp(-1)
     return output, logsumexp.detach()
 
 
 def _plain_backward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Dao et al., https://arxiv.org/abs/2205.14135, algorithm 4. torch has no
-    derivative of it."""
+    """The gradients by Dao et al., https://arxiv.org/abs/2205.14135, algorithm 4.
+
+    They are detached, because torch does not have a derivative of this backward.
+    """
     query, key, value, grad = (
         call[name].detach() for name in ("query", "key", "value", "grad_out")
     )

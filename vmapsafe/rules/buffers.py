@@ -1,8 +1,9 @@
 """In-place writes to the model's buffers, which a forward inside a block leaves out.
 
-Hand-made normalisation layers update buffers of their own. Under vmap torch refuses
-such a write, or one slice would see another's; under grad it refuses it too. What
-reads the buffer afterwards sees the old value.
+Hand-made normalisation layers update buffers of their own. Under vmap torch either
+refuses such a write or lets one slice see another's. Under grad torch refuses it too.
+Inside a block the write does not happen: code that reads the buffer afterwards sees the
+old value.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _BY_OPERATOR = (
 
 
 def _in_place(names: Iterable[str]) -> list[str]:
-    """Those that end in one underscore, as torch names what writes in place."""
+    """The names that end in one underscore, torch's sign for writing in place."""
     return [n for n in names if n[-1] == "_" != n[0] and n not in _NOT_WRITES]
 
 

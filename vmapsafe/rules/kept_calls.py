@@ -1,14 +1,15 @@
 """What per-sample gradients keep of a call: each layer says it here, for ``_rows``.
 
 Autograd would make the gradients of all samples' copies of a weight, B x P numbers. So
-the functions in this table are called on the whole batch with the plain parameters. A
-layer gives that call in one of two forms, and ``_rows/record`` does the rest:
+``_rows/record`` calls the functions in this table on the whole batch, with the
+parameters themselves instead of their copies. A layer describes that call in one of two
+forms:
 
 * :class:`ByFormulas`: backward keeps the input and hands the output gradient to a
   formula for each parameter (``formulas``);
 * :class:`ByKernel`: one kernel makes the input gradient and all rows, which are small.
 
-The input of such a call is (B, N, ...): of each of B samples what its slice passes, and
+The input of such a call is (B, N, ...): for each of B samples, the input of its slice.
 N is the length of the slice's own batch dimension, 1 in most networks. So channels are
 dimension 2.
 """
@@ -29,10 +30,10 @@ class ByFormulas:
     """A call on the whole batch whose rows follow from input and output gradient.
 
     Attributes:
-        forward: of the input (B, N, ...).
-        input_gradient: of the input and the output gradient, in one dtype; None where
-            the input has no gradient.
-        formulas: by the argument's name.
+        forward: takes the input (B, N, ...) and returns the output.
+        input_gradient: takes the input and the output gradient, in one dtype, and
+            returns the input gradient. It is None if the input does not have one.
+        formulas: the formula of each parameter, by the argument's name.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -45,9 +46,10 @@ class ByKernel:
     """A call on the whole batch whose rows come out of one kernel.
 
     Attributes:
-        forward: of the input (B, N, ...); gives the output, and what backward needs.
-        backward: of the output gradient, the input, what forward gave, and for the
-            input and each parameter whether its gradient is wanted; gives those.
+        forward: takes the input (B, N, ...). It returns the output, followed by the
+            tensors that backward needs.
+        backward: takes the output gradient, the input, those tensors, and for the input
+            and each parameter whether its gradient is wanted. It returns the gradients.
     """
 
     forward: Callable[[Tensor], Sequence[Tensor]]
@@ -61,14 +63,15 @@ KeptCall = ByFormulas | ByKernel
 
 @dataclass(frozen=True)
 class KeptCalls:
-    """What is kept of the calls of a function.
+    """How per-sample gradients keep the calls of a function.
 
     Attributes:
         keep: has the function's own signature. It gets the whole batch as ``input``,
-            and plain parameters; it gives None for a call that is not kept.
+            and the parameters themselves. It returns None for a call that cannot be
+            kept.
         parameters: the names of the arguments that may be parameters.
-        otherwise: what makes a call that is not kept, on one slice and its own copies
-            of the parameters; by default the function itself.
+        otherwise: runs a call that is not kept, on one slice and its own copies of the
+            parameters. By default it is the function itself.
     """
 
     keep: Callable[..., KeptCall | None]
@@ -76,10 +79,10 @@ class KeptCalls:
     otherwise: Function | None = None
 
 
-# What is kept of the calls of each function, and the names of their arguments.
+# How the calls of each function are kept, and the names of their arguments.
 KEPT_CALLS: dict[Function, tuple[KeptCalls, Signature]] = {}
 
 
 def keep_calls(function: Function, kept: KeptCalls) -> None:
-    """Say what is kept of the calls of ``function``."""
+    """Register how the calls of ``function`` are kept."""
     KEPT_CALLS[function] = kept, Signature.of(kept.keep)

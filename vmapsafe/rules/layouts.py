@@ -1,8 +1,8 @@
-"""Orders in memory that vmap cannot make or ask for.
+"""Memory formats that vmap cannot make or query.
 
-torch (2.13) refuses to make a slice channels last, or to say whether it is, inside
-vmap: "NYI: querying is_contiguous inside of vmap", "required rank 4 tensor". Here the
-slice gets the order asked for, by moving its channels.
+Inside vmap torch (2.13) refuses to make a slice channels last, or to say whether it is:
+"NYI: querying is_contiguous inside of vmap", "required rank 4 tensor". These rules make
+the format by moving the slice's channels, and answer the query from one slice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LIKE = ("empty", "zeros", "ones", "full", "rand", "randn", "randint")
 
 
 def _order(call: Call) -> torch.memory_format | None:
-    """The one asked for, where it is not that of the dimensions."""
+    """The memory format of the call if it is one of channels last, else None."""
     given = [v for v in call.arguments.values() if isinstance(v, torch.memory_format)]
     return given[0] if given and given[0] in _LAST else None
 
@@ -57,7 +57,7 @@ def _is_contiguous(call: Call) -> bool:
 
 
 def _as_given(call: Call) -> Any:
-    """The order is no part of a tensor's values."""
+    """The same values: the memory format is not a part of them."""
     return _target(call).clone()
 
 

@@ -1,7 +1,8 @@
 """Linear layers: a faster batching rule, and the rows of weight and bias.
 
-The forward is one fused call where torch multiplies and then adds the bias. The rows of
-the weight are products of a batch of matrices in torch's rule, which nothing beats.
+For the forward, torch multiplies and then adds the bias; the rule here makes one fused
+call. For the rows of the weight, torch's rule is a product of two batches of matrices;
+nothing was faster.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
 
-# Numbers in the output of the whole batch from which on one fused product and sum wins,
-# by type of device. Measured by bench/thresholds/layers.py on an x86 server core,
-# float32, torch 2.13.
+# From this many numbers in the output of the whole batch, the fused call is faster, by
+# type of device. Measured by bench/thresholds/layers.py on an x86 server core, float32,
+# torch 2.13.
 REGIMES = {"cpu": 2**17}
 
 _addmm = torch.ops.aten.addmm.default
@@ -71,7 +72,7 @@ register(
 
 @dataclass(frozen=True)
 class Weight(Products):
-    """``F.linear``: x (B, ..., C), grad (B, ..., O), weight (O, C)."""
+    """Rows of ``F.linear``: x (B, ..., C), grad (B, ..., O), weight (O, C)."""
 
     def columns(self, x: Tensor) -> Tensor:
         return x.reshape(len(x), math.prod(x.shape[1:-1]), x.size(-1)).mT
@@ -105,7 +106,7 @@ def _keep(
 ) -> ByFormulas | None:
     if input.dim() < 2 or weight.dim() != 2:
         return None
-    if bias is not None and bias.shape != weight.shape[:1]:  # it broadcasts
+    if bias is not None and bias.shape != weight.shape[:1]:  # the bias broadcasts
         return None
     formulas: dict[str, Formula] = {"weight": Weight(weight.shape)}
     if bias is not None:

@@ -1,7 +1,8 @@
-"""Large zeros that cost nothing where nobody writes.
+"""Large tensors of zeros, whose pages cost nothing until something writes to them.
 
-The system hands out memory page by page, each zero and only when it is first touched.
-torch asks for memory and then writes all its zeros.
+The operating system hands out memory page by page. A page is all zeros, and it takes
+memory only when it is first touched. torch.zeros requests memory and then writes every
+zero itself.
 """
 
 from __future__ import annotations
@@ -13,23 +14,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LARGE = 2**25  # bytes: what the C library gives back to the system when it is freed
+LARGE = 2**25  # bytes; the C library returns freed blocks of this size to the system
 
 
 def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
-    """A plain tensor with the dtype and the device of ``like``."""
+    """A tensor of zeros with the dtype and the device of ``like``."""
     if not _is_large(shape, like):
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     numbers = math.prod(shape)
     size = numbers * like.element_size()
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # They are given back with the last tensor that holds them.
+    # The pages are freed together with the last tensor that uses them.
     return torch.frombuffer(pages, dtype=like.dtype, count=numbers).view(shape)
 
 
 def pays(shape: Sequence[int], like: Tensor, writes: int) -> bool:
-    """Whether there is something to gain where ``writes`` runs of numbers along the
-    last dimension are written to: if they touch half of the pages at most."""
+    """Whether :func:`zeros` is faster than torch.zeros for this number of writes.
+
+    Each write is a run of numbers along the last dimension. It is faster if the writes
+    touch at most half of the pages.
+    """
     if not _is_large(shape, like):
         return False
     size = like.element_size()
@@ -40,7 +44,7 @@ def pays(shape: Sequence[int], like: Tensor, writes: int) -> bool:
 
 def _is_large(shape: Sequence[int], like: Tensor) -> bool:
     return (
-        like.device.type == "cpu"  # whose system does so
+        like.device.type == "cpu"  # only there pages of zeros are free
         and math.prod(shape) * like.element_size() >= LARGE
         and hasattr(mmap, "MAP_ANONYMOUS")
     )

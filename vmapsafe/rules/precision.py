@@ -9,5 +9,5 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def wide(x: Tensor) -> Tensor:
-    """In the dtype in which torch's kernels compute."""
+    """``x`` in the dtype in which torch's kernels compute."""
     return x.float() if x.dtype in HALVES else x

@@ -26,17 +26,17 @@ def _may_take_random_numbers(call: Call) -> bool:
 
 
 def _one_a_slice(call: Call) -> Tensor:
-    """torch.empty has one memory for all slices, torch.rand one for each."""
+    """Memory for each slice: torch.rand makes that, torch.empty one for all slices."""
     return _by(torch.rand, call)
 
 
 def _memory(call: Call) -> Tensor:
-    """What is in it has no meaning; its shape, dtype and device have."""
+    """Memory whose shape, dtype and device count; its values do not."""
     return _by(torch.empty, call)
 
 
 def _by(function: Function, call: Call) -> Tensor:
-    """What ``function`` makes of the arguments of ``call``."""
+    """The result of ``function`` for the arguments of ``call``."""
     sizes = [value for name, value in call.arguments.items() if name.isdigit()]
     options = {n: v for n, v in call.arguments.items() if not n.isdigit()}
     made: Tensor = function(*sizes, **options)

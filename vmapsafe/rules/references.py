@@ -1,6 +1,6 @@
 """Slow forms of normalisation, as their papers write them, for references.
 
-They share no code with what runs.
+They do not share code with the forms that run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from vmapsafe._call import Call
 
 
 def statistics(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
-    """Mean and variance over ``dims``, which stay with length 1."""
+    """Mean and variance over ``dims``, which keep length 1."""
     mean = x.mean(dims, keepdim=True)
     return mean, ((x - mean) ** 2).mean(dims, keepdim=True)
 
@@ -38,19 +38,19 @@ def affine(call: Call, y: Tensor) -> Tensor:
 
 
 def but_channels(x: Tensor) -> list[int]:
-    """All dimensions of (N, C, ...) but that of the channels."""
+    """All dimensions of (N, C, ...) except that of the channels."""
     return [d for d in range(x.dim()) if d != 1]
 
 
 def batch_norm(call: Call) -> Tensor:
-    """By the statistics of the input (Ioffe and Szegedy,
+    """Batch norm by the statistics of the input (Ioffe and Szegedy,
     https://arxiv.org/abs/1502.03167, algorithm 1)."""
     x = call["input"]
     return affine(call, normalised(x, but_channels(x), call["eps"]))
 
 
 def by_running_statistics(call: Call) -> Tensor:
-    """Batch norm by those given."""
+    """Batch norm by the running statistics."""
     x = call["input"]
     mean = along_channels(call["running_mean"], x)
     var = along_channels(call["running_var"], x)
@@ -58,14 +58,15 @@ def by_running_statistics(call: Call) -> Tensor:
 
 
 def instance_norm(call: Call) -> Tensor:
-    """By the statistics of each sample and channel (Ulyanov et al.,
+    """Instance norm, by the statistics of each sample and channel (Ulyanov et al.,
     https://arxiv.org/abs/1607.08022, equation 4)."""
     x = call["input"]
     return affine(call, normalised(x, list(range(2, x.dim())), call["eps"]))
 
 
 def group_norm(call: Call, groups: int) -> Tensor:
-    """Of each sample (Wu and He, https://arxiv.org/abs/1803.08494, equation 7)."""
+    """Group norm, by the statistics of groups of channels of each sample (Wu and He,
+    https://arxiv.org/abs/1803.08494, equation 7)."""
     x: Tensor = call["input"]
     grouped = x.reshape(x.size(0), groups, x[0].numel() // groups)
     return affine(call, normalised(grouped, [2], call["eps"]).reshape(x.shape))

@@ -1,9 +1,10 @@
 """RMS norm: right in every derivative.
 
-On the CPU torch (2.13) computes it in plain operations, which are right. On CUDA it has
-a fused kernel, whose backward is given the saved root mean square. Here it is written
-out where more than the first derivative may be taken. KeptCalls its calls for rows was
-tried and gained nothing.
+On the CPU torch (2.13) computes RMS norm by ordinary operations, whose derivatives are
+right. On CUDA torch has a fused kernel, whose backward gets the saved root mean square.
+The rule here writes RMS norm out if more than the first derivative may be taken.
+Per-sample gradients do not keep its calls (see ``kept_calls``): a trial did not make
+them faster.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _torchs_own_fails(call: Call) -> bool:
         return False  # for torch to refuse
     if torchs_own_fails(x, call["weight"]):
         return True
-    # Of rows, for which slices have weights of their own, there is one derivative.
+    # If slices have weights of their own, for rows, only one derivative is taken.
     return autograd_records(x, call["weight"]) and not has_own_weights(call)
 
 
@@ -41,7 +42,7 @@ def _written_out(call: Call) -> Tensor:
 
 
 def _plain(call: Call) -> Tensor:
-    """Zhang and Sennrich, https://arxiv.org/abs/1910.07467, equation 4."""
+    """RMS norm by Zhang and Sennrich, https://arxiv.org/abs/1910.07467, equation 4."""
     x: Tensor = call["input"]
     dims = list(range(-len(call["normalized_shape"]), 0))
     y = x / torch.sqrt((x**2).mean(dims, keepdim=True) + call["eps"])
