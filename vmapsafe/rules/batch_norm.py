@@ -1,8 +1,9 @@
-"""Batch norm: what normalises a slice in each mode, and that nothing is written.
+"""Batch norm: which statistics normalise a slice in each mode, without writing any.
 
-``F.batch_norm`` is a layer's own call when a covered layer is running; a call on
-weights, as in a weight-standardised convolution, is not, and keeps its meaning. Its
-operators are in ``batch_norm_operators``, mode "sync" in ``sync``.
+A call of ``F.batch_norm`` belongs to a layer if a covered layer is running. Other
+calls keep their meaning, such as one on the weights of a weight-standardised
+convolution. The operators of batch norm are in ``batch_norm_operators``, mode "sync" is
+in ``sync``.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _group_norm(call: Call) -> Tensor:
             'it does not divide them, each channel is a group), or use mode="eval"',
         )
     y = by_groups(x, groups, call["weight"], call["bias"], call["eps"])
-    # Of an empty batch vmap forgets the length of the slices (torch 2.13).
+    # For an empty batch vmap loses the shape of the slices (torch 2.13).
     return y if y.shape == x.shape else x.to(y.dtype, copy=True)
 
 
@@ -96,15 +97,15 @@ register(
 )
 
 
-# -- Layers that are to stay in eval mode ----------------------------------------------
+# -- Layers that must stay in eval mode ------------------------------------------------
 #
-# In "eval", or frozen by their owner. They ask for something else where torch.compile
-# traces them, which does not see the flags they show, or where their buffers are passed
-# by somebody else.
+# These are layers in mode "eval" and layers that their owner has frozen. Two kinds of
+# call still request the statistics of the input: torch.compile does not see the layers'
+# switched flags, and other code may pass the layers' buffers to a call of its own.
 
 
 def uses_input(call: Call) -> bool:
-    """Whether the statistics of the input are asked for, by batch or instance norm."""
+    """Whether a call of batch or instance norm requests the input's statistics."""
     flag = "training" if call.function is F.batch_norm else "use_input_stats"
     return bool(call[flag])
 
@@ -120,7 +121,7 @@ def _asks_for_its_own(call: Call) -> bool:
 
 
 def _is_empty(call: Call) -> bool:
-    """Then torch's backward ends the process (2.13)."""
+    """Whether the input is empty. Then torch's backward crashes the process (2.13)."""
     return not torch.compiler.is_compiling() and innermost(call["input"]).numel() == 0
 
 
@@ -152,8 +153,10 @@ for _function in (F.batch_norm, F.instance_norm):
 
 
 def _uses_own_statistics(call: Call) -> bool:
-    """Whether the input's statistics are asked for, as by a layer that has no running
-    ones in every mode, and torch would update none but the model's."""
+    """Whether the call uses the input's statistics, and writes none but the model's.
+
+    A layer without running statistics makes such calls in every mode.
+    """
     return uses_input(call) and (
         of_a_layer(call) or call["running_mean"] is None or writes_statistics(call)
     )
@@ -186,16 +189,18 @@ register(
 
 
 def _reads_statistics(call: Call) -> bool:
-    """Whether torch's own would be wrong, fail or crawl: it raises in vmap(grad) for
-    dtypes that differ, as under autocast, and becomes a loop over the slices where
-    torch.compile traces it (read in torch 2.13)."""
+    """Whether torch's own batch norm would be wrong, fail or be slow.
+
+    It raises in vmap(grad) if dtypes differ, as under autocast, and torch.compile
+    traces it as a loop over the slices (read in torch 2.13).
+    """
     x: Tensor = call["input"]
     mean = call["running_mean"]
     if uses_input(call) or mean is None or call["running_var"] is None:
         return False
-    as_one = call.function is F.instance_norm  # it makes one sample of all
+    as_one = call.function is F.instance_norm  # it merges all samples into one
     if has_own_weights(call) and not as_one:
-        return False  # left to _record below
+        return False  # _keep and _otherwise below handle it
     ambiguous = x.dim() > 3 and as_one or has_several_layouts(x)
     return ambiguous or _torchs_own_crawls(call)
 
@@ -224,7 +229,7 @@ def by_running_statistics(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """An affine map."""
+    """Batch norm by the statistics given, as an affine map."""
     x = wide(input)
     scale = torch.rsqrt(wide(var) + eps)
     if weight is not None:
@@ -250,14 +255,14 @@ register(
 
 # -- Every mode: a batch of one in another layout --------------------------------------
 #
-# torch's kernel on the CPU (2.13) is silently wrong in the backward of a batch of one
-# whose input is channels-last and whose output gradient is not, or the other way round;
-# so of images of one row or one column. Instance norm is batch norm of a batch of one.
-# With three dimensions there is one layout.
+# torch's kernel on the CPU (2.13) computes a silently wrong backward for a batch of one
+# if the input is channels-last and the output gradient is not, or the other way round.
+# The same holds for images of one row or one column. Instance norm is batch norm of
+# a batch of one. The cure is an input of three dimensions, which has only one layout.
 
 
 def _is_batch_of_one(call: Call) -> bool:
-    # Calls with own weights are left to _record below.
+    # _keep and _otherwise below handle calls in which slices have their own weights.
     return has_several_layouts(call["input"]) and not has_own_weights(call)
 
 
@@ -287,7 +292,10 @@ register(
 
 
 def one_value(call: Call, per: str, do: str) -> VmapSafeValueError:
-    """One value has no spread: normalised it is 0, and the output is the bias."""
+    """The error for a channel or a group with one value.
+
+    Normalised, one value is 0, so the output would be the bias.
+    """
     assert call.site is not None
     return VmapSafeValueError(
         f"{call.function.__name__} of {call.site.path()}",

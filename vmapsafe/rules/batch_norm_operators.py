@@ -1,11 +1,11 @@
 """Batch norm's operators: faster batching rules.
 
-torch (2.13) takes batch norm apart under vmap: it normalises without weight and bias,
-and multiplies and adds afterwards, forward and backward, an intermediate of the size
-of the input each. Here the fused kernel runs once for all samples: on the samples one
-after another where running statistics normalise, and with a channel for each sample
-and channel where each slice's own do. Weights and statistics that are batched
-themselves, as an ensemble's, stay with torch.
+Under vmap torch (2.13) splits batch norm: it normalises without weight and bias, then
+multiplies and adds, forward and backward. Each step makes an intermediate of the size
+of the input. The rules here run the fused kernel once for all samples. For running
+statistics it gets all samples as one batch. For statistics of each slice it gets one
+channel for each slice and channel. torch's own rules run if weights or statistics are
+themselves batched, as in an ensemble.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from vmapsafe._torch import is_plain
 from vmapsafe.rules import references
 from vmapsafe.rules.precision import wide
 
-# Values per sample and channel from which on the fused backward by running statistics
-# wins over plain operations, by type of device; without an entry torch's own rules run.
-# Measured by bench/thresholds/batch_norm.py on an x86 server core, float32, torch 2.13.
+# From this many values per sample and channel, the fused backward by running statistics
+# is faster than separate operations, by type of device. Without an entry torch's own
+# rules run. Measured by bench/thresholds/batch_norm.py on an x86 server core, float32,
+# torch 2.13.
 REGIMES = {"cpu": 128}
 
 _forward = torch.ops.aten.native_batch_norm.default
@@ -44,14 +45,17 @@ def _takes(call: Call, *batched: str) -> bool:
 
 
 def _as_channels(batched: Tensor) -> Tensor:
-    """(B, N, C, *L) as (N, B * C) or (N, B * C, L): with more dimensions than three
-    torch's kernel is wrong for a batch of one in some layouts, see normalisation.py."""
+    """(B, N, C, *L) as (N, B * C) or (N, B * C, L).
+
+    With more than three dimensions, torch's kernel is wrong for a batch of one in some
+    layouts, see normalisation.py.
+    """
     merged = batched.movedim(1, 0).flatten(1, 2)
     return merged.flatten(2) if merged.dim() > 3 else merged
 
 
 def _as_batch(merged: Tensor, like: Tensor) -> Tensor:
-    """The way back, to the shape of ``like``."""
+    """The inverse of :func:`_as_channels`: ``merged`` in the shape of ``like``."""
     n, shape = len(merged), like.movedim(1, 0).shape
     return merged.view(n, *shape[1:]).movedim(1, 0)
 
@@ -71,8 +75,10 @@ def forward(
     var: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of whole batches (B, N, C, ...), by the running statistics or, without any, by
-    those of each slice; with what the backward needs."""
+    """Batch norm of a whole batch (B, N, C, ...), and what its backward needs.
+
+    It uses the running statistics if they are given, else those of each slice.
+    """
     own = mean is None
     arguments = {
         "input": x,
@@ -98,7 +104,7 @@ def backward(
     eps: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of the input and, of each slice, of the weight and the bias."""
+    """The gradients of the input and, for each slice, of the weight and the bias."""
     own = mean is None
     arguments = {
         "grad_out": grad,
@@ -147,7 +153,7 @@ def _backward_by_running(call: Call) -> bool:
 def _by_running_backward(
     call: Call,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of the input and, of each slice, of the weight and the bias."""
+    """The gradients of the input and, for each slice, of the weight and the bias."""
     x, grad = batch_first(call, "input"), batch_first(call, "grad_out")
     batch, n, channels = x.shape[:3]
     least = REGIMES.get(x.device.type)
@@ -155,7 +161,7 @@ def _by_running_backward(
         merged = {
             "grad_out": grad.reshape(1, batch * n * channels, -1).contiguous(),
             "input": x.reshape(1, batch * n * channels, -1),
-            "save_mean": x.new_empty(0),  # what a forward in eval mode saves
+            "save_mean": x.new_empty(0),  # as saved by a forward in eval mode
             "save_invstd": x.new_empty(0),
         }
         repeated = {
@@ -189,7 +195,7 @@ def _by_plain_operations(
     if wants_weight:
         along = x - mean.view(at_channel)
         plain = is_plain(along) and is_plain(grad)
-        along = along.mul_(grad) if plain else along * grad  # fresh memory is dear
+        along = along.mul_(grad) if plain else along * grad  # new memory is slow
         of_weight = (along.sum(over) * rstd).to(dtype)
     if wants_bias:
         of_bias = grad.sum(over).to(dtype)
@@ -209,7 +215,7 @@ def _forward_by_own(call: Call) -> bool:
 
 
 def _by_own(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_by_running`."""
+    """The same outputs as those of :func:`_by_running`."""
     x = batch_first(call, "input")
     batch, n, channels = x.shape[:3]
     as_channels = {
@@ -238,7 +244,7 @@ def _backward_by_own(call: Call) -> bool:
 def _by_own_backward(
     call: Call,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As :func:`_by_running_backward`."""
+    """The same gradients as those of :func:`_by_running_backward`."""
     x, grad = batch_first(call, "input"), batch_first(call, "grad_out")
     batch, n, channels = x.shape[:3]
     as_channels = {
@@ -263,7 +269,7 @@ def _by_own_backward(
 
 
 def _statistics(call: Call, training: bool) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(var + eps), in the shape that broadcasts."""
+    """Mean and 1 / sqrt(var + eps), in shapes that broadcast against the input."""
     x = call["input"]
     if training:
         mean, variance = references.statistics(x, references.but_channels(x))
@@ -279,12 +285,12 @@ def _plain(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     y = references.affine(call, (x - mean) * rstd)
     if not training:
         return y, x.new_empty(0), x.new_empty(0)
-    # torch does not differentiate what it saves.
+    # torch does not differentiate the statistics that it saves.
     return y, mean.detach().flatten(), rstd.detach().flatten()
 
 
 def _plain_backward(call: Call) -> tuple[Tensor | None, ...]:
-    """Its three derivatives."""
+    """The gradients of the input, the weight and the bias, written out."""
     x, grad = call["input"], call["grad_out"]
     wants_input, wants_weight, wants_bias = call["output_mask"]
     over = references.but_channels(x)

@@ -1,9 +1,10 @@
 """Group norm: right under every transform, faster under vmap, and its rows.
 
-torch (2.13) takes the backward of group norm apart into plain operations as soon as its
-own derivative could be wanted, as always in torch.func.grad, before any batching rule
-sees it. Layer norm over each group, and an affine map of each channel as batch norm by
-the statistics 0 and 1, are the same function and stay whole.
+torch (2.13) splits the backward of group norm into many operations if a derivative of
+it may follow, which is always so in torch.func.grad. It does this before any batching
+rule sees the backward. The faster form here is layer norm over each group, followed by
+batch norm with mean 0 and variance 1 for the affine map of each channel. It is the same
+function, and torch does not split its backward.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from vmapsafe.rules.normalisation import (
     torchs_own_fails,
 )
 
-# Values per sample and channel from which on layer norm and batch norm win, by type of
-# device. Measured on an x86 server core, float32, torch 2.13.
+# From this many values per sample and channel, layer norm and batch norm are faster, by
+# type of device. Measured on an x86 server core, float32, torch 2.13.
 REGIMES = {"cpu": 256}
 
 _NAMES = ("input", "num_groups", "weight", "bias", "eps")
@@ -49,14 +50,14 @@ def by_groups(
     """Group norm, right in every derivative."""
     fails = torchs_own_fails(x, weight, bias)
     if not fails and not batched_levels((x,)):
-        # torch's backward can end the process where channels lie last (2.13).
+        # torch's backward can crash the process if the input is channels last (2.13).
         return F.group_norm(x.contiguous(), groups, weight, bias, eps)
     grouped = x.reshape(x.size(0), groups, x.shape[1:].numel() // groups)
     if fails:
         y = normalised(grouped, [2], eps).reshape(x.shape)
         given = F.group_norm(specimen(x), 1).dtype
         return scaled_and_shifted(y, weight, bias).to(given)
-    # torch's group norm asks for a layout that vmap cannot tell; layer norm does not.
+    # torch's group norm queries the memory layout, which vmap refuses to answer.
     y = fused_layer_norm(grouped, grouped.shape[2:], None, None, eps)
     return scaled_and_shifted(y.reshape(x.shape), weight, bias)
 
@@ -75,20 +76,20 @@ def _is_worth(call: Call) -> bool:
         and x.device.type in REGIMES
         and x.shape[2:].numel() >= REGIMES[x.device.type]
         and not autocasts(x.device)
-        and not has_own_weights(call)  # left to _record below
+        and not has_own_weights(call)  # _keep and _otherwise below handle it
         and not beyond_reverse_mode(x, weight, bias)
     )
 
 
 def _by_other_norms(call: Call) -> Tensor:
     x, groups, weight, bias, eps = [call[name] for name in _NAMES]
-    if innermost(x).numel() == 0:  # of an empty batch vmap forgets shapes (torch 2.13)
+    if innermost(x).numel() == 0:  # an empty batch loses its shape in vmap (torch 2.13)
         return torch.clone(x)
-    if current_level() == 0 or not is_differentiated(x):  # torch's forward is whole
+    if current_level() == 0 or not is_differentiated(x):  # torch's forward is fused
         return by_groups(x, groups, weight, bias, eps)
     grouped = x.reshape(x.size(0), groups, x.shape[1:].numel() // groups)
     y = F.layer_norm(grouped, grouped.shape[2:], None, None, eps)
-    # One layout, see normalisation.py.
+    # Three dimensions have only one memory layout, see normalisation.py.
     y = y.reshape(*x.shape[:2], x.shape[2:].numel())
     mean, var = y.new_zeros(x.size(1)), y.new_ones(x.size(1))
     y = F.batch_norm(y, mean, var, weight, bias, False, 0.0, 0.0)
@@ -150,8 +151,11 @@ def _keep(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> ByKernel | None:
-    """A norm of one sample with B * N * C channels, each with a weight of its own: the
-    kernel's gradients by the weights are the rows."""
+    """The call as group norm of one sample with B * N * C channels.
+
+    Each of these has a weight of its own, so the kernel's weight gradients are the rows
+    of all samples.
+    """
     if input.dim() < 3 or not input.numel() or input.size(2) % num_groups:
         return None
     if input[0].numel() <= num_groups:  # for torch to refuse

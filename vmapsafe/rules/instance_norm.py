@@ -1,7 +1,7 @@
-"""Instance norm: what normalises a slice in each mode, and that nothing is written.
+"""Instance norm: which statistics normalise a slice in each mode, without writing any.
 
-torch makes it batch norm of a batch of one, with a channel for each sample and channel;
-so its operators are those of batch norm.
+torch computes it as batch norm of a batch of one, with one channel for each sample and
+channel. So it uses the operators of batch norm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vmapsafe.rules.sync import UpdateRunningStats
 
 
 def _unwritten(call: Call) -> Tensor:
-    """By the statistics of each sample and channel."""
+    """Instance norm by the statistics of each sample and channel, none written."""
     x, weight, bias = call["input"], call["weight"], call["bias"]
     if x.numel() == x.size(0) * x.size(1):
         raise one_value(call, "each channel", 'Use larger samples, or mode="eval"')
@@ -100,7 +100,10 @@ register(
 
 
 def _across_slices(call: Call) -> Tensor:
-    """Samples are normalised one by one: only the running statistics are merged."""
+    """Instance norm of each slice, with running statistics of all slices.
+
+    Each sample is normalised alone, so only the running statistics are merged.
+    """
     site, x = call.site, call["input"]
     assert site is not None
     y = _unwritten(call)

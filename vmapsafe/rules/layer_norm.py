@@ -1,13 +1,14 @@
 """Layer norm: right in every derivative, and faster batching rules.
 
-torch's own layer norm (2.13) holds the saved mean and standard deviation constant, so
-that second derivatives with forward mode and third ones are silently wrong, as in batch
-norm. Its batching rule of the backward does so in the rows of the weight even in the
-first derivative from outside the vmap, as of a penalty on their norms. Layer norm is
-written out where such a derivative may be taken.
+torch's own layer norm (2.13) holds the saved mean and standard deviation constant. So
+second derivatives with forward mode and third derivatives are silently wrong, as in
+batch norm. torch's batching rule of the backward makes the same mistake in the rows of
+the weight, even in the first derivative taken outside the vmap, for example that of
+a penalty on the norms of the rows. Layer norm is written out if such a derivative may
+be taken.
 
 The faster batching rules, forward and backward, keep the affine part in the fused
-kernels, which torch's own do not.
+kernels. torch's own rules do not.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ from vmapsafe.rules.normalisation import (
 
 @dataclass(frozen=True)
 class Regime:
-    """From which numbers on ours wins.
+    """The sizes from which the rules here are faster.
 
     Attributes:
-        batch: numbers in the whole batch.
-        slice: numbers in a slice from which on a call of torch's kernel a slice wins:
-            it needs no memory for what it sums up.
+        batch: from this many numbers in the whole batch they win over torch's rules.
+        slice: from this many numbers in a slice, a call of torch's kernel for each
+            slice is the fastest backward, as it does not store what it sums up.
     """
 
     batch: int
     slice: int
 
 
-# By type of device; without an entry torch's own rules run. Measured by
+# By type of device. Without an entry torch's own rules run. Measured by
 # bench/thresholds/layers.py on an x86 server core, float32, torch 2.13.
 REGIMES = {"cpu": Regime(batch=2**17, slice=2**13)}
 
@@ -70,8 +71,11 @@ def _is_worth(x: Tensor) -> bool:
 
 
 def _has_affine(call: Call, dtype: torch.dtype) -> bool:
-    """Whether there is a weight, which is what torch's rules do by hand, and all is of
-    one dtype."""
+    """Whether there is a weight, and it and the bias have this dtype.
+
+    torch's own rules apply the weight outside the fused kernel, so without a weight
+    there is nothing to gain.
+    """
     weight, bias = call["weight"], call["bias"]
     return (
         weight is not None
@@ -158,7 +162,7 @@ def _rows_by_kernel(call: Call, batches: dict[str, Tensor]) -> list[Tensor | Non
 
 
 def _rows(call: Call, batches: dict[str, Tensor]) -> list[Tensor | None]:
-    """The sums of g x̂ and of g over what the slices normalise."""
+    """The rows of weight and bias: sums of g x̂ and g over the leading dimensions."""
     grad, x, mean, rstd = batches.values()
     _, wants_weight, wants_bias = call["output_mask"]
     last = len(call["normalized_shape"])
@@ -177,9 +181,9 @@ def _rows(call: Call, batches: dict[str, Tensor]) -> list[Tensor | None]:
 def _as_functions(
     x: Tensor, mean: Tensor, rstd: Tensor, last: int
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation as functions of ``x``, with the values given.
+    """The mean and ``rstd`` as functions of ``x``, with the values given.
 
-    torch hands them over as constants, without the eps that is in them.
+    torch passes them as constants, and does not pass the eps that ``rstd`` contains.
     """
     dims = list(range(-last, 0))
     mean = x.mean(dims, keepdim=True)
@@ -198,7 +202,7 @@ def _torchs_own_fails(call: Call) -> bool:
     tensors = x, call["weight"], call["bias"]
     if torchs_own_fails(*tensors):
         return True
-    # Of rows, for which slices have weights of their own, there is one derivative.
+    # If slices have weights of their own, for rows, only one derivative is taken.
     return autograd_records(*tensors) and not has_own_weights(call)
 
 
@@ -214,7 +218,7 @@ def _right(call: Call) -> Tensor:
 
 
 def _plain(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Ba et al., https://arxiv.org/abs/1607.06450, section 3.1."""
+    """Layer norm by Ba et al., https://arxiv.org/abs/1607.06450, section 3.1."""
     x = call["input"]
     dims = list(range(-len(call["normalized_shape"]), 0))
     mean, variance = references.statistics(x, dims)
@@ -222,7 +226,7 @@ def _plain(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     y = (x - mean) * rstd
     y = y if call["weight"] is None else y * call["weight"]
     y = y if call["bias"] is None else y + call["bias"]
-    return y, mean.detach(), rstd.detach()  # as torch's kernel gives them
+    return y, mean.detach(), rstd.detach()  # as in torch's kernel
 
 
 def _plain_output(call: Call) -> Tensor:
@@ -230,7 +234,7 @@ def _plain_output(call: Call) -> Tensor:
 
 
 def _plain_backward(call: Call) -> tuple[Tensor | None, ...]:
-    """By autograd, of the above with the eps that is in ``rstd``."""
+    """The gradients of :func:`_plain` by autograd, with the eps that is in ``rstd``."""
     x = call["input"]
     dims = list(range(-len(call["normalized_shape"]), 0))
     var = x.var(dims, correction=0, keepdim=True)

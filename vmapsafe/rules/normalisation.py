@@ -1,13 +1,14 @@
 """Normalisation by statistics of the input itself, right in every derivative.
 
-torch's own kernels (2.13) are silently wrong in two places, and no call goes to them
-there, in no mode:
+torch's own kernels (2.13) are silently wrong in two cases, in which the rules of every
+mode avoid them:
 
-* in the second derivative with forward mode and in the third by reverse mode, as they
-  hold the saved statistics constant (pytorch/pytorch#196699, #186256);
-* on the CPU in the backward of batch and instance norm where a dimension has the length
-  1 and input and gradient lie in memory in two orders. They take both orders for the
-  same.
+* The second derivative with forward mode and the third derivative by reverse mode are
+  wrong, because the kernels hold the saved statistics constant (pytorch/pytorch#196699,
+  #186256).
+* On the CPU the backward of batch and instance norm is wrong if a dimension has length
+  1 and the input and the gradient have different memory layouts. The kernels read both
+  as if they had the same layout.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ Dims = Sequence[int | None]
 
 
 def of_a_layer(call: Call) -> bool:
-    """Whether a layer that the block covers, and that is not frozen, calls."""
+    """Whether the call is made by a layer that the block covers and nobody froze."""
     return call.site is not None and call.site.layer is not None
 
 
 def has_own_weights(call: Call) -> bool:
-    """Whether each slice has a copy of the layer's weights, to get rows from."""
+    """Whether each slice has a copy of the layer's weights, to get its row from."""
     if call.site is None or call.site.copies_at is None:
         return False
     given = [call.arguments.get(name) for name in ("weight", "bias")]
@@ -50,9 +51,11 @@ def has_own_weights(call: Call) -> bool:
 
 
 def torchs_own_fails(x: Tensor, *affine: Tensor | None) -> bool:
-    """Whether torch's own normalisation by statistics of ``x`` is not right in every
-    derivative that may be taken, or raises under vmap, as it does where weights are
-    wider than the input, under autocast say."""
+    """Whether torch's own normalisation by statistics of ``x`` may be wrong or raise.
+
+    Some of its derivatives are wrong, see above. Under vmap it raises if weights have
+    a wider dtype than the input, for example under autocast.
+    """
     return (
         beyond_reverse_mode(x, *affine)
         or autocasts(x.device)
@@ -62,7 +65,10 @@ def torchs_own_fails(x: Tensor, *affine: Tensor | None) -> bool:
 
 
 def normalised(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    """In plain operations, which can be differentiated any number of times; wide."""
+    """``x`` normalised by operations that can be differentiated any number of times.
+
+    The result has the dtype of :func:`wide`.
+    """
     x = wide(x)
     centred = x - x.mean(dims, keepdim=True)
     var = centred.square().mean(dims, keepdim=True)
@@ -76,7 +82,7 @@ def layer_norm_written_out(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """In plain operations; wide."""
+    """Layer norm written out with :func:`normalised`, in the dtype of its result."""
     y = normalised(x, list(range(-len(shape), 0)), eps)
     if weight is not None:
         y = y * wide(weight)
@@ -86,7 +92,7 @@ def layer_norm_written_out(
 
 
 def specimen(x: Tensor) -> Tensor:
-    """Two numbers like those of ``x``, to see which dtype autocast makes of them."""
+    """Two numbers like those of ``x``, to find the dtype that autocast gives them."""
     return torch.ones((1, 1, 2), dtype=x.dtype, device=x.device)
 
 
@@ -123,7 +129,7 @@ def own_statistics(
 
 
 def has_several_layouts(x: Tensor) -> bool:
-    """Whether the input of a batch norm is such a batch."""
+    """Whether torch's batch norm may confuse two memory layouts of ``x``, see above."""
     return x.dim() > 3 and 1 in x.shape and x.device.type == "cpu"
 
 
@@ -134,7 +140,7 @@ def fused_layer_norm(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Layer norm where :func:`torchs_own_fails` says no."""
+    """Layer norm, for calls for which :func:`torchs_own_fails` is False."""
     if not autograd_records(x, weight, bias):
         return F.layer_norm(x, shape, weight, bias, eps)
 
@@ -163,7 +169,7 @@ def fused_layer_norm(
 def fused_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Batch norm by the statistics of ``x``, if :func:`autograd_records` them."""
+    """Batch norm by the statistics of ``x``, if :func:`autograd_records` the call."""
 
     def plain(*tensors: Tensor | None) -> Tensor:
         y: Tensor = BatchNorm.apply(*tensors, eps)
@@ -181,8 +187,11 @@ def fused_batch_norm(
 
 
 class BatchNorm(Function):
-    """torch's kernel by the statistics of ``x``, where only plain autograd takes
-    derivatives: the first by torch's kernel, all others written out."""
+    """torch's batch norm by the statistics of ``x``, when only autograd differentiates.
+
+    torch's kernel computes the first derivative. Higher ones differentiate batch norm
+    written out.
+    """
 
     @staticmethod
     def forward(
@@ -207,7 +216,7 @@ class BatchNorm(Function):
 
 
 class LayerNorm(Function):
-    """As :class:`BatchNorm`."""
+    """torch's layer norm, with derivatives as in :class:`BatchNorm`."""
 
     @staticmethod
     def forward(
@@ -236,7 +245,7 @@ class LayerNorm(Function):
 
 
 def _expanded(size: int, dims: Dims, tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Each with a batch dimension in front."""
+    """Each tensor with a batch dimension in front."""
     batches = []
     for t, dim in zip(tensors, dims):
         if t is not None:
@@ -248,7 +257,7 @@ def _expanded(size: int, dims: Dims, tensors: Sequence[Tensor | None]) -> list[A
 def _gradients(
     y: Tensor, inputs: Sequence[Tensor | None], asked: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    """Those that can be differentiated again."""
+    """The gradients of ``y``, which can be differentiated again."""
     wanted = [t for t, ask in zip(inputs, asked) if ask and t is not None]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     return [next(found) if ask else None for ask in asked]
