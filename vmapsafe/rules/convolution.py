@@ -1,15 +1,22 @@
 """Convolutions: a faster batching rule of the backward, and the rows of the weight.
 
 Under ``vmap(grad)`` torch computes the weight gradients of all samples as one
-convolution with a group a sample. Where that loses, one of ``ALGORITHMS`` takes its
-place; where is a matter of the machine, see ``convolution_regimes``.
+convolution with one group for each sample. For some shapes one of ``ALGORITHMS`` is
+faster and runs instead. Which shapes these are depends on the machine, see
+``convolution_regimes``.
 
-Tried on a CPU and beaten everywhere: a product for each position of the kernel, with or
-without a copy of what it sees; an ordinary convolution a sample; ``F.unfold``, which
-takes up to ten times as long as a copy of strided windows; torch's own form without the
-copies that its rule makes of tensors of which only the sizes count. For a depthwise one
-torch's own is already one call with B * C channels, fast for 3 x 3 and not for larger
-kernels; its forward merges the batch dimensions.
+These alternatives were tried on a CPU, and were slower for every shape:
+
+* a matrix product for each position of the kernel, with or without a copy of the
+  inputs seen there;
+* an ordinary convolution for each sample;
+* ``F.unfold``, which takes up to ten times as long as a copy of strided windows;
+* torch's own form, without the copies that its rule makes of tensors whose values are
+  not used.
+
+For a depthwise convolution, torch's own rule is already one call with B * C channels.
+It is fast for 3 x 3 kernels but not for larger ones. Its forward merges the batch
+dimensions.
 """
 
 from __future__ import annotations
@@ -48,7 +55,7 @@ def _accepts(call: Call) -> bool:
 
 
 def algorithm(call: Call) -> str:
-    """The name of the one that wins, "torch" where none does."""
+    """The name of the fastest algorithm, or "torch" if torch's own rule is faster."""
     weight, groups = call["weight"], call["groups"]
     grad, x = call["grad_output"], call["input"]
     empty = not (grad.numel() and x.numel() and weight.numel())
@@ -66,25 +73,31 @@ def algorithm(call: Call) -> str:
 
 
 def products_are_exact(weight: Tensor) -> bool:
-    """Whether matrix products have no lower precision, which is an option of torch that
-    holds for them and not for convolutions."""
+    """Whether matrix products have full precision.
+
+    torch has an option for a lower precision, which applies to them and not to
+    convolutions.
+    """
     return weight.dtype != torch.float32 or multiplies_exactly(weight.device)
 
 
 def _merged(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """All three gradients; that of the input is one call for the whole batch."""
+    """All three gradients. That of the input is one call for the whole batch."""
     grad, x = (batch_first(call, name) for name in ("grad_output", "input"))
     wants_input, _, wants_bias = call["output_mask"]
     of_input = input_gradient(call, grad, x) if wants_input else None
     of_bias = None
     if wants_bias:
         rest = [d for d in range(grad.dim()) if d not in (0, 2)]
-        of_bias = grad.sum(rest, dtype=grad.dtype)  # autocast widens a plain sum
+        of_bias = grad.sum(rest, dtype=grad.dtype)  # without dtype autocast widens it
     return of_input, ALGORITHMS[algorithm(call)](call, grad, x), of_bias
 
 
 def input_gradient(call: Call, grad: Tensor, x: Tensor) -> Tensor:
-    """(B, N, C, *S) from (B, N, O, *L) and (B, N, C, *S), in one call."""
+    """The input gradient (B, N, C, *S) in one call.
+
+    ``grad`` is (B, N, O, *L), and ``x`` is (B, N, C, *S).
+    """
     merged = {
         "grad_output": grad.flatten(0, 1),
         "input": x.flatten(0, 1),
@@ -97,8 +110,10 @@ def input_gradient(call: Call, grad: Tensor, x: Tensor) -> Tensor:
 
 
 def seen_by_kernel(call: Call, x: Tensor) -> Tensor:
-    """(B, C * K, N * L) from plain (B, N, C, *S): what the kernel sees at each output
-    position; no groups."""
+    """(B, C * K, N * L): what the kernel sees at each output position.
+
+    ``x`` is a plain tensor (B, N, C, *S), and the convolution is not grouped.
+    """
     if any(call["padding"]):
         x = _padded(call, x)
     sizes = zip(x.shape[3:], call["weight"].shape[2:], call["stride"], call["dilation"])
@@ -109,8 +124,9 @@ def seen_by_kernel(call: Call, x: Tensor) -> Tensor:
 
 # -- Algorithms ------------------------------------------------------------------------
 #
-# (B, O, C, *K) from (B, N, O, *L) and (B, N, C, *S); in ``out``, contiguous and only
-# for plain tensors, if given.
+# Each computes the weight gradients (B, O, C, *K) from the output gradient
+# (B, N, O, *L) and the input (B, N, C, *S). If ``out`` is given, it writes them there.
+# ``out`` must be contiguous, and then all tensors must be plain (``is_plain``).
 
 
 def _products(
@@ -120,12 +136,13 @@ def _products(
     out: Tensor | None = None,
     turned: bool = False,
 ) -> Tensor:
-    """A matrix product a sample, of output gradients and what the kernel saw there.
+    """One matrix product for each sample: output gradients times what the kernel saw.
 
-    ``turned`` computes transposes, which is faster where a kernel sees little.
+    If ``turned``, it computes the transposed products, which is faster if a kernel sees
+    few numbers.
     """
     if call["transposed"]:
-        grad, x = x, grad  # the backward of a convolution the other way
+        grad, x = x, grad  # as for the convolution that it transposes
     weight, groups, lengths = call["weight"], call["groups"], grad.shape[3:]
     # (B * G, O, N * L), where O is that of a group
     grads = grad.movedim(1, 2).reshape(len(x) * groups, len(weight) // groups, -1)
@@ -144,11 +161,14 @@ def _plain_products(
     out: Tensor | None,
     turned: bool,
 ) -> Tensor:
-    """A few samples at a time, so that the copies of windows stay in the cache, in
-    memory that is used again and into the result, as fresh memory is dear."""
+    """The products of :func:`_products` for plain tensors, a few samples at a time.
+
+    So the copies of windows stay in the cache. They use the same memory again, and the
+    products go straight into the result, because new memory is slow.
+    """
     groups, (outputs, channels, *kernel) = call["groups"], call["weight"].shape
     columns, positions = channels * math.prod(kernel), grads.size(2)
-    # Channels that lie next to each other are copied together.
+    # If channels are next to each other in memory, they are copied together.
     last = out is None and groups == 1 and channels > 1 and x.stride(2) == 1
     shape = (-1, positions, columns) if last else (-1, columns, positions)
     shape_of_result = (*grads.shape[:2], columns)
@@ -190,11 +210,13 @@ def _plain_products(
 
 
 def _windows(call: Call, x: Tensor, lengths: torch.Size, last: bool) -> Tensor:
-    """What the kernel sees at each output position, a view of padded samples:
-    (B, G, C, *K, N, *L), or with the channels last (B, G, N, *L, *K, C)."""
+    """What the kernel sees at each output position, as a view of padded samples.
+
+    Its shape is (B, G, C, *K, N, *L), or (B, G, N, *L, *K, C) if ``last``.
+    """
     groups, (_, channels, *kernel) = call["groups"], call["weight"].shape
     of_sample, of_slice, of_channel, *steps = x.stride()
-    # of groups, channels, the kernel, slices and positions
+    # Of groups, channels, the kernel, slices and positions.
     sizes = [groups], [channels], kernel, [x.size(1)], lengths
     strides = (
         *([of_channel * channels], [of_channel]),
@@ -210,7 +232,10 @@ def _windows(call: Call, x: Tensor, lengths: torch.Size, last: bool) -> Tensor:
 
 
 def _watched_windows(call: Call, x: Tensor, lengths: torch.Size) -> Tensor:
-    """The same by slices, whose backward has batching rules: (B, C, K, N, *L)."""
+    """The windows (B, C, K, N, *L) as a stack of slices of ``x``.
+
+    The backward of such slices has batching rules.
+    """
     if any(call["padding"]):
         x = _padded(call, x)
     seen = []
@@ -224,7 +249,7 @@ def _watched_windows(call: Call, x: Tensor, lengths: torch.Size) -> Tensor:
 
 def _padded(call: Call, x: Tensor) -> Tensor:
     sizes = [p for size in reversed(call["padding"]) for p in (size, size)]
-    # As a batch of images it keeps the order of its dimensions in memory.
+    # F.pad keeps the memory layout of a batch of images.
     padded = F.pad(x.flatten(0, 1), sizes)
     return padded.view(*x.shape[:2], *padded.shape[1:])
 
@@ -245,7 +270,7 @@ ALGORITHMS: Mapping[str, Callable[..., Tensor]] = {
 
 
 def _by_autograd(call: Call) -> tuple[Tensor | None, ...]:
-    """The gradients that torch's convolution itself has."""
+    """The gradients of torch's own convolution, by autograd."""
     asked = call["output_mask"]
     values = [
         call["input"],
@@ -284,7 +309,7 @@ register(
 
 @dataclass(frozen=True)
 class Weight(Products):
-    """``F.conv1d`` to ``3d``: x (B, N, C, *S), grad (B, N, O, *L)."""
+    """Rows of ``F.conv1d`` to ``F.conv3d``: x (B, N, C, *S), grad (B, N, O, *L)."""
 
     weight: Tensor
     stride: list[int]
@@ -323,7 +348,7 @@ class Weight(Products):
         return out
 
     def _is_one_convolution(self, winner: str, grad: Tensor) -> bool:
-        """Whether one convolution of all samples wins over one for each."""
+        """Whether one convolution for all samples is faster than one for each."""
         if winner in ALGORITHMS:
             return False
         regime = REGIMES.get(grad.device.type)
@@ -350,21 +375,23 @@ class Weight(Products):
         return self._ordinary(x.flatten(0, 1), grad.flatten(0, 1)).to(dtype)
 
     def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        """(B, N, C, *S), in the dtype of the two."""
+        """(B, N, C, *S): the input gradient, in the dtype of both arguments."""
         return input_gradient(self._call(x, grad), grad, x)
 
     def _ordinary(self, x: Tensor, grad: Tensor) -> Tensor:
-        """The weight gradient of one batch: x (N, C, *S), grad (N, O, *L)."""
+        """The weight gradient of one batch, from x (N, C, *S) and grad (N, O, *L)."""
         return _weight_gradient(self._call(x, grad).arguments)
 
     def _groups(self, x: Tensor, grad: Tensor) -> Tensor:
-        """One convolution of (N, B * C, *S) with the groups of all samples, as torch's
-        own batching rule has it, without what vmap takes to begin."""
+        """The rows by one convolution of (N, B * C, *S), with all samples' groups.
+
+        torch's own batching rule does the same. A direct call saves the cost of vmap.
+        """
         size, (outputs, *rest) = len(x), self.shape
         merged = {
             "grad_output": grad.movedim(0, 1).flatten(1, 2),
             "input": x.movedim(0, 1).flatten(1, 2),
-            # Of which only the shape counts.
+            # Only its shape counts.
             "weight": self.weight.new_empty(()).expand(size * outputs, *rest),
             "groups": size * self.groups,
         }

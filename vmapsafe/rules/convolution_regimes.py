@@ -1,7 +1,7 @@
-"""Which algorithm for the weight gradients of a convolution wins where.
+"""The fastest algorithm for the weight gradients of each kind of convolution.
 
-Made by bench/thresholds/convolution.py, which proposes the rows; another type of device
-is added by running it there. Without an entry torch's own rule runs.
+bench/thresholds/convolution.py measures the algorithms and proposes the rows. To add
+a type of device, run it there. If a type is not in the table, torch's own rule runs.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ ANY: Interval = (0, float("inf"))
 
 @dataclass(frozen=True)
 class Winner:
-    """An algorithm for the weight gradients of a convolution, and where it wins.
+    """An algorithm for the weight gradients, and the convolutions for which it wins.
 
-    All intervals have both their ends. In a transposed convolution the roles of its
-    input and of what it gives are exchanged, here as in the algorithms.
+    All intervals include both ends. In a transposed convolution the input and the
+    output swap roles, here as in the algorithms.
 
     Attributes:
         algorithm: a name in ``ALGORITHMS`` of convolution.py, or "torch".
-        dims: spatial dimensions.
-        kernel: positions of the kernel.
-        groups: 1 unless the convolution is a grouped one.
-        channels: input channels of a group.
-        outputs: output channels of a group.
-        positions: output positions of a slice, those of all its samples.
+        dims: the number of spatial dimensions.
+        kernel: the number of positions of the kernel.
+        groups: the number of groups, 1 if the convolution is not grouped.
+        channels: the input channels of a group.
+        outputs: the output channels of a group.
+        positions: the output positions of all samples of a slice.
     """
 
     algorithm: str
@@ -58,15 +58,15 @@ class Winner:
 
 @dataclass(frozen=True)
 class Regime:
-    """What wins on one type of device.
+    """The fastest algorithms on one type of device.
 
     Attributes:
-        winners: the first row that holds counts; where none does, torch's own.
-        columns: how many numbers of copied windows to hold at a time, at most; they
-            are to stay in the cache.
-        one_by_one: where no row of ``winners`` holds: numbers in the rows of a batch
-            from which on a call a sample wins over one convolution with the groups of
-            all samples, as torch's own rule has it.
+        winners: the first of these that holds is used; if none holds, torch's own rule.
+        columns: how many numbers of copied windows to keep at a time, at most, so that
+            they stay in the cache.
+        one_by_one: used if none of ``winners`` holds. From this many numbers in the
+            rows of a batch, one call for each sample is faster than one convolution
+            with the groups of all samples, which is what torch's own rule does.
     """
 
     winners: tuple[Winner, ...]
@@ -91,7 +91,7 @@ REGIMES = {
                 outputs=(8, 128),
                 positions=(200, MANY),
             ),
-            # Its last ones: the fewer positions, the fewer channels it takes.
+            # The last layers: the fewer the positions, the fewer channels are enough.
             *[
                 Winner(
                     "products",
@@ -110,7 +110,7 @@ REGIMES = {
             Winner(
                 "products", dims=ONE, kernel=(11, MANY), groups=ONE, channels=(12, MANY)
             ),
-            # Depthwise, where torch has no fast kernel.
+            # Depthwise convolutions for which torch does not have a fast kernel.
             Winner("products", dims=ONE, kernel=(15, MANY), **DEPTHWISE),
             Winner(
                 "products",
@@ -119,7 +119,7 @@ REGIMES = {
                 positions=(150, MANY),
                 **DEPTHWISE,
             ),
-            # Groups that are almost so.
+            # Almost depthwise: few input or few output channels in each group.
             *[
                 Winner(
                     "products",

@@ -1,8 +1,8 @@
 """Embeddings: a faster batching rule of the backward, and the rows of the weight.
 
-Almost all of the rows' numbers are zero. torch writes them all, and then adds what is
-not; here nothing is written but that, where the memory is large enough to come from
-the system, which hands out zeros.
+Almost all numbers of the rows are zero. torch writes all of these zeros, and then adds
+the numbers that are not zero. The rule here writes only those. It applies if the rows
+are so large that the operating system provides their memory, which is zero already.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vmapsafe.rules.formulas import (
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
 from vmapsafe.rules.precision import wide
 
-DEVICES = ("cpu",)  # whose system hands out zeros
+DEVICES = ("cpu",)  # the system provides memory of zeros only there
 
 _backward = torch.ops.aten.embedding_dense_backward.default
 
@@ -54,7 +54,7 @@ def _shape(call: Call) -> tuple[int, int, int]:
 
 
 def _sparse_sum(call: Call) -> tuple[Tensor]:
-    """(B, V, D) from (B, ..., D) and (B, ...)."""
+    """(B, V, D): the weight gradients from grads (B, ..., D) and indices (B, ...)."""
     grad, indices = (batch_first(call, name) for name in ("grad_output", "indices"))
     size, words, width = _shape(call)
     starts = words * torch.arange(size, device=indices.device).unsqueeze(1)
@@ -70,7 +70,7 @@ def _sparse_sum(call: Call) -> tuple[Tensor]:
 
 
 def _plain(call: Call) -> Tensor:
-    """Row v is the sum of the gradients at the places of word v."""
+    """The weight gradient: row v is the sum of the gradients at places of word v."""
     grad: Tensor = call["grad_output"]
     indices = call["indices"].reshape(-1, 1)
     words = torch.arange(call["num_weights"], device=indices.device)
@@ -96,7 +96,7 @@ register(
 
 @dataclass(frozen=True)
 class Weight(Formula):
-    """``F.embedding``: indices x (B, ...), grad (B, ..., D), weight (V, D)."""
+    """Rows of ``F.embedding``: indices x (B, ...), grad (B, ..., D), weight (V, D)."""
 
     padding_idx: int | None
 
@@ -128,7 +128,7 @@ class Weight(Formula):
             def again(i: int, x: Tensor = some_x, grad: Tensor = some_grad) -> Tensor:
                 return norms_of(self.rows(x[i : i + 1], grad[i : i + 1]))
 
-            # A word that stands there several times adds up to that many times more.
+            # The square of a sum of n rows is at most n times the sum of their squares.
             parts.append(roots_of(squares, [most * positions], again))
         return torch.cat(parts)
 
@@ -169,7 +169,7 @@ keep_calls(F.embedding, KeptCalls(_keep, parameters=("weight",)))
 
 # -- max_norm --------------------------------------------------------------------------
 #
-# torch writes the renormalised rows into the weight. Here a copy of them is used.
+# torch writes the renormalised rows into the weight. The code here uses a copy of them.
 
 _RENORMALISING = {f: Signature.of(f) for f in (F.embedding, F.embedding_bag)}
 
@@ -187,12 +187,12 @@ def renormalises(
 def on_renormalised(
     run: Function, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Tensor:
-    """What such a call gives, without writing its weight.
+    """Make a call that renormalises, without writing its weight.
 
     Args:
-        run: makes a call, given the function, its arguments, and those by name.
-        function: that was called.
-        args: its arguments.
+        run: makes a call, given the function and its positional and named arguments.
+        function: the function that was called.
+        args: its positional arguments.
         kwargs: its arguments by name.
 
     Returns:
@@ -209,7 +209,7 @@ def on_renormalised(
 
 
 def _renormalised(rows: Tensor, most: float, norm_type: float) -> Tensor:
-    """As torch.embedding_renorm_ computes it; gradients pass on as they are."""
+    """The rows as torch.embedding_renorm_ scales them; gradients are not scaled."""
     values = rows.detach()
     norms = torch.linalg.vector_norm(values, norm_type, dim=-1, keepdim=True)
     scaled = values * torch.where(norms > most, most / (norms + 1e-7), 1)

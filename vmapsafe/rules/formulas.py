@@ -1,27 +1,29 @@
-"""Per-sample gradients of a weight, from what its layer saw and the output gradient.
+"""Per-sample gradients of a weight, from its layer's input and output gradient.
 
-A layer that uses a weight W once has, with x_i its input and g_i the gradient of the
-loss by its output on sample i, a row dW_i that is bilinear in the two. What is asked of
-the rows often needs none of them:
+Suppose that a layer uses a weight W once, with input x_i and output gradient g_i for
+sample i. Then the sample's gradient of W, the row dW_i, is bilinear in x_i and g_i.
+Many quantities of the rows can be computed without the rows themselves:
 
-* ``rows``: the rows themselves, into given memory;
+* ``rows``: the rows themselves;
 * ``norms``: the norm of each row;
 * ``weighted``: the sum of the rows, each times a factor, which is the ordinary weight
   gradient of the scaled output gradients.
 
 For a layer that is a matrix product at T positions of a sample, dW_i = g_i x_i^T with
-g_i (O, T) and x_i (C, T), the squared norm is the sum of the products of two Gram
-matrices,
+g_i (O, T) and x_i (C, T). The squared norm of a row is the sum over the entrywise
+product of two Gram matrices,
 
 .. math:: \\|g_i x_i^T\\|^2 = \\sum_{st} (g_i^T g_i)_{st} (x_i^T x_i)_{st}
 
 (Li et al., https://arxiv.org/abs/2110.05679, section 4; Goodfellow,
-https://arxiv.org/abs/1510.01799, for T = 1), which costs T T (C + O) products and not
-T C O. Where that is more, rows are made for a few samples at a time and thrown away.
+https://arxiv.org/abs/1510.01799, for T = 1). This costs T T (C + O) multiplications
+instead of T C O. If that is more, the rows are made for a few samples at a time, and
+dropped after use.
 
-Squares may leave the range of a dtype where rows do not, and the sum of products may be
-the small difference of large numbers. Both show in the numbers themselves, and norms of
-such samples are computed again from rows, each divided by its largest entry.
+Squares may be out of the range of a dtype although the rows are not. The sum of
+products may also be the small difference of large numbers. Both show in the numbers
+themselves. The norms of such samples are computed again from rows, each divided by its
+largest entry.
 """
 
 from __future__ import annotations
@@ -41,14 +43,14 @@ from vmapsafe.rules.precision import wide
 class Formula:
     """How one use of a parameter of ``shape`` makes rows (B, *shape).
 
-    ``x`` is the layer's input and ``grad`` the gradient by its output, whole batches
-    (B, ...), in the dtype of the parameter.
+    ``x`` is the layer's input, and ``grad`` is the gradient of the loss by its output.
+    Both are whole batches (B, ...) in the dtype of the parameter.
     """
 
     shape: torch.Size
 
     def rows(self, x: Tensor, grad: Tensor) -> Tensor:
-        """(B, *shape), to be read: they may lie in the memory of ``x`` or ``grad``."""
+        """(B, *shape), read-only: they may share memory with ``x`` or ``grad``."""
         raise NotImplementedError
 
     def write_rows(self, x: Tensor, grad: Tensor, out: Tensor) -> None:
@@ -62,25 +64,25 @@ class Formula:
         return out
 
     def norms(self, x: Tensor, grad: Tensor) -> Tensor:
-        """(B,), the norms of the rows."""
+        """(B,): the norms of the rows."""
         parts = [norms_of(self.rows(*part)) for part in self.few(x, grad)]
         return torch.cat(parts)
 
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
-        """(*shape): the sum of the rows, each times its factor, a number (B,)."""
+        """(*shape): the sum of the rows, each times its number in ``factors`` (B,)."""
         return weighted_sum(self.rows(x, grad), factors)
 
     def few(
         self, x: Tensor, grad: Tensor, numbers: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Few samples at a time, so that ``numbers`` a sample stay in the cache."""
+        """A few samples at a time, so that ``numbers`` for each fit in the cache."""
         step = max(1, _CACHED // max(1, numbers or self.shape.numel()))
         for i in range(0, len(grad), step):
             yield x[i : i + step], grad[i : i + step]
 
 
 def norms_of(rows: Tensor) -> Tensor:
-    """(B,) of (B, ...); half precision in float32."""
+    """(B,): the norms of rows (B, ...), in float32 for half precision."""
     rows = wide(rows).unsqueeze(-1).flatten(1)
     if not can_look(rows):
         return _norms_of_scaled(rows)
@@ -99,7 +101,7 @@ def _norms_of_scaled(rows: Tensor) -> Tensor:
 
 
 def _scaled_to_one(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, ...), the largest entry of each sample 1, and what it was (B,)."""
+    """(B, ...) and (B,): samples divided by their largest entries, and those."""
     flat = x.detach().unsqueeze(-1).flatten(1)
     if flat.size(1) == 0:
         return x, flat.new_ones(len(flat))
@@ -109,26 +111,29 @@ def _scaled_to_one(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _range(dtype: torch.dtype) -> tuple[float, float]:
-    """Between these, sums of squares have lost nothing to the ends of the dtype."""
+    """The range in which sums of squares neither underflow nor overflow in part."""
     numbers = torch.finfo(dtype)
     return numbers.tiny * 2.0**40, numbers.max * 2.0**-10
 
 
 def can_look(x: Tensor) -> bool:
-    """Whether the numbers may be read: on the CPU, where that is cheap, and where no
-    transform, autograd or compiler watches."""
+    """Whether Python code may read the numbers of ``x``.
+
+    They must be on the CPU, where reading is cheap, and outside transforms, autograd
+    and compilers.
+    """
     return not torch.compiler.is_compiling() and x.device.type == "cpu" and is_plain(x)
 
 
 def weighted_sum(rows: Tensor, factors: Tensor) -> Tensor:
-    """(...) of (B, ...) and (B,)."""
+    """(...): the sum of rows (B, ...), each times its factor (B,)."""
     numbers = wide(rows)  # a factor may be below the range of half precision
     total: Tensor = torch.tensordot(factors.to(numbers.dtype), numbers, 1)
     return total.to(rows.dtype)
 
 
 class _Small(Formula):
-    """Whose rows take less memory than the output gradient."""
+    """A formula whose rows take less memory than the output gradient."""
 
     def norms(self, x: Tensor, grad: Tensor) -> Tensor:
         return norms_of(self.rows(x, grad))
@@ -136,7 +141,10 @@ class _Small(Formula):
 
 @dataclass(frozen=True)
 class Bias(_Small):
-    """A number for each channel, added at every position; ``dim`` counts channels."""
+    """Rows of a bias: one number for each channel, added at every position.
+
+    ``dim`` is the dimension of the channels.
+    """
 
     dim: int
 
@@ -147,7 +155,7 @@ class Bias(_Small):
 
 @dataclass(frozen=True)
 class Made(_Small):
-    """Rows that came with something else, in the place of the input."""
+    """Rows that are already made. They are passed as ``x``, instead of the input."""
 
     def rows(self, x: Tensor, grad: Tensor) -> Tensor:
         return x
@@ -157,14 +165,14 @@ class Made(_Small):
 
 
 class Products(Formula):
-    """A matrix product at each of T positions."""
+    """Rows of a layer that is a matrix product at each of T positions."""
 
     def columns(self, x: Tensor) -> Tensor:
-        """(B, C, T): what is multiplied at each position."""
+        """(B, C, T): the inputs that the weight multiplies at each position."""
         raise NotImplementedError
 
     def outputs(self, grad: Tensor) -> Tensor:
-        """(B, O, T)"""
+        """(B, O, T): the output gradients at each position."""
         raise NotImplementedError
 
     def norms(self, x: Tensor, grad: Tensor) -> Tensor:
@@ -185,7 +193,7 @@ class Products(Formula):
 
 
 def _norms_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """(B,), of b_i a_i^T, from (B, C, T) and (B, O, T)."""
+    """(B,): the norms of b_i a_i^T, from a (B, C, T) and b (B, O, T)."""
     if not can_look(a):
         (a, of_a), (b, of_b) = _scaled_to_one(a), _scaled_to_one(b)
         squares = (torch.bmm(a.mT, a) * torch.bmm(b.mT, b)).flatten(1).sum(1)
@@ -206,10 +214,10 @@ def _norms_of_products(a: Tensor, b: Tensor) -> Tensor:
 def roots_of(
     squares: Tensor, most: Sequence[Tensor], again: Callable[[int], Tensor]
 ) -> Tensor:
-    """(B,): of each of ``squares``, which is at most the product of ``most``.
+    """(B,): the roots of ``squares``, each of which is at most the product of ``most``.
 
-    Where one of these is out of range, or rounding errors of that product would count,
-    it is ``again(i)``.
+    The result is ``again(i)`` if one of these numbers is out of range, or if the square
+    is so small that rounding errors of that product would count.
     """
     low, high = _range(squares.dtype)
     smallest = 2.0**10 * torch.finfo(squares.dtype).eps
@@ -226,13 +234,15 @@ def roots_of(
     return norms
 
 
-# Numbers that are worked on at a time, at most; measured on a CPU.
+# The largest number of entries to work on at a time. Measured on a CPU.
 _CACHED = 2**19
 
 
 def times(x: Tensor, grad: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """One of the two times the factors, the smaller one; half precision in float32,
-    as a factor may be below its range."""
+    """``x`` and ``grad``, the smaller of the two multiplied by the factors.
+
+    Half precision becomes float32, as a factor may be below the range of the former.
+    """
     x, grad = wide(x), wide(grad)
     if x.numel() < grad.numel():
         return x * at_samples(factors, x), grad

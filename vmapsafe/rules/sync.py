@@ -1,25 +1,30 @@
 r"""Mode "sync": batch norm by the statistics of all slices of the vmapped axis.
 
-What an un-vmapped ``model(x)`` in training mode computes; SyncBatchNorm with the
-vmapped axis as its process group. Two ways to the same numbers:
+The result is that of an un-vmapped ``model(x)`` in training mode, or of SyncBatchNorm
+with the vmapped axis as its process group. There are two ways to the same numbers:
 
-* no derivative is taken inside the vmap: the slices are put together and torch's own
-  kernel runs on them: outputs and running statistics are the plain layer's to the bit;
-* else plain operations around one primitive, the sum over the merged axes
+* If no derivative is taken inside the vmap, the slices become one batch, and torch's
+  own kernel runs on it. Outputs and running statistics are bit-identical to those of
+  the un-vmapped layer.
+* Otherwise the rule uses ordinary operations around one primitive, the sum over the
+  merged axes
 
   .. math:: S(a)_i = \sum_j a_j
 
-  which is its own adjoint and its own tangent map, so that every derivative follows:
-  reverse mode inside gives contributions, :math:`\sum_j \partial \ell_j / \partial
-  \theta^{(i)}`, forward mode inside :math:`\sum_j \partial out_i / \partial x_j\, v_j`.
+  This sum is its own adjoint and its own tangent map, so every derivative follows.
+  Reverse mode inside the vmap gives contributions, :math:`\sum_j \partial \ell_j /
+  \partial \theta^{(i)}`. Forward mode inside gives :math:`\sum_j \partial out_i /
+  \partial x_j\, v_j`.
 
-Only levels at which the layer's *input* is batched are merged, never one that only a
-cotangent or a tangent carries (a ``jacrev`` around the call): the primitive takes the
-input along as an anchor.
+The rule merges only levels at which the layer's *input* is batched. It never merges
+a level of which only a cotangent or a tangent has a batch, such as that of a ``jacrev``
+around the call. For this the primitive takes the input as an extra argument, its
+anchor.
 
-SyncBatchNorm in several processes adds its process group to the sum. Each process then
-has the gradient of the sum of all processes' losses by its own inputs and its own copy
-of the parameters, as SyncBatchNorm has; all must make the same calls in the same order.
+SyncBatchNorm in several processes adds its process group to the sum. Then each process
+gets the gradient of the sum of all processes' losses by its own inputs and its own copy
+of the parameters, as from SyncBatchNorm. All processes must make the same calls in the
+same order.
 """
 
 from __future__ import annotations
@@ -60,12 +65,13 @@ Levels = tuple[int, ...]
 class SumOverMerged(Function):
     """The sum over the merged levels and the process group, the same for each slice.
 
-    ``anchor`` is the layer's input: what is batched together with it is summed.
+    ``anchor`` is the layer's input. The sum runs over a merged level if ``anchor`` is
+    batched there.
     """
 
     @staticmethod
     def forward(a: Tensor, anchor: Tensor, merged: Levels, group: Any) -> Tensor:
-        a = a.clone(memory_format=torch.contiguous_format)  # all_reduce asks for it
+        a = a.clone(memory_format=torch.contiguous_format)  # for all_reduce
         if group is not None:
             dist.all_reduce(a, group=group)
         return a
@@ -98,7 +104,7 @@ class SumOverMerged(Function):
     ) -> tuple[Tensor, int | None]:
         a_dim, anchor_dim = in_dims[:2]
         merges = anchor_dim is not None and current_level() + 1 in merged
-        if anchor_dim is not None:  # what is left of it tells of the levels below
+        if anchor_dim is not None:  # it still shows the levels below
             anchor = anchor.select(anchor_dim, 0)
         if a_dim is None:
             total = SumOverMerged.apply(a, anchor, merged, group)
@@ -110,11 +116,11 @@ class SumOverMerged(Function):
 
 @whole_while_compiling
 class AsOneBatch(Function):
-    """torch's own batch norm on the merged batch; no derivative is taken inside."""
+    """torch's own batch norm on the merged batch, if no derivative is taken inside."""
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        raise AssertionError("a merged level is always left by its rule")
+        raise AssertionError("the vmap rule of a merged level always removes it")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -149,8 +155,8 @@ class AsOneBatch(Function):
 class UpdateRunningStats(Function):
     """One training step's update of a layer's buffers, in place, below all transforms.
 
-    ``kernel`` is the name of what writes them, "batch_norm" or "instance_norm".
-    Returns a zero that stands for the effect.
+    ``kernel`` names the function that writes them, "batch_norm" or "instance_norm". The
+    call has an effect but not a result, so it returns a zero.
     """
 
     @staticmethod
@@ -165,7 +171,7 @@ class UpdateRunningStats(Function):
         group: Any,
         label: str,
     ) -> Tensor:
-        # Blocks around this one leave writes of a forward out.
+        # Blocks around this one would leave these writes out, so hide them.
         with torch.no_grad(), unseen_by_modes():
             factor = 0.0 if momentum is None else momentum
             if count is not None:
@@ -220,7 +226,7 @@ class UpdateRunningStats(Function):
 def _members(
     size: int, in_dims: Any, *tensors: Tensor | None
 ) -> list[list[Tensor | None]]:
-    """The tensors of each member of a level that is not merged, an ensemble's say."""
+    """The tensors of each member of a level that is not merged, such as an ensemble."""
     return [
         [
             t if t is None or dim is None else t.select(dim, i)
@@ -251,8 +257,10 @@ def _update_across_processes(
 
 
 def _with_count(sums: Tensor, x: Tensor) -> Tensor:
-    """(C + 1,): with the number of values of a channel, which differs by process, so
-    that one message carries both."""
+    """(C + 1,): the sums, and the number of values of a channel.
+
+    That number differs by process. So one message carries both.
+    """
     count = math.prod([x.size(d) for d in range(x.dim()) if d != 1])
     return torch.cat([sums, x.new_full((1,), float(count))])
 
@@ -335,7 +343,10 @@ def _by_sums(call: Call, merged: Levels, group: Any, detached: bool) -> Tensor:
 
 
 def _update(call: Call, merged: Levels, group: Any) -> None:
-    """As the layer itself does in training, which the block has switched off."""
+    """Update the layer's buffers as it does in training.
+
+    The block has switched off the layer's own update.
+    """
     site = call.site
     assert site is not None and site.layer is not None
     layer: Any = site.layer
@@ -354,7 +365,7 @@ def _update(call: Call, merged: Levels, group: Any) -> None:
 
 
 def _whole_batch(call: Call) -> Tensor:
-    """Of the merged batch, slices put back."""
+    """Batch norm of the merged batch, split into slices again."""
     x: Tensor = call["input"]
     merged = {**call.arguments, "input": x.flatten(0, 1)}
     return references.batch_norm(Call(call.function, merged)).view(x.shape)
