@@ -7,7 +7,7 @@ values and in gradients (:func:`vmapsafe.testing.check_rule`).
 There are two kinds. A :class:`FunctionRule` stands for torch functions. A block decides
 about each call in this order:
 
-1. If the function has no rule in the block's table, torch's own code runs.
+1. If the block's table does not have a rule of the function, torch's own code runs.
 2. If the call does not come from the forward of a model that the block covers, torch's
    own code runs.
 3. The block asks the function's rules, those that hold in fewer modes first, then in

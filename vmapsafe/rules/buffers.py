@@ -1,7 +1,7 @@
 """In-place writes to the model's buffers, which a forward inside a block leaves out.
 
-Hand-made normalisation layers update buffers of their own. Under vmap torch either
-refuses such a write or lets one slice see another's. Under grad torch refuses it too.
+Hand-made normalisation layers update buffers of their own. Under vmap torch refuses
+such a write, because one slice would see another's. Under grad torch refuses it too.
 Inside a block the write does not happen: code that reads the buffer afterwards sees the
 old value.
 """

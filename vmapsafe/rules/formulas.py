@@ -111,7 +111,7 @@ def _scaled_to_one(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _range(dtype: torch.dtype) -> tuple[float, float]:
-    """The range in which sums of squares neither underflow nor overflow in part."""
+    """The range in which sums of squares do not suffer from underflow or overflow."""
     numbers = torch.finfo(dtype)
     return numbers.tiny * 2.0**40, numbers.max * 2.0**-10
 
@@ -214,10 +214,10 @@ def _norms_of_products(a: Tensor, b: Tensor) -> Tensor:
 def roots_of(
     squares: Tensor, most: Sequence[Tensor], again: Callable[[int], Tensor]
 ) -> Tensor:
-    """(B,): the roots of ``squares``, each of which is at most the product of ``most``.
+    """(B,): the roots of ``squares``, whose upper bounds are the products of ``most``.
 
-    The result is ``again(i)`` if one of these numbers is out of range, or if the square
-    is so small that rounding errors of that product would count.
+    Root i is ``again(i)`` if the bound or a factor of it is out of range, or if the
+    square is so much smaller than the bound that rounding errors would count.
     """
     low, high = _range(squares.dtype)
     smallest = 2.0**10 * torch.finfo(squares.dtype).eps
@@ -241,7 +241,7 @@ _CACHED = 2**19
 def times(x: Tensor, grad: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """``x`` and ``grad``, the smaller of the two multiplied by the factors.
 
-    Half precision becomes float32, as a factor may be below the range of the former.
+    Half precision becomes float32, as a factor may be too small for half precision.
     """
     x, grad = wide(x), wide(grad)
     if x.numel() < grad.numel():

@@ -102,7 +102,7 @@ def _by_other_norms(call: Call) -> Tensor:
 def _torchs_own_fails(call: Call) -> bool:
     x, groups, weight, bias, _ = [call[name] for name in _NAMES]
     if x.dim() < 2 or x.size(1) % groups or x.numel() <= groups:
-        return False  # for torch to refuse
+        return False  # torch refuses such a call
     return bool(batched_levels((x,)) or torchs_own_fails(x, weight, bias))
 
 
@@ -158,7 +158,7 @@ def _keep(
     """
     if input.dim() < 3 or not input.numel() or input.size(2) % num_groups:
         return None
-    if input[0].numel() <= num_groups:  # for torch to refuse
+    if input[0].numel() <= num_groups:  # torch refuses such a call
         return None
     given = [p for p in (weight, bias) if p is not None]
     channels = input.shape[2:3]

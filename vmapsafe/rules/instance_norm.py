@@ -26,7 +26,7 @@ from vmapsafe.rules.sync import UpdateRunningStats
 
 
 def _unwritten(call: Call) -> Tensor:
-    """Instance norm by the statistics of each sample and channel, none written."""
+    """Instance norm by statistics of each sample and channel, without writing any."""
     x, weight, bias = call["input"], call["weight"], call["bias"]
     if x.numel() == x.size(0) * x.size(1):
         raise one_value(call, "each channel", 'Use larger samples, or mode="eval"')

@@ -5,8 +5,8 @@ Autograd would make the gradients of all samples' copies of a weight, B x P numb
 parameters themselves instead of their copies. A layer describes that call in one of two
 forms:
 
-* :class:`ByFormulas`: backward keeps the input and hands the output gradient to a
-  formula for each parameter (``formulas``);
+* :class:`ByFormulas`: the input is kept, and backward gives it and the output gradient
+  to a formula for each parameter (``formulas``);
 * :class:`ByKernel`: one kernel makes the input gradient and all rows, which are small.
 
 The input of such a call is (B, N, ...): for each of B samples, the input of its slice.

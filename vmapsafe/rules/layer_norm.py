@@ -198,7 +198,7 @@ def _as_functions(
 def _torchs_own_fails(call: Call) -> bool:
     x, shape = call["input"], tuple(call["normalized_shape"])
     if tuple(x.shape[x.dim() - len(shape) :]) != shape:
-        return False  # for torch to refuse
+        return False  # torch refuses such a call
     tensors = x, call["weight"], call["bias"]
     if torchs_own_fails(*tensors):
         return True

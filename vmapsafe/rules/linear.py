@@ -1,8 +1,8 @@
 """Linear layers: a faster batching rule, and the rows of weight and bias.
 
-For the forward, torch multiplies and then adds the bias; the rule here makes one fused
-call. For the rows of the weight, torch's rule is a product of two batches of matrices;
-nothing was faster.
+For the forward, torch multiplies and then adds the bias. The rule here makes one fused
+call. For the rows of the weight, torch's own rule multiplies two batches of matrices.
+It stays, because trials did not find a faster form.
 """
 
 from __future__ import annotations

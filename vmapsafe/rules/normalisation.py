@@ -47,7 +47,7 @@ def has_own_weights(call: Call) -> bool:
     return call.site.copies_at in batched_levels([p for p in given if p is not None])
 
 
-# -- In plain operations ---------------------------------------------------------------
+# -- In ordinary operations ------------------------------------------------------------
 
 
 def torchs_own_fails(x: Tensor, *affine: Tensor | None) -> bool:

@@ -24,7 +24,7 @@ from vmapsafe.rules.precision import wide
 def _torchs_own_fails(call: Call) -> bool:
     x, shape = call["input"], tuple(call["normalized_shape"])
     if tuple(x.shape[x.dim() - len(shape) :]) != shape:
-        return False  # for torch to refuse
+        return False  # torch refuses such a call
     if torchs_own_fails(x, call["weight"]):
         return True
     # If slices have weights of their own, for rows, only one derivative is taken.

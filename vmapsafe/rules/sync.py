@@ -17,9 +17,9 @@ with the vmapped axis as its process group. There are two ways to the same numbe
   \partial x_j\, v_j`.
 
 The rule merges only levels at which the layer's *input* is batched. It never merges
-a level of which only a cotangent or a tangent has a batch, such as that of a ``jacrev``
-around the call. For this the primitive takes the input as an extra argument, its
-anchor.
+a level at which only a cotangent or a tangent is batched, such as that of a ``jacrev``
+around the call. To see the difference, the primitive takes the input as an extra
+argument, its anchor.
 
 SyncBatchNorm in several processes adds its process group to the sum. Then each process
 gets the gradient of the sum of all processes' losses by its own inputs and its own copy
