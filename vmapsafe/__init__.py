@@ -66,3 +66,7 @@ __all__ = [
     "per_sample_sketch",
     "vmap_safe",
 ]
+
+# Pickles and tracebacks name what users import, and not the file it stands in.
+for _name in __all__:
+    globals()[_name].__module__ = __name__

@@ -17,8 +17,6 @@ class VmapSafeError(Exception):
     ``TypeError``, a ``RuntimeError`` or a ``ModuleNotFoundError``.
     """
 
-    __module__ = "vmapsafe"
-
     # Without an __init__ of its own: torch.compile could not trace one.
     # An error that somebody else makes of one text has found that.
     args: tuple[str, ...]
@@ -45,43 +43,29 @@ class VmapSafeError(Exception):
 class VmapSafeValueError(VmapSafeError, ValueError):
     """An argument has a value that it may not have."""
 
-    __module__ = "vmapsafe"
-
 
 class VmapSafeTypeError(VmapSafeError, TypeError):
     """An argument has a type that it may not have."""
-
-    __module__ = "vmapsafe"
 
 
 class VmapSafeRuntimeError(VmapSafeError, RuntimeError):
     """A call cannot give the right result, which shows while it runs."""
 
-    __module__ = "vmapsafe"
-
 
 class BlockError(VmapSafeRuntimeError):
     """A block was opened or closed where it cannot be, e.g. in the wrong order."""
-
-    __module__ = "vmapsafe"
 
 
 class MissingExtraError(VmapSafeError, ModuleNotFoundError):
     """A package is missing that one of the optional extras installs."""
 
-    __module__ = "vmapsafe"
-
 
 class NeverUpdatedWarning(UserWarning):
     """Running statistics that no batch has updated are used in mode "eval"."""
 
-    __module__ = "vmapsafe"
-
 
 class LeftOutWarning(UserWarning):
     """A forward writes a buffer of its module; inside a block it does not happen."""
-
-    __module__ = "vmapsafe"
 
 
 def warn_user(text: str, category: type[Warning]) -> None:

@@ -1,8 +1,8 @@
 """What the four modes are, and the options of a block.
 
-Everything that distinguishes one mode from another outside ``rules/`` is a field of
-:class:`Mode`. :class:`Options` checks itself when it is made, so that a value that
-exists is a value that makes sense.
+A rule says what a mode means to a layer (``rules/``), a field of :class:`Mode` what it
+means elsewhere, and ``_convert`` which modes have a permanent form. :class:`Options`
+checks itself when it is made, so an object of it makes sense.
 """
 
 from __future__ import annotations

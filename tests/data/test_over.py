@@ -610,11 +610,11 @@ SAVING = [
         "Give a DataLoader with shuffle=Fal",
     ),
     ({"loader": loader(sampler=Backwards())}, ValueError, "say repeatable=True."),
-    ({"has_aux": True}, ValueError, "has_aux=True, and aux has no place in the files"),
+    ({"has_aux": True}, ValueError, "has_aux=True, and the files do not hold aux"),
     (
         {"update_running_stats": True, "mode": "sync"},
         ValueError,
-        "update_running_stats=True, and a model that changes cannot go on",
+        "update_running_stats=True, and a run that changes the model",
     ),
     ({"gather": "all"}, ValueError, "gather='all', and a file of its own for each"),
     (

@@ -52,6 +52,16 @@ CALLS = {
         (with_zeros(2, 4, 5), 2, randn(4), randn(4)),
         (with_zeros(2, 4, 3, 3), 4, randn(4), None),
     ],
+    F.layer_norm: lambda: [
+        (with_zeros(2, 4, 5), (5,), randn(5), randn(5)),
+        (with_zeros(3, 4, 5), (4, 5), randn(4, 5), None),
+        (with_zeros(3, 5).mT, (3,), randn(3), randn(3), 0.1),
+    ],
+    F.rms_norm: lambda: [
+        (with_zeros(2, 4, 5), (5,), randn(5)),
+        (with_zeros(3, 4, 5), (4, 5), randn(4, 5), 0.1),
+        (with_zeros(3, 5).mT, (3,), randn(3)),
+    ],
 }
 
 
@@ -104,6 +114,8 @@ NETS = {
     F.embedding: lambda: nn.Embedding(4, 3),
     F.batch_norm: lambda: nn.BatchNorm1d(3).eval(),
     F.group_norm: lambda: nn.GroupNorm(1, 3),
+    F.layer_norm: lambda: nn.LayerNorm(5),
+    F.rms_norm: lambda: nn.RMSNorm(5),
 }
 SHAPES = {F.conv2d: (3, 4, 4), F.conv3d: (3, 3, 3, 3), F.linear: (3,)}
 

@@ -52,7 +52,7 @@ from vmapsafe._block.writes import (
 from vmapsafe._call import Call
 from vmapsafe._errors import BlockError, LeftOutWarning, warn_user, worded
 from vmapsafe._modes import Options
-from vmapsafe._rule import Table, bind, table
+from vmapsafe._rule import FunctionRule, Table, bind, table
 from vmapsafe._torch import (
     NATIVE_BATCH_NORMS,
     HigherOrderOperator,
@@ -70,6 +70,7 @@ from vmapsafe._torch import (
     top_hooks,
     tree_flatten,
     tree_map,
+    unseen_by_modes,
 )
 
 _compiling = torch.compiler.is_compiling
@@ -194,9 +195,9 @@ class Scope(TorchFunctionMode):
                     self._look_for_copies(bound)
             if module is None or self._owns(module):
                 call = Call(func, bound, SiteInBlock(self, module))
-                for rule in rules:
-                    if rule.accepts(call):
-                        return rule.batched(call)
+                rule = _accepting(rules, call)
+                if rule is not None:
+                    return rule.batched(call)
         written = args[0] if out is None and kwargs.get("inplace") else out
         if written is not None:
             targets = (written,) if isinstance(written, Tensor) else written
@@ -449,6 +450,21 @@ def _same(a: Tensor, b: Tensor) -> bool:
         return False
     with below_all():
         return torch.equal(a, b)
+
+
+def _accepting(rules: Sequence[FunctionRule], call: Call) -> FunctionRule | None:
+    """The first rule that takes a call."""
+    if _compiling():
+        for rule in rules:
+            if rule.accepts(call):
+                return rule
+        return None
+    # To look at a tensor is a call of torch, which other modes need not see.
+    with unseen_by_modes():
+        for rule in rules:
+            if rule.accepts(call):
+                return rule
+    return None
 
 
 def sweep_traced() -> None:

@@ -143,7 +143,7 @@ def described(value: object) -> str:
         )
     if callable(value):
         name = getattr(value, "__qualname__", type(value).__qualname__)
-        return f"{_public_home(value)}.{name}"
+        return f"{getattr(value, '__module__', '')}.{name}"
     if isinstance(value, Tensor):
         return digest([value])
     if isinstance(value, Mapping):
@@ -159,12 +159,6 @@ def number_of(things: Any) -> int | None:
         return len(things)
     except TypeError:
         return None
-
-
-def _public_home(value: object) -> str:
-    """The module that a user imports it from."""
-    module = str(getattr(value, "__module__", ""))
-    return "vmapsafe" if module.startswith("vmapsafe._") else module
 
 
 def _written(value: object) -> str:

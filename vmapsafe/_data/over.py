@@ -259,9 +259,13 @@ class Over(Generic[Result]):
 
     def _check_saved(self, repeatable: bool) -> None:
         for option, value, why in (
-            ("has_aux", True, "aux has no place in the files"),
-            ("update_running_stats", True, "a model that changes cannot go on"),
-            ("gather", "all", "a file of its own for each process is to be written"),
+            ("has_aux", True, "the files do not hold aux"),
+            (
+                "update_running_stats",
+                True,
+                "a run that changes the model could not be continued",
+            ),
+            ("gather", "all", "each process writes files of its own"),
         ):
             if self._options.get(option) == value:
                 raise VmapSafeValueError(

@@ -151,7 +151,7 @@ def _used(device: torch.device) -> tuple[int, int]:
 
 
 def _lines(path: str, name: str = "") -> dict[str, int]:
-    """The numbers of a file of the system's, by name; none where there is no file."""
+    """The numbers in a file of the system, by name; none if it does not exist."""
     try:
         text = Path(path).read_text()
     except OSError:

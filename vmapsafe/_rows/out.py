@@ -65,7 +65,7 @@ def check_out(called: str, out: Mapping[str, Tensor], samples: Samples) -> None:
         raise VmapSafeValueError(
             called,
             f"out[{name!r}] {found}",
-            f"It is to be a plain contiguous tensor {wanted}",
+            f"Pass a contiguous tensor {wanted}",
         )
     if not dispatch_modes_are_on():  # fake tensors lie nowhere
         _check_memory(called, out, samples)

@@ -111,10 +111,10 @@ def per_sample_grads(
             whose block the call enters.
         rows: in "sync", where samples share their statistics, what a row is; see below.
         params: the names to differentiate by, or a dict of tensors by name, at whose
-            values the gradients are taken and through which outer derivatives pass.
-            Exactly these count, frozen ones too. By default every parameter that
-            requires a gradient counts. A tied parameter appears once. Names may begin
-            with "module.", as in a wrapper. A dict with all keys of
+            values the gradients are taken and through which outer derivatives pass. The
+            call gives rows of exactly these, frozen ones too; by default of every
+            parameter that requires a gradient. A tied parameter appears once. Names may
+            begin with "module.", as in a wrapper. A dict with all keys of
             ``model.state_dict()`` replaces buffers and frozen parameters too.
         chunk_size: samples at a time, as in ``torch.func.vmap``; None for all; "auto"
             for what fits into half of the free memory, found by trying. In "sync" each
@@ -213,8 +213,8 @@ def per_sample_grads(
 
 
 def _rows(samples: Samples, chunk_size: ChunkSize) -> tuple[dict[str, Tensor], Any]:
-    """The rows and aux. Whether somebody could want derivatives of the rows may show
-    only when the loss has been computed."""
+    """The rows and aux. Sometimes only the computed loss shows whether somebody could
+    want derivatives of the rows."""
     options = samples.options
     if (
         options.fast
@@ -355,10 +355,10 @@ def per_sample_grad_norms(
             running statistics twice.
 
     A parameter takes little or no memory for its rows if one linear layer, convolution,
-    embedding, batch norm or group norm uses it, once. A parameter that is used
-    otherwise (twice, tied, or by another operation) takes the memory of its rows; its
-    norm is that of their sum, cross terms included. The formulas, with their sources,
-    are in ``vmapsafe/rules/``. The result carries no derivatives, except under
+    embedding, or batch, group, layer or RMS norm uses it, once. A parameter that is
+    used otherwise (twice, tied, or by another operation) takes the memory of its rows;
+    its norm is that of their sum, cross terms included. The formulas, with their
+    sources, are in ``vmapsafe/rules/``. The result carries no derivatives, except under
     transforms of torch.func. A sample with NaN has the norm NaN, and the others have
     theirs.
     """

@@ -363,7 +363,7 @@ def _batch_size(called: str, batch: tuple[Any, ...]) -> int:
         raise VmapSafeValueError(
             called,
             f"batch sizes disagree: {found}",
-            "The first dimension is the batch, and each has one row a sample; "
+            "The first dimension of each is the batch; "
             "torch.stack makes one tensor of a list of samples",
         )
     return int(shapes[0][1][0])

@@ -6,9 +6,9 @@ product of the two rows, and a variance that falls as 1 / k (Johnson and Lindens
 Data attribution keeps sketches in the place of rows: TRAK,
 https://arxiv.org/abs/2303.14186, section 3.2.
 
-R has a part for each parameter, which the seed and the parameter's name decide, and it
-is drawn a block at a time where it is used. What is drawn are bits, on the CPU's
-generator, so that every device meets the same matrix; a sign takes one bit.
+R has a part for each parameter. The seed and the parameter's name determine it. It is
+drawn a block at a time, where it is used, as bits of the CPU's generator: so every
+device gets the same matrix, and a sign takes one bit.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _blocks(
         yield block[:wanted]
 
 
-# Samples at a time: from about there on, drawing the matrix costs less than using it.
-# Numbers of the matrix at a time.
+# Samples at a time: with more, drawing the matrix costs less than using it.
 _MANY = 64
+# Numbers of the matrix at a time.
 _BLOCK = 2**19

@@ -13,6 +13,7 @@ kernels. torch's own rules do not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from vmapsafe._modes import MODES
 from vmapsafe._rule import FunctionRule, OperatorRule, register, slice_by_slice
 from vmapsafe._torch import autograd_records, is_differentiated, is_plain
 from vmapsafe.rules import references
+from vmapsafe.rules.kept_calls import ByKernel, KeptCalls, keep_calls
 from vmapsafe.rules.normalisation import (
     fused_layer_norm,
     has_own_weights,
@@ -32,6 +34,7 @@ from vmapsafe.rules.normalisation import (
     specimen,
     torchs_own_fails,
 )
+from vmapsafe.rules.precision import wide
 
 
 @dataclass(frozen=True)
@@ -302,3 +305,55 @@ register(
         reference=slice_by_slice(_plain_output),
     )
 )
+
+
+# -- Rows ------------------------------------------------------------------------------
+
+
+def _keep(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> ByKernel | None:
+    shape = tuple(normalized_shape)
+    given = [t for t in (weight, bias) if t is not None]
+    if not all([t.dtype == input.dtype and tuple(t.shape) == shape for t in given]):
+        return None
+    if not input.numel() or tuple(input.shape[input.dim() - len(shape) :]) != shape:
+        return None
+    if input.dim() <= len(shape):
+        return None
+    positions = list(range(1, input.dim() - len(shape)))
+
+    def forward(x: Tensor) -> Sequence[Tensor]:
+        return torch.native_layer_norm(x, shape, weight, bias, eps)
+
+    def backward(
+        grad: Tensor, x: Tensor, saved: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        mean, rstd = saved
+        # The kernel on the CPU reads these as if they were contiguous.
+        x, grad = x.contiguous(), grad.contiguous()
+        of_input = of_weight = of_bias = None
+        if wanted[0]:
+            mask = [True, False, False]
+            rest = shape, mean, rstd, weight, bias, mask
+            of_input = _backward(grad, x, *rest)[0]
+        if wanted[1]:
+            of_weight = (wide(x) - mean).mul_(rstd).mul_(grad)
+            of_weight = _summed(of_weight, positions).to(x.dtype)
+        if wanted[2]:
+            of_bias = _summed(wide(grad), positions).to(x.dtype)
+        return of_input, of_weight, of_bias
+
+    return ByKernel(forward, backward)
+
+
+def _summed(values: Tensor, positions: list[int]) -> Tensor:
+    """The sums over the positions, in memory of their own."""
+    return values.sum(positions) if positions else values.clone()
+
+
+keep_calls(F.layer_norm, KeptCalls(_keep))
