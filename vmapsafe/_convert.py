@@ -37,6 +37,9 @@ def convert(
     """Return a copy of a model whose norm layers are safe under ``vmap`` permanently.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from vmapsafe import convert
         >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64))
         >>> convert(net, mode="group_norm")[1]
         GroupNorm(32, 64, eps=1e-05, affine=True, bias=True)
@@ -113,6 +116,8 @@ def norm_layer(
     """Return a callable that builds norm layers, for the ``norm_layer=`` of a net.
 
     Example:
+        >>> import torch
+        >>> from vmapsafe import norm_layer
         >>> norm_layer("group_norm", num_groups=32)(64, eps=1e-3)
         GroupNorm(32, 64, eps=0.001, affine=True, bias=True)
         >>> norm_layer("eval")(64).train()(torch.rand(2, 64, 4, 4)).shape

@@ -616,7 +616,7 @@ SAVING = [
         ValueError,
         "update_running_stats=True, and a run that changes the model",
     ),
-    ({"gather": "all"}, ValueError, "gather='all', and a file of its own for each"),
+    ({"gather": "all"}, ValueError, "gather='all', and each process writes files"),
     (
         {"function": clipped_grad_sum, "max_grad_norm": 1.0},
         ValueError,

@@ -762,7 +762,7 @@ ERRORS = [
     ),
     (
         rows_into(**{"0.bias": X.new_empty(4, 6)}),
-        "out['0.bias'] is (4, 6), torch.float64, on cpu. It is to be a plain contiguous"
+        "out['0.bias'] is (4, 6), torch.float64, on cpu. Pass a contiguous"
         " tensor (5, 6), torch.float64, on cpu",
     ),
     (rows_into(**{"0.bias": torch.empty(5, 6)}), "out['0.bias'] is (5, 6), torch.fl"),

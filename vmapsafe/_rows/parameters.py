@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, shown
 
@@ -121,7 +121,8 @@ class Parameters:
 
 
 def _refuse_lazy(called: str, net: nn.Module, places: list[Place]) -> None:
-    lazy = [p.name for p in places if is_lazy(p.tensors[p.own])]
+    kind = UninitializedParameter
+    lazy = [p.name for p in places if isinstance(p.tensors[p.own], kind)]
     if lazy:
         raise VmapSafeValueError(
             called,

@@ -190,7 +190,7 @@ class ClippedSum(KeepsNothing[dict[str, Tensor]]):
                 worded(
                     f'{self._called} in mode "{shape.mode.name}"',
                     "samples share their statistics there, so that a row depends on "
-                    "all samples and clipping it does not bound what one sample does",
+                    "all samples and clipping it bounds no sample's influence",
                     "Use another mode if that is what clipping is for",
                 ),
                 UserWarning,
