@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vmapsafe._block.models import device_of
 from vmapsafe._draws import Draws
 from vmapsafe._errors import VmapSafeRuntimeError
-from vmapsafe._modes import Options
+from vmapsafe._modes import Also, ModeName, NumGroups, Options, RowsName
 from vmapsafe._rows.chunks import ChunkSize, check_chunk_size, in_chunks
 from vmapsafe._rows.parameters import Params
 from vmapsafe._rows.processes import agreed, check_all_or_none
@@ -29,13 +29,25 @@ T = TypeVar("T")
 Way = Callable[[Samples, tuple[Any, ...], Part], Any]
 
 
+class BlockOptions(NamedTuple):
+    """The options of the block in which a call runs its model."""
+
+    mode: ModeName
+    rows: RowsName
+    num_groups: NumGroups
+    update_running_stats: bool
+    sync_levels: int | None
+    also: Also
+    fast: bool
+
+
 @dataclass
 class Asked:
     """The arguments that all functions of per-sample gradients share.
 
     Attributes:
         called: the function, for errors.
-        options: those of ``vmap_safe``, and ``rows``.
+        block: the options of its block.
 
     The other attributes are those of :func:`vmapsafe.per_sample_grads`.
     """
@@ -48,7 +60,7 @@ class Asked:
     chunk_size: ChunkSize
     randomness: str
     has_aux: bool
-    options: dict[str, Any]
+    block: BlockOptions
 
     def samples(self) -> Samples:
         """All of it checked and bound.
@@ -60,7 +72,7 @@ class Asked:
             VmapSafeTypeError: an argument of another kind.
             VmapSafeValueError: an argument that makes no sense.
         """
-        options = Options(called=self.called, **self.options)
+        options = Options(called=self.called, **self.block._asdict())
         check_chunk_size(self.called, self.chunk_size, options)
         return Samples.of(
             self.model,

@@ -12,6 +12,7 @@ from vmapsafe._modes import Also, ModeName, NumGroups, RowsName
 from vmapsafe._rows.chunks import ChunkSize
 from vmapsafe._rows.compute import (
     Asked,
+    BlockOptions,
     computed,
     recorded_if_possible,
     recorded_if_unwatched,
@@ -184,24 +185,11 @@ def per_sample_grads(
     their norms), and clipping them is not differentially private by itself. The call
     writes nothing on the model, ``.grad`` included.
     """
+    block = BlockOptions(
+        mode, rows, num_groups, update_running_stats, sync_levels, also, fast
+    )
     asked = Asked(
-        _GRADS,
-        model,
-        loss_fn,
-        batch,
-        params,
-        chunk_size,
-        randomness,
-        has_aux,
-        {
-            "mode": mode,
-            "rows": rows,
-            "num_groups": num_groups,
-            "update_running_stats": update_running_stats,
-            "sync_levels": sync_levels,
-            "also": also,
-            "fast": fast,
-        },
+        _GRADS, model, loss_fn, batch, params, chunk_size, randomness, has_aux, block
     )
     samples = asked.samples()
     if out is not None:
@@ -362,24 +350,11 @@ def per_sample_grad_norms(
     transforms of torch.func. A sample with NaN has the norm NaN, and the others have
     theirs.
     """
+    block = BlockOptions(
+        mode, rows, num_groups, update_running_stats, sync_levels, also, fast
+    )
     asked = Asked(
-        _NORMS,
-        model,
-        loss_fn,
-        batch,
-        params,
-        chunk_size,
-        randomness,
-        has_aux,
-        {
-            "mode": mode,
-            "rows": rows,
-            "num_groups": num_groups,
-            "update_running_stats": update_running_stats,
-            "sync_levels": sync_levels,
-            "also": also,
-            "fast": fast,
-        },
+        _NORMS, model, loss_fn, batch, params, chunk_size, randomness, has_aux, block
     )
     return asked.found_in_all(
         "gather", gather, "the norms", lambda: Norms(_NORMS, per_parameter)
@@ -500,24 +475,11 @@ def clipped_grad_sum(
     random. Such a scheme cannot use it where a row depends on more than its sample: in
     "sync", and in "eval" unless the running statistics come from public data.
     """
+    block = BlockOptions(
+        mode, rows, num_groups, update_running_stats, sync_levels, also, fast
+    )
     asked = Asked(
-        _CLIPPED,
-        model,
-        loss_fn,
-        batch,
-        params,
-        chunk_size,
-        randomness,
-        has_aux,
-        {
-            "mode": mode,
-            "rows": rows,
-            "num_groups": num_groups,
-            "update_running_stats": update_running_stats,
-            "sync_levels": sync_levels,
-            "also": also,
-            "fast": fast,
-        },
+        _CLIPPED, model, loss_fn, batch, params, chunk_size, randomness, has_aux, block
     )
     return asked.found_in_all(
         "reduce", reduce, "the sum", lambda: ClippedSum(_CLIPPED, max_grad_norm)
@@ -655,24 +617,11 @@ def per_sample_sketch(
     Another version of torch may draw other numbers. Each chunk draws the matrix again.
     The result carries no derivatives, except under transforms of torch.func.
     """
+    block = BlockOptions(
+        mode, rows, num_groups, update_running_stats, sync_levels, also, fast
+    )
     asked = Asked(
-        _SKETCH,
-        model,
-        loss_fn,
-        batch,
-        params,
-        chunk_size,
-        randomness,
-        has_aux,
-        {
-            "mode": mode,
-            "rows": rows,
-            "num_groups": num_groups,
-            "update_running_stats": update_running_stats,
-            "sync_levels": sync_levels,
-            "also": also,
-            "fast": fast,
-        },
+        _SKETCH, model, loss_fn, batch, params, chunk_size, randomness, has_aux, block
     )
     return asked.found_in_all(
         "gather", gather, "the sketches", lambda: Sketch(_SKETCH, k, kind, seed)
