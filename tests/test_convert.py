@@ -570,7 +570,7 @@ def scripted():
 MODE_LIST = 'Choose one of "eval", "no_running_stats", "group_norm".'
 COUNT = "Pass an int of at least 1, or a callable from C to one."
 LOSES = (
-    " that does more than nn.BatchNorm (a forward of its own, or a parametrization), "
+    ", which does more than nn.BatchNorm (a forward of its own, or a parametrization), "
     "and an nn.GroupNorm would lose that. Use vmap_safe(model, "
     'mode="group_norm"), or replace this layer by hand.'
 )

@@ -214,7 +214,7 @@ def _become_group_norm(layer: Any, path: str, num_groups: NumGroups) -> None:
     ):
         raise VmapSafeTypeError(
             'convert(model, mode="group_norm")',
-            f"{_place(path)} is {a_kind(layer)} that does more than "
+            f"{_place(path)} is {a_kind(layer)}, which does more than "
             "nn.BatchNorm (a forward of its own, or a parametrization), and an "
             "nn.GroupNorm would lose that",
             'Use vmap_safe(model, mode="group_norm"), or replace this layer by hand',
