@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,12 @@ from vmapsafe._torch import broadcast_to_leaves, tree_flatten, tree_map, tree_un
 __all__ = ["assert_same", "check_rule", "loop"]
 
 _BATCH = 3
+T = TypeVar("T")
 
 
-def loop(function: Callable[..., Any], in_dims: Any = 0, out_dims: int = 0) -> Any:
+def loop(
+    function: Callable[..., T], in_dims: Any = 0, out_dims: int = 0
+) -> Callable[..., T]:
     """``torch.func.vmap`` as a Python loop: slow, and obviously right.
 
     >>> import torch
@@ -40,7 +43,7 @@ def loop(function: Callable[..., Any], in_dims: Any = 0, out_dims: int = 0) -> A
         over an empty batch, and it draws random numbers slice after slice.
     """
 
-    def looped(*args: Any) -> Any:
+    def looped(*args: Any) -> T:
         leaves, tree = tree_flatten(args)
         spec = tuple(in_dims) if isinstance(in_dims, (tuple, list)) else in_dims
         dims = broadcast_to_leaves(spec, tree)
@@ -51,7 +54,8 @@ def loop(function: Callable[..., Any], in_dims: Any = 0, out_dims: int = 0) -> A
         for i in range(size):
             picked = [x if d is None else x.select(d, i) for x, d in zip(leaves, dims)]
             outputs.append(function(*tree_unflatten(picked, tree)))
-        return tree_map(lambda *parts: torch.stack(parts, out_dims), *outputs)
+        found: T = tree_map(lambda *parts: torch.stack(parts, out_dims), *outputs)
+        return found
 
     return looped
 
