@@ -433,9 +433,8 @@ class Scope(TorchFunctionMode):
                     )
 
 
-_warned_of_writes: weakref.WeakSet[type] = (
-    weakref.WeakSet()
-)  # classes with a write left out
+# Classes with a write left out.
+_warned_of_writes: weakref.WeakSet[type] = weakref.WeakSet()
 # What no layer calls, and may write buffers.
 _NOT_OF_LAYERS = NATIVE_BATCH_NORMS | WRITE_SEVERAL
 # The first arguments of NATIVE_BATCH_NORMS.

@@ -84,21 +84,10 @@ class Asked:
             self.has_aux,
         )
 
-    def found(self, quantity: Callable[[], Quantity[Any]]) -> Any:
-        """Compute a quantity in this process.
-
-        Args:
-            quantity: makes it, and checks its own options.
-
-        Returns:
-            The result, or with ``has_aux`` a pair of it and aux.
-        """
-        return self.returned(self._computed(quantity))
-
     def found_in_all(
         self, option: str, value: str | None, one: str, quantity: Callable[[], Any]
     ) -> Any:
-        """The same, put together from all processes where the caller asks for that.
+        """Compute a quantity, of all processes where the caller asks for that.
 
         Args:
             option: the name of the argument that asks for it.
@@ -107,7 +96,7 @@ class Asked:
             quantity: makes the quantity, and checks its own options.
 
         Returns:
-            As :meth:`found`; aux is that of this process.
+            The result, or with ``has_aux`` a pair of it and the aux of this process.
 
         Raises:
             VmapSafeValueError: ``value`` is neither None nor "all".
@@ -115,7 +104,7 @@ class Asked:
         """
         check_all_or_none(self.called, option, value, one)
         if value is None:
-            return self.found(quantity)
+            return self.returned(self._computed(quantity))
         called = f'{self.called} with {option}="all"'
         model = self.model  # which is checked later
         is_module = isinstance(model, nn.Module)

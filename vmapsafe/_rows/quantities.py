@@ -274,7 +274,7 @@ class _RowsOfCall(Run[dict[str, Tensor]]):
     """The rows of one call: all chunks write into the same memory."""
 
     def __init__(self, out: Mapping[str, Tensor] | None, shape: CallShape) -> None:
-        self._out, self.shape = out, shape
+        self.shape = shape
         given = None if shape.made_up else out  # whose tensors have no rows
         self.memory: dict[str, Tensor] = dict(given or {})
         if shape.in_chunks:  # at once: "auto" measures what a chunk takes besides
@@ -285,8 +285,6 @@ class _RowsOfCall(Run[dict[str, Tensor]]):
         return _RowsPart(self, slice(start, stop))
 
     def joined(self, shape: CallShape, parts: Sequence[Any]) -> dict[str, Tensor]:
-        if shape.made_up and self._out is not None:
-            return dict(self._out)
         rows = {name: self.rows(name) for name in shape.parameters}
         return {n: r[:0] for n, r in rows.items()} if shape.made_up else rows
 
