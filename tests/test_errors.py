@@ -19,7 +19,7 @@ OTHERS = {
     "_data/folder.py": {"ValueError"},  # caught there, as numpy's are
     "_rows/compute.py": {"Unrecordable"},
     "_rows/record.py": {"Unrecordable"},
-    "_rows/processes.py": {"failed"},  # what failed in this process
+    "_processes.py": {"failed"},  # what failed in this process
     "examples/wrong_labels.py": {"ArgumentTypeError"},
     "rules/formulas.py": {"NotImplementedError"},
     "rules/sync.py": {"AssertionError"},

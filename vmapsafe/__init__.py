@@ -15,6 +15,8 @@ folder's docstring has the map of its own files.
 ``_call``        one torch call, its arguments bound by name
 ``_rule``        what a torch call means when it sees a slice   <- start reading here
 ``rules/``       all that is known of a layer, a file a family
+``_processes``   results of several processes, put together
+``quantities/``  public: what can be wanted of per-sample gradients
 ``_block/``      ``vmap_safe``, ``batched``: rules in force, and the model put back
 ``_rows/``       per-sample gradients, and quantities of them, from one backward pass
 ``_data/``       ``over``: a whole data set, into files
@@ -25,6 +27,7 @@ folder's docstring has the map of its own files.
 ``__main__``     ``python -m vmapsafe``
 """
 
+from vmapsafe import quantities as quantities
 from vmapsafe import rules as _rules
 from vmapsafe._block.batched import batched as batched
 from vmapsafe._block.vmap_safe import vmap_safe as vmap_safe
@@ -41,6 +44,7 @@ from vmapsafe._errors import VmapSafeRuntimeError as VmapSafeRuntimeError
 from vmapsafe._errors import VmapSafeTypeError as VmapSafeTypeError
 from vmapsafe._errors import VmapSafeValueError as VmapSafeValueError
 from vmapsafe._rows.per_sample import clipped_grad_sum as clipped_grad_sum
+from vmapsafe._rows.per_sample import per_sample as per_sample
 from vmapsafe._rows.per_sample import per_sample_grad_norms as per_sample_grad_norms
 from vmapsafe._rows.per_sample import per_sample_grads as per_sample_grads
 from vmapsafe._rows.per_sample import per_sample_sketch as per_sample_sketch
@@ -61,12 +65,14 @@ __all__ = [
     "convert",
     "norm_layer",
     "over",
+    "per_sample",
     "per_sample_grad_norms",
     "per_sample_grads",
     "per_sample_sketch",
+    "quantities",
     "vmap_safe",
 ]
 
 # Pickles and tracebacks name what users import, and not the file it stands in.
-for _name in __all__:
+for _name in {*__all__} - {"quantities"}:
     globals()[_name].__module__ = __name__

@@ -48,6 +48,8 @@ class Draws:
 
     def put_back(self) -> None:
         """Set the generators back: the next draws repeat those made since."""
+        if not self._states:
+            return
         with below_all():
             for _, put_back, state in self._states:
                 put_back(state)

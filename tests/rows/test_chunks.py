@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vmapsafe import clipped_grad_sum, per_sample_grad_norms, per_sample_grads
-from vmapsafe._rows import chunks, quantities
+from vmapsafe._rows import chunks
+from vmapsafe.quantities import rows
 from vmapsafe.testing import assert_same
 
 
@@ -143,8 +144,8 @@ def test_when_rows_get_their_memory(monkeypatch, chunk_size, first):
     memory = Memory(monkeypatch, 100)
     monkeypatch.setattr(memory, "take", lambda count: events.append("forward"))
     made = {
-        "memory": (quantities._RowsOfCall, "_fresh"),
-        "rows": (quantities._RowsPart, "streamed"),
+        "memory": (rows._RowsOfCall, "_fresh"),
+        "rows": (rows._RowsPart, "take"),
     }
     for event, (kind, name) in made.items():
         original = getattr(kind, name)

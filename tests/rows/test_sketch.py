@@ -10,7 +10,7 @@ from nets import CASES, SYNC, mse, problem, small_mlp
 from state import assert_same_state, everything
 
 from vmapsafe import per_sample_grads, per_sample_sketch
-from vmapsafe._rows import sketch as module
+from vmapsafe.quantities import sketch as module
 from vmapsafe.testing import assert_same
 
 KINDS = ["rademacher", "gaussian"]

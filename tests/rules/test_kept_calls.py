@@ -4,13 +4,15 @@ Each function of the table has a call here: one sample's arguments, the input (N
 Some inputs are 0, where a derivative may jump.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from vmapsafe import per_sample_grad_norms
-from vmapsafe._rows import quantities
+from vmapsafe._rows import looks
 from vmapsafe.rules.kept_calls import KEPT_CALLS, ByFormulas
 
 B = 3
@@ -106,6 +108,60 @@ def test_kept_calls_equal_autograd(function):
                 )
 
 
+@pytest.mark.parametrize("magnitude", [1.0, 1e-120, 1e120])
+@pytest.mark.parametrize("function", KEPT_CALLS, ids=lambda f: f.__name__)
+def test_quantities_without_rows_equal_those_of_rows(function, magnitude):
+    """Also where squares of the input leave the range of float64, and rows do not."""
+    kept, signature = KEPT_CALLS[function]
+    for given in CALLS[function]():
+        arguments = {**signature.bind(given, {})}
+        name = signature.names[0]
+        one = arguments[name]
+        x = torch.stack([one, one.flip(0), one])
+        if x.is_floating_point():
+            x[2] *= -0.5
+        call = kept.keep(**{**arguments, name: x})
+        if not isinstance(call, ByFormulas):
+            continue
+        y = call.forward(x)
+        grad = torch.randn_like(y) / magnitude
+        x = x * magnitude if x.is_floating_point() else x
+        grad = grad if x.is_floating_point() else grad * magnitude
+        for own, formula in call.formulas.items():
+            if own == "bias" and magnitude > 1:
+                continue
+            compare(formula, x, grad)
+
+
+def compare(formula, x, grad):
+    rows = formula.rows(x, grad)
+    flat = rows.flatten(1)
+    scale = flat.abs().max()
+    close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(len(x), dtype=torch.float64)
+    close(formula.sum(x, grad) / scale, rows.sum(0) / scale)
+    weighted = formula.weighted(x, grad, weights)
+    close(weighted / scale, torch.einsum("b,b...->...", weights, rows) / scale)
+    norms = torch.stack([(row / scale).norm() for row in flat])
+    close(formula.norms(x, grad) / scale, norms)
+    if scale > 1e-100:
+        close(formula.squares(x, grad) / scale**2, (rows / scale).square().sum(0))
+        several = formula.together(x, grad, {"norms", "sum", "squares"})
+        close(several["norms"] / scale, norms)
+        close(several["sum"] / scale, rows.sum(0) / scale)
+        close(several["squares"] / scale**2, (rows / scale).square().sum(0))
+        part = slice(1, 3)
+        expected = (flat / scale) @ (flat[part] / scale).T
+        found = formula.gram(x, grad, x[part], grad[part])
+        close(found / scale**2, expected)
+        found = formula.gram(x, grad, x, grad)
+        close(found / scale**2, (flat / scale) @ (flat / scale).T)
+    for many in (1, 3):
+        vectors = torch.randn(many, *formula.shape, dtype=torch.float64)
+        expected = (flat / scale) @ vectors.flatten(1).T
+        close(formula.dots(x, grad, vectors) / scale, expected)
+
+
 NETS = {
     F.linear: lambda: nn.Linear(3, 2),
     F.conv1d: lambda: nn.Conv1d(3, 2, 2),
@@ -124,13 +180,13 @@ SHAPES = {F.conv2d: (3, 4, 4), F.conv3d: (3, 3, 3, 3), F.linear: (3,)}
 def test_kept_calls_are_kept(function, monkeypatch):
     """Their parameters come with a formula, and not as rows."""
     streamed = []
-    original = quantities._NormsPart.streamed
+    original = looks.Feed.streamed
 
     def noted(self, name, *rest):
         streamed.append(name)
         return original(self, name, *rest)
 
-    monkeypatch.setattr(quantities._NormsPart, "streamed", noted)
+    monkeypatch.setattr(looks.Feed, "streamed", noted)
     layer = NETS[function]()
     if function is F.batch_norm:
         layer.running_mean.add_(0.5)  # or the block would warn

@@ -1,10 +1,11 @@
 """Per-sample gradients and quantities of them, from one forward and one backward pass.
 
 The way of a call: ``per_sample`` takes it, and ``turns`` lets it wait for other
-threads. Then ``compute`` checks its arguments into ``samples``, and takes some samples
-at a time. For these ``record`` runs the model in a block, and hands what backward meets
-to a part of a quantity (``quantities``). The results of the parts make up that of the
-call. Where the loss cannot be recorded, ``samples`` makes the rows by ``vmap(grad)``.
+threads. Then ``compute`` checks its arguments into ``samples``, and ``looks`` takes
+some samples at a time. For these ``record`` runs the model in a block, and hands what
+backward meets to parts of quantities (``vmapsafe/quantities``). The results of the
+parts make up that of the call. Where the loss cannot be recorded, ``samples`` makes the
+rows by ``vmap(grad)``.
 
 The map, bottom up:
 
@@ -12,12 +13,10 @@ The map, bottom up:
 ``record``       one forward and backward that gives each layer's input and gradient
 ``chunks``       a few samples at a time
 ``turns``        one call at a time on a model
-``processes``    results of several processes, put together
 ``parameters``   by which parameters to differentiate, and where they are in the model
 ``samples``      the arguments of a call, checked and bound; rows by ``vmap(grad)``
-``quantities``   what can be wanted of the gradients: rows, norms, clipped sums
-``sketch``       one more: random projections, and their matrix
+``looks``        the gradients of all samples, for several quantities, in chunks
 ``out``          checks of ``out=``
-``compute``      one quantity of one call: chunks, empty batches, processes
+``compute``      one call: the two ways to gradients, and several processes
 ``per_sample``   the functions that users call
 """

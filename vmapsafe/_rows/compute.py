@@ -1,4 +1,4 @@
-"""One call for one quantity: in chunks, for an empty batch, in several processes.
+"""One call for some quantities: in chunks, for an empty batch, in several processes.
 
 There are two ways to a quantity. Recording the forward gives it from one backward pass
 and makes no more rows than it needs. ``vmap(grad)`` makes all rows; it follows every
@@ -7,26 +7,28 @@ loss, and derivatives of its rows pass through.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vmapsafe._block.models import device_of
 from vmapsafe._draws import Draws
 from vmapsafe._errors import VmapSafeRuntimeError
 from vmapsafe._modes import Also, ModeName, NumGroups, Options, RowsName
-from vmapsafe._rows.chunks import ChunkSize, check_chunk_size, in_chunks
+from vmapsafe._processes import agreed, check_all_or_none
+from vmapsafe._rows.chunks import ChunkSize, check_chunk_size
+from vmapsafe._rows.looks import Way, computed
+from vmapsafe._rows.out import check_out
 from vmapsafe._rows.parameters import Params
-from vmapsafe._rows.processes import agreed, check_all_or_none
-from vmapsafe._rows.quantities import CallShape, Part, Quantity, joined
 from vmapsafe._rows.record import Unrecordable
 from vmapsafe._rows.samples import Loss, Samples
+from vmapsafe.quantities.protocol import Quantity
+from vmapsafe.quantities.rows import Rows, RowsWithDerivatives
 
-T = TypeVar("T")
-Way = Callable[[Samples, tuple[Any, ...], Part], Any]
+Wanted = Mapping[str, Quantity[Any]]
 
 
 class BlockOptions(NamedTuple):
@@ -49,7 +51,7 @@ class Asked:
         called: the function, for errors.
         block: the options of its block.
 
-    The other attributes are those of :func:`vmapsafe.per_sample_grads`.
+    The other attributes are those of :func:`vmapsafe.per_sample`.
     """
 
     called: str
@@ -60,6 +62,7 @@ class Asked:
     chunk_size: ChunkSize
     randomness: str
     has_aux: bool
+    keep_batch_dim: bool
     block: BlockOptions
 
     def samples(self) -> Samples:
@@ -82,102 +85,83 @@ class Asked:
             options,
             self.randomness,
             self.has_aux,
+            self.keep_batch_dim,
         )
 
-    def found_in_all(
-        self, option: str, value: str | None, one: str, quantity: Callable[[], Any]
-    ) -> Any:
-        """Compute a quantity, of all processes where the caller asks for that.
+    def one(self, quantity: Quantity[Any]) -> Any:
+        """The value of a quantity, or with ``has_aux`` a pair of it and aux."""
+        found = self.all({"": quantity})
+        return (found[0][""], found[1]) if self.has_aux else found[""]
+
+    def all(self, wanted: Wanted) -> Any:
+        """Compute quantities, of all processes where the caller asks for that.
 
         Args:
-            option: the name of the argument that asks for it.
-            value: what the caller gave for it, None or "all".
-            one: what None gives.
-            quantity: makes the quantity, and checks its own options.
+            wanted: the quantities.
 
         Returns:
-            The result, or with ``has_aux`` a pair of it and the aux of this process.
+            Their values, or with ``has_aux`` a pair of them and the aux of this
+            process.
 
         Raises:
-            VmapSafeValueError: ``value`` is neither None nor "all".
+            VmapSafeValueError: an option of a quantity is neither None nor "all".
             VmapSafeRuntimeError: there is no process group, or another process failed.
         """
-        check_all_or_none(self.called, option, value, one)
-        if value is None:
-            return self.returned(self._computed(quantity))
-        called = f'{self.called} with {option}="all"'
-        model = self.model  # which is checked later
-        is_module = isinstance(model, nn.Module)
-        device = device_of(model) if is_module else torch.device("cpu")
-        result, aux = agreed(called, device, lambda: self._computed(quantity))
-        return self.returned((quantity().of_all_processes(result), aux))
+        asking = []
+        for key, quantity in wanted.items():
+            option, value = quantity.across()
+            check_all_or_none(self.called, option, value, _OF_ONE.get(option, ""))
+            if value is not None:
+                asking.append((key, quantity, option))
+        if not asking:
+            found, aux = self._computed(wanted)
+        else:
+            called = f'{self.called} with {asking[0][2]}="all"'
+            model = self.model  # which is checked later
+            is_module = isinstance(model, nn.Module)
+            device = device_of(model) if is_module else torch.device("cpu")
+            found, aux = agreed(called, device, lambda: self._computed(wanted))
+            for key, quantity, _ in asking:
+                found[key] = quantity.of_all_processes(found[key])
+        return (found, aux) if self.has_aux else found
 
-    def returned(self, pair: tuple[T, Any]) -> Any:
-        """What the caller gets of a result and aux."""
-        return pair if self.has_aux else pair[0]
+    def _computed(self, wanted: Wanted) -> tuple[dict[str, Any], Any]:
+        samples = self.samples()
+        rows = {key: q for key, q in wanted.items() if isinstance(q, Rows)}
+        given = [q.out for q in rows.values() if q.out is not None]
+        for out in given:
+            check_out(self.called, out, samples)
+        if len(given) == len(rows):
+            return self._by(recorded_if_possible, samples, wanted)
+        # Derivatives of rows may be wanted. Sometimes only the computed loss tells.
+        if (
+            samples.options.fast
+            and not samples.options.update_running_stats
+            and samples.recordable()
+            and not samples.could_be_watched()
+        ):
+            draws = Draws(samples.randomness)
+            try:
+                return self._by(recorded_if_unwatched, samples, wanted)
+            except Unrecordable:
+                draws.put_back()
+        watched = {key: RowsWithDerivatives() for key, q in rows.items() if not q.out}
+        return self._by(by_vmap, samples, {**wanted, **watched})
 
-    def _computed(self, quantity: Callable[[], Quantity[T]]) -> tuple[T, Any]:
-        wanted, samples = quantity(), self.samples()
-        return computed(samples, wanted, self.chunk_size, recorded_if_possible)
-
-
-def computed(
-    samples: Samples, quantity: Quantity[T], chunk_size: ChunkSize, way: Way
-) -> tuple[T, Any]:
-    """A quantity of all samples, and aux.
-
-    Args:
-        samples: of one call.
-        quantity: what is wanted of their gradients.
-        chunk_size: how many samples at a time.
-        way: how some of the samples give a part of it; returns their aux.
-
-    Returns:
-        The quantity, and aux.
-    """
-    shape = _shape(samples, chunk_size)
-    wanted = quantity.begin(shape)
-    parts: list[Any] = []
-    auxs: list[Any] = []
-
-    def run(start: int, stop: int) -> None:
-        part = wanted.part(shape, start, stop)
-        aux = way(samples, samples.part(start, stop), part)
-        parts.append(part.finished())
-        auxs.append(aux)
-
-    in_chunks(samples.count, chunk_size, samples.device, samples.randomness, run)
-    return wanted.joined(shape, parts), joined(shape, auxs)
-
-
-def with_derivatives(
-    samples: Samples, chunk_size: ChunkSize
-) -> tuple[dict[str, Tensor], Any]:
-    """The rows, and aux, through which outer derivatives pass."""
-    found: list[Any] = []
-
-    def run(start: int, stop: int) -> None:
-        found.append(samples.rows(samples.part(start, stop)))
-
-    in_chunks(samples.count, chunk_size, samples.device, samples.randomness, run)
-    rows: tuple[dict[str, Tensor], Any] = joined(_shape(samples, chunk_size), found)
-    return rows
+    def _by(
+        self, way: Way, samples: Samples, wanted: Wanted
+    ) -> tuple[dict[str, Any], Any]:
+        return computed(samples, wanted, self.chunk_size, way)
 
 
-def _shape(samples: Samples, chunk_size: ChunkSize) -> CallShape:
-    return CallShape(
-        samples.values,
-        samples.count,
-        in_chunks=chunk_size is not None,
-        mode=samples.options.meaning,
-        made_up=samples.size == 0,
-    )
+# What an option of a quantity gives without "all".
+_OF_ONE = {"gather": "the values", "reduce": "the sum"}
 
 
 # -- The two ways ----------------------------------------------------------------------
 
 
-def recorded_if_possible(samples: Samples, batch: tuple[Any, ...], into: Part) -> Any:
+def recorded_if_possible(samples: Samples, batch: tuple[Any, ...], into: Any) -> Any:
     """Record the forward; use ``vmap(grad)`` where that cannot be done."""
     if not samples.recordable():
         return by_vmap(samples, batch, into)
@@ -198,13 +182,13 @@ def recorded_if_possible(samples: Samples, batch: tuple[Any, ...], into: Part) -
     return recorded.aux
 
 
-def recorded_if_unwatched(samples: Samples, batch: tuple[Any, ...], into: Part) -> Any:
+def recorded_if_unwatched(samples: Samples, batch: tuple[Any, ...], into: Any) -> Any:
     """Record the forward, for rows that carry no derivatives.
 
     Args:
         samples: of one call.
         batch: some of them.
-        into: takes the rows.
+        into: takes the gradients.
 
     Returns:
         Their aux.
@@ -220,9 +204,10 @@ def recorded_if_unwatched(samples: Samples, batch: tuple[Any, ...], into: Part) 
     return recorded.aux
 
 
-def by_vmap(samples: Samples, batch: tuple[Any, ...], into: Part) -> Any:
+def by_vmap(samples: Samples, batch: tuple[Any, ...], into: Any) -> Any:
     """Hand on the rows that ``vmap(grad)`` makes."""
-    rows, aux = samples.rows(batch)
+    rows, losses, aux = samples.rows(batch)
+    into.losses(losses)
     for name, row in rows.items():
         into.whole(name, row)
     return aux

@@ -7,26 +7,21 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from torch import Tensor, nn
 
-from vmapsafe._draws import Draws, Randomness
-from vmapsafe._modes import Also, ModeName, NumGroups, RowsName
+from vmapsafe import quantities as q
+from vmapsafe._draws import Randomness
+from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, shown
+from vmapsafe._modes import Also, ModeName, NumGroups, RowsName, check_flag
 from vmapsafe._rows.chunks import ChunkSize
-from vmapsafe._rows.compute import (
-    Asked,
-    BlockOptions,
-    computed,
-    recorded_if_possible,
-    recorded_if_unwatched,
-    with_derivatives,
-)
-from vmapsafe._rows.out import check_out
+from vmapsafe._rows.compute import Asked, BlockOptions
+from vmapsafe._rows.out import check_out_is_dict
 from vmapsafe._rows.parameters import Params
-from vmapsafe._rows.quantities import ClippedSum, Norms, Rows
-from vmapsafe._rows.record import Unrecordable
-from vmapsafe._rows.samples import Loss, Samples
-from vmapsafe._rows.sketch import Kind, Sketch
+from vmapsafe._rows.samples import Loss
 from vmapsafe._rows.turns import in_turn
+from vmapsafe.quantities.sketch import Kind, check_sketch
+from vmapsafe.quantities.sums import check_max_grad_norm
 
 A = TypeVar("A")
+T = TypeVar("T")
 
 
 class _Options(TypedDict, total=False):
@@ -37,11 +32,185 @@ class _Options(TypedDict, total=False):
     params: Params
     chunk_size: ChunkSize
     randomness: Randomness
+    keep_batch_dim: bool
     num_groups: NumGroups
     update_running_stats: bool
     sync_levels: int | None
     also: Also
     fast: bool
+
+
+@overload
+def per_sample(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    *batch: Any,
+    want: q.Quantity[T],
+    has_aux: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> T: ...
+
+
+@overload
+def per_sample(
+    model: nn.Module,
+    loss_fn: Callable[..., tuple[Tensor, A]],
+    *batch: Any,
+    want: q.Quantity[T],
+    has_aux: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[T, A]: ...
+
+
+@overload
+def per_sample(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    *batch: Any,
+    want: Mapping[str, q.Quantity[Any]],
+    has_aux: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> dict[str, Any]: ...
+
+
+@overload
+def per_sample(
+    model: nn.Module,
+    loss_fn: Callable[..., tuple[Tensor, A]],
+    *batch: Any,
+    want: Mapping[str, q.Quantity[Any]],
+    has_aux: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[dict[str, Any], A]: ...
+
+
+@in_turn
+def per_sample(
+    model: nn.Module,
+    loss_fn: Loss,
+    *batch: Any,
+    want: q.Quantity[Any] | Mapping[str, q.Quantity[Any]],
+    mode: ModeName = "eval",
+    rows: RowsName = "contribution",
+    params: Params = None,
+    chunk_size: ChunkSize = None,
+    randomness: Randomness = "error",
+    has_aux: bool = False,
+    keep_batch_dim: bool = True,
+    num_groups: NumGroups = 32,
+    update_running_stats: bool = False,
+    sync_levels: int | None = None,
+    also: Also = (),
+    fast: bool = True,
+) -> Any:
+    r"""Any quantity of the samples' gradients, from one forward and one backward pass.
+
+    The gradients are the rows of :func:`per_sample_grads`. Of the quantities only
+    ``Rows`` makes all of them.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from torch import nn
+    >>> from vmapsafe import per_sample, quantities as q
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    >>> _ = model(torch.randn(16, 4))
+    >>> x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    >>> want = {"losses": q.Losses(), "norms": q.Norms(), "sum": q.Sum()}
+    >>> found = per_sample(model, F.cross_entropy, x, y, want=want)
+    >>> found["norms"].shape, found["sum"]["0.weight"].shape
+    (torch.Size([5]), torch.Size([8, 4]))
+    >>> per_sample(model, F.cross_entropy, x, y, want=q.Gram()).shape
+    torch.Size([5, 5])
+
+    Args:
+        model: a network that takes batches. The call opens the block itself.
+        loss_fn: of the model's output on a batch of one, and of the rest of the batch;
+            returns a tensor of one number, or ``(loss, aux)`` with ``has_aux``.
+        *batch: the inputs, then what ``loss_fn`` takes after the output: trees of
+            tensors (B, ...). Inputs that are a tuple are positional arguments of the
+            model, a dict is its keyword arguments.
+        want: a quantity of ``vmapsafe.quantities``, or a dict of some.
+        mode: "eval", "no_running_stats", "group_norm" or "sync", as in ``vmap_safe``,
+            whose block the call enters.
+        rows: in "sync", what the gradient of a sample is: "contribution", "jacobian" or
+            "detached", see :func:`per_sample_grads`.
+        params: names of parameters, a dict of tensors by name, or a whole state dict,
+            of a checkpoint say, whose buffers count too.
+        chunk_size: samples at a time; None for all, "auto" for what fits the memory.
+        randomness: "error", "different" or "same", as in vmap.
+        has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+        keep_batch_dim: True: the model sees each sample as a batch of one. False: it
+            sees x[i] as it is, a batch (N, ...) of its own, of one user or one task
+            say, whose gradient is that of its loss; aux is taken as it is.
+        num_groups: in "group_norm", the number of groups, or a function of the number
+            of channels.
+        update_running_stats: in "sync", whether the running statistics are updated.
+        sync_levels: in "sync", how many batch dimensions to merge: 1 for the samples,
+            more for vmaps around the call; None for all.
+        also: in "eval", classes of hand-made layers to put in eval mode too.
+        fast: whether faster batching rules may take the place of torch's own.
+
+    Returns:
+        The value of the quantity, or a dict of the values. With ``has_aux`` a pair:
+        that, and aux with the leading 1 of its tensors replaced by B.
+
+    Raises:
+        VmapSafeTypeError: as :func:`per_sample_grads`; ``want`` holds something else.
+        VmapSafeValueError: as :func:`per_sample_grads`; a quantity does not fit the
+            parameters or the batch; ``keep_batch_dim=False`` with other ``rows``.
+        VmapSafeRuntimeError: a quantity of all processes without a process group;
+            another process failed; the loss cannot be followed, and a second forward
+            would update the running statistics twice.
+
+    A parameter takes little or no memory if one linear layer, convolution, embedding,
+    or batch, group, layer or RMS norm uses it, once. A parameter that is used otherwise
+    (twice, tied, or by another operation) takes the memory of its rows. A loss that
+    only ``vmap(grad)`` can follow takes the memory of all rows, of one chunk at a time.
+
+    Only ``Rows`` carries derivatives for plain autograd. Under transforms of torch.func
+    all do. Clipping is not differentially private by itself. The algorithm is the
+    book-keeping of Bu et al., https://arxiv.org/abs/2210.00038, with vmap in the place
+    of hooks; the formulas of layers are in ``vmapsafe/rules/``.
+    """
+    block = BlockOptions(
+        mode, rows, num_groups, update_running_stats, sync_levels, also, fast
+    )
+    asked = Asked(
+        _PER_SAMPLE,
+        model,
+        loss_fn,
+        batch,
+        params,
+        chunk_size,
+        randomness,
+        has_aux,
+        keep_batch_dim,
+        block,
+    )
+    _check_want(want)
+    return asked.one(want) if isinstance(want, q.Quantity) else asked.all(want)
+
+
+def _check_want(want: object) -> None:
+    """Raise unless it is a quantity, or a dict of some."""
+    several = isinstance(want, Mapping)
+    for key, one in want.items() if isinstance(want, Mapping) else [("", want)]:
+        if isinstance(one, q.Quantity):
+            continue
+        what = f"want[{key!r}]" if several else "want"
+        do = "Pass an object of vmapsafe.quantities, such as Norms(), or a dict of some"
+        if isinstance(one, type) and issubclass(one, q.Quantity):
+            do = f"Write {one.__name__}(...), with parentheses"
+        raise VmapSafeTypeError(
+            _PER_SAMPLE, f"{what} is {shown(one)}, {a_kind(one)}", do
+        )
+    if several and not want:
+        raise VmapSafeValueError(
+            _PER_SAMPLE, "want is empty", 'Name at least one, {"norms": Norms()}'
+        )
+
+
+_PER_SAMPLE = "per_sample(...)"
 
 
 @overload
@@ -77,6 +246,7 @@ def per_sample_grads(
     chunk_size: ChunkSize = None,
     randomness: Randomness = "error",
     has_aux: bool = False,
+    keep_batch_dim: bool = True,
     out: Mapping[str, Tensor] | None = None,
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
@@ -124,6 +294,8 @@ def per_sample_grads(
             sample, the same for the same seed and ``chunk_size``; "same", one draw for
             all samples, whatever the chunks.
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+        keep_batch_dim: False if a slice x[i] is a batch of its own, as in
+            :func:`per_sample`.
         out: a dict such as an earlier call returned, to be filled and returned, as in
             ``rows = per_sample_grads(..., out=rows)``. In small networks fresh memory
             takes most of the time. The earlier rows are overwritten, also by a call
@@ -188,34 +360,21 @@ def per_sample_grads(
     block = BlockOptions(
         mode, rows, num_groups, update_running_stats, sync_levels, also, fast
     )
-    asked = Asked(
-        _GRADS, model, loss_fn, batch, params, chunk_size, randomness, has_aux, block
-    )
-    samples = asked.samples()
     if out is not None:
-        check_out(_GRADS, out, samples)
-        wanted = Rows(out)
-        filled = computed(samples, wanted, chunk_size, recorded_if_possible)
-        return asked.returned((out, filled[1]))
-    return asked.returned(_rows(samples, chunk_size))
-
-
-def _rows(samples: Samples, chunk_size: ChunkSize) -> tuple[dict[str, Tensor], Any]:
-    """The rows and aux. Sometimes only the computed loss shows whether somebody could
-    want derivatives of the rows."""
-    options = samples.options
-    if (
-        options.fast
-        and not options.update_running_stats
-        and samples.recordable()
-        and not samples.could_be_watched()
-    ):
-        draws = Draws(samples.randomness)
-        try:
-            return computed(samples, Rows(), chunk_size, recorded_if_unwatched)
-        except Unrecordable:
-            draws.put_back()
-    return with_derivatives(samples, chunk_size)
+        check_out_is_dict(_GRADS, out)
+    asked = Asked(
+        _GRADS,
+        model,
+        loss_fn,
+        batch,
+        params,
+        chunk_size,
+        randomness,
+        has_aux,
+        keep_batch_dim,
+        block,
+    )
+    return asked.one(q.Rows(out))
 
 
 _GRADS = "per_sample_grads(...)"
@@ -282,6 +441,7 @@ def per_sample_grad_norms(
     chunk_size: ChunkSize = None,
     randomness: Randomness = "error",
     has_aux: bool = False,
+    keep_batch_dim: bool = True,
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
@@ -322,6 +482,8 @@ def per_sample_grad_norms(
         chunk_size: samples at a time; None for all, "auto" for what fits the memory.
         randomness: "error", "different" or "same", as in vmap.
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+        keep_batch_dim: False if a slice x[i] is a batch of its own, as in
+            :func:`per_sample`.
         num_groups: in "group_norm", the number of groups, or a function of the number
             of channels.
         update_running_stats: in "sync", whether the running statistics are updated.
@@ -353,12 +515,20 @@ def per_sample_grad_norms(
     block = BlockOptions(
         mode, rows, num_groups, update_running_stats, sync_levels, also, fast
     )
+    check_flag(_NORMS, "per_parameter", per_parameter)
     asked = Asked(
-        _NORMS, model, loss_fn, batch, params, chunk_size, randomness, has_aux, block
+        _NORMS,
+        model,
+        loss_fn,
+        batch,
+        params,
+        chunk_size,
+        randomness,
+        has_aux,
+        keep_batch_dim,
+        block,
     )
-    return asked.found_in_all(
-        "gather", gather, "the norms", lambda: Norms(_NORMS, per_parameter)
-    )
+    return asked.one(q.Norms(per_parameter, gather=gather))
 
 
 _NORMS = "per_sample_grad_norms(...)"
@@ -401,6 +571,7 @@ def clipped_grad_sum(
     chunk_size: ChunkSize = None,
     randomness: Randomness = "error",
     has_aux: bool = False,
+    keep_batch_dim: bool = True,
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
@@ -443,6 +614,8 @@ def clipped_grad_sum(
         chunk_size: samples at a time; None for all, "auto" for what fits the memory.
         randomness: "error", "different" or "same", as in vmap.
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+        keep_batch_dim: False if a slice x[i] is a batch of its own, as in
+            :func:`per_sample`.
         num_groups: in "group_norm", the number of groups, or a function of the number
             of channels.
         update_running_stats: in "sync", whether the running statistics are updated.
@@ -478,12 +651,20 @@ def clipped_grad_sum(
     block = BlockOptions(
         mode, rows, num_groups, update_running_stats, sync_levels, also, fast
     )
+    check_max_grad_norm(_CLIPPED, max_grad_norm)
     asked = Asked(
-        _CLIPPED, model, loss_fn, batch, params, chunk_size, randomness, has_aux, block
+        _CLIPPED,
+        model,
+        loss_fn,
+        batch,
+        params,
+        chunk_size,
+        randomness,
+        has_aux,
+        keep_batch_dim,
+        block,
     )
-    return asked.found_in_all(
-        "reduce", reduce, "the sum", lambda: ClippedSum(_CLIPPED, max_grad_norm)
-    )
+    return asked.one(q.ClippedSum(max_grad_norm, reduce=reduce))
 
 
 _CLIPPED = "clipped_grad_sum(...)"
@@ -532,6 +713,7 @@ def per_sample_sketch(
     chunk_size: ChunkSize = None,
     randomness: Randomness = "error",
     has_aux: bool = False,
+    keep_batch_dim: bool = True,
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
@@ -575,6 +757,8 @@ def per_sample_sketch(
         chunk_size: samples at a time; None for all, "auto" for what fits the memory.
         randomness: "error", "different" or "same", as in vmap.
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+        keep_batch_dim: False if a slice x[i] is a batch of its own, as in
+            :func:`per_sample`.
         num_groups: in "group_norm", the number of groups, or a function of the number
             of channels.
         update_running_stats: in "sync", whether the running statistics are updated.
@@ -620,12 +804,20 @@ def per_sample_sketch(
     block = BlockOptions(
         mode, rows, num_groups, update_running_stats, sync_levels, also, fast
     )
+    check_sketch(_SKETCH, k, kind, seed)
     asked = Asked(
-        _SKETCH, model, loss_fn, batch, params, chunk_size, randomness, has_aux, block
+        _SKETCH,
+        model,
+        loss_fn,
+        batch,
+        params,
+        chunk_size,
+        randomness,
+        has_aux,
+        keep_batch_dim,
+        block,
     )
-    return asked.found_in_all(
-        "gather", gather, "the sketches", lambda: Sketch(_SKETCH, k, kind, seed)
-    )
+    return asked.one(q.Sketch(k, kind, seed, gather=gather))
 
 
 _SKETCH = "per_sample_sketch(...)"

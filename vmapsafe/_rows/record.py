@@ -67,6 +67,10 @@ class Collector(ABC):
     """
 
     @abstractmethod
+    def losses(self, losses: Tensor) -> None:
+        """Take the losses (B,), before the gradients."""
+
+    @abstractmethod
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
         """Take the only use of a parameter: the layer's input and output gradient."""
 
@@ -131,6 +135,7 @@ class Recorded:
 
     def backward(self, into: Collector) -> None:
         """Hand the gradients of all parameters to ``into``. It can be called once."""
+        into.losses(self.losses)
         recorder, reached = self._recorder, self._reached
         # ``receive`` knows these and not the recorder: a cycle of references would keep
         # the rows alive until Python's garbage collector comes by.

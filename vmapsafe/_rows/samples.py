@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from vmapsafe._errors import (
     a_kind,
     shown,
 )
-from vmapsafe._modes import Options
+from vmapsafe._modes import Options, check_flag
 from vmapsafe._rows.copies import Copies, leaves_of
 from vmapsafe._rows.parameters import Parameters, Params
 from vmapsafe._rows.record import LEVEL, Recorded
@@ -52,6 +52,7 @@ class Samples:
         options: of the block.
         randomness: as in vmap.
         has_aux: whether the loss returns a pair.
+        keep_batch_dim: whether the model sees a sample as a batch of one.
     """
 
     called: str
@@ -65,6 +66,7 @@ class Samples:
     options: Options
     randomness: str
     has_aux: bool
+    keep_batch_dim: bool
 
     @staticmethod
     def of(
@@ -75,6 +77,7 @@ class Samples:
         options: Options,
         randomness: str,
         has_aux: bool,
+        keep_batch_dim: bool = True,
     ) -> Samples:
         """Check the arguments of a call, and bind them.
 
@@ -86,6 +89,7 @@ class Samples:
             options: of the block, checked.
             randomness: as in vmap.
             has_aux: whether the loss returns a pair.
+            keep_batch_dim: whether the model sees a sample as a batch of one.
 
         Returns:
             The samples.
@@ -97,6 +101,7 @@ class Samples:
         called = options.called
         _check_model_and_loss(called, model, loss_fn)
         check_randomness(called, randomness)
+        _check_keep_batch_dim(called, keep_batch_dim, options)
         net = unwrapped(model)
         parameters = Parameters.of(called, net, params)
         if parameters.of_state_dict and options.update_running_stats:
@@ -109,7 +114,7 @@ class Samples:
         if size == 0:
             _check_one_process(called, net, options)
             options = replace(options, update_running_stats=False)
-            batch = tree_map(lambda t: t.new_zeros(_MADE_UP, *t.shape[1:]), batch)
+            batch = _made_up(batch)
         return Samples(
             called,
             model,
@@ -122,7 +127,41 @@ class Samples:
             options,
             randomness,
             has_aux,
+            keep_batch_dim,
         )
+
+    def without_updates(self) -> Samples:
+        """The same, whose forward updates no running statistics."""
+        return replace(self, options=replace(self.options, update_running_stats=False))
+
+    def of_other(self, batch: tuple[Any, ...]) -> Samples:
+        """The samples of another batch for the same model, without updates.
+
+        Args:
+            batch: as that of the call.
+
+        Returns:
+            The samples.
+
+        Raises:
+            VmapSafeValueError: its structure is another, or its batch sizes disagree.
+        """
+        leaves, tree = tree_flatten(batch)
+        own = [leaf.dim() for leaf in self.tensors]
+        dims = [leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves]
+        if tree != tree_flatten(self.batch)[1] or own != dims:
+            raise VmapSafeValueError(
+                f"{self.called} with other=",
+                f"other holds {_kinds(leaves)}, and the batch {_kinds(self.tensors)}",
+                "Give a tuple of the same structure, such as (inputs, targets)",
+            )
+        size = _batch_size(f"{self.called} with other=", batch)
+        if size == 0:
+            _check_one_process(self.called, self.net, self.options)
+            batch = _made_up(batch)
+        tensors = tree_flatten(batch)[0]
+        changed = replace(self, batch=batch, tensors=tensors, size=size)
+        return changed.without_updates()
 
     @property
     def count(self) -> int:
@@ -146,11 +185,11 @@ class Samples:
         part: tuple[Any, ...] = tree_map(lambda t: t[start:stop], self.batch)
         return part
 
-    def rows(self, batch: tuple[Any, ...]) -> tuple[dict[str, Tensor], Any]:
-        """The rows, and aux, by ``vmap(grad)``; derivatives of them pass through."""
+    def rows(self, batch: tuple[Any, ...]) -> tuple[dict[str, Tensor], Tensor, Any]:
+        """The rows, losses and aux by ``vmap(grad)``; derivatives pass through."""
         derive = self._by_jacobian if self.options.rows == "jacobian" else self._by_grad
-        found = Block((self.model,), self.options).run(derive, batch)
-        return found if self.has_aux else (found, ())
+        rows, (losses, aux) = Block((self.model,), self.options).run(derive, batch)
+        return rows, losses, aux
 
     def recordable(self) -> bool:
         """Whether nothing that can be seen from outside forbids :meth:`recorded`."""
@@ -202,8 +241,9 @@ class Samples:
     # -- One sample --------------------------------------------------------------------
 
     def _loss(self, values: Mapping[str, Tensor], inputs: Any, *rest: Any) -> Any:
-        """Of one sample, handed to the model as a batch of one."""
-        inputs, rest = tree_map(lambda t: t.unsqueeze(0), (inputs, rest))
+        """Of one sample, handed to the model as a batch of one, or as it is."""
+        if self.keep_batch_dim:
+            inputs, rest = tree_map(lambda t: t.unsqueeze(0), (inputs, rest))
         result = self.parameters.standing_in(
             values, self._output_and_loss, inputs, rest
         )
@@ -216,7 +256,9 @@ class Samples:
                 "Let it return (loss, aux)",
             )
         value, aux = result
-        return self._scalar(value), tree_map(self._aux, aux)
+        if self.keep_batch_dim:
+            aux = tree_map(self._aux, aux)
+        return self._scalar(value), aux
 
     def _output_and_loss(self, inputs: Any, rest: tuple[Any, ...]) -> Any:
         args, kwargs = _as_call(inputs)
@@ -226,7 +268,7 @@ class Samples:
     def _loss_of_copies(self, values: Mapping[str, Tensor], *sample: Any) -> Any:
         """The same where no :class:`Recorded` sees to it that all is read of them."""
         if torch.compiler.is_compiling():
-            return self._loss(values, *sample)
+            return _with_loss(self._loss(values, *sample), self.has_aux)
         copies = Copies(self.called, self.parameters.originals)
         copies.stand_in(values)
         result = under(copies, self._loss, values, *sample)
@@ -235,7 +277,7 @@ class Samples:
         given = {id(leaf) for leaf in self._given()}  # the copies come from these
         leaves = leaves_of(innermost(value))
         copies.check_graph([leaf for leaf in leaves if id(leaf) not in given])
-        return result
+        return _with_loss(result, self.has_aux)
 
     def _given(self) -> list[Tensor]:
         """What plain autograd differentiates the caller's ``params`` by."""
@@ -245,7 +287,7 @@ class Samples:
 
     def _by_grad(self, batch: tuple[Any, ...]) -> Any:
         return vmap(
-            grad(self._loss_of_copies, has_aux=self.has_aux),
+            grad(self._loss_of_copies, has_aux=True),
             (None, *[0 for _ in batch]),
             randomness=self.randomness,
         )(self.values, *batch)
@@ -253,7 +295,7 @@ class Samples:
     def _by_jacobian(self, batch: tuple[Any, ...]) -> Any:
         in_dims = (None, *[0 for _ in batch])
         losses = vmap(self._loss_of_copies, in_dims, randomness=self.randomness)
-        return jacrev(losses, has_aux=self.has_aux)(self.values, *batch)
+        return jacrev(losses, has_aux=True)(self.values, *batch)
 
     def _scalar(self, loss: Any) -> Tensor:
         if isinstance(loss, Tensor):
@@ -262,6 +304,7 @@ class Samples:
             if loss.shape == (1,):  # reduction="none"
                 return loss.squeeze(0)
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        slice_ = "a batch of one" if self.keep_batch_dim else "one slice"
         do = 'Let it return the mean or the sum, e.g. reduction="sum"'
         if isinstance(loss, (int, float)):
             do = "Let it return a tensor; .item() and float() cut it from the model"
@@ -269,7 +312,7 @@ class Samples:
             do = "Let it return the loss alone, or pass has_aux=True for (loss, aux)"
         raise VmapSafeValueError(
             self.called,
-            f"loss_fn gave {found} for a batch of one instead of a tensor without "
+            f"loss_fn gave {found} for {slice_} instead of a tensor without "
             "dimensions",
             do,
         )
@@ -288,6 +331,18 @@ class Samples:
 
 
 _MADE_UP = 2  # samples in the place of an empty batch
+
+
+def _made_up(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    found: tuple[Any, ...]
+    found = tree_map(lambda t: t.new_zeros(_MADE_UP, *t.shape[1:]), batch)
+    return found
+
+
+def _with_loss(result: Any, has_aux: bool) -> tuple[Tensor, tuple[Tensor, Any]]:
+    """The loss, and a pair of the loss and aux as what transforms hand through."""
+    loss, aux = result if has_aux else (result, ())
+    return loss, (loss, aux)
 
 
 def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -321,6 +376,21 @@ def _check_model_and_loss(called: str, model: Any, loss_fn: Any) -> None:
             found += f", and loss_fn {a_kind(loss_fn)} that has some"
     if found is not None:
         raise VmapSafeTypeError(called, found, write)
+
+
+def _check_keep_batch_dim(called: str, given: object, options: Options) -> None:
+    check_flag(called, "keep_batch_dim", given)
+    if not given and options.rows != "contribution":
+        raise VmapSafeValueError(
+            f"{called} with keep_batch_dim=False",
+            f'rows="{options.rows}" is about single samples',
+            'Use rows="contribution", or a batch of single samples',
+        )
+
+
+def _kinds(leaves: Sequence[Any]) -> str:
+    """The shapes of tensors, for an error."""
+    return f"[{', '.join([shown(leaf) for leaf in leaves])}]"
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -4,7 +4,8 @@ The map, bottom up:
 
 ``precision``             half precision is computed in float32
 ``memory``                large tensors of zeros, whose pages cost nothing until written
-``formulas``              rows of a parameter, their norms and sums
+``products``              products of two matrices
+``formulas``              rows of a parameter, and quantities of them without the rows
 ``kept_calls``            the table in which layers say what ``_rows`` keeps of a call
 ``references``            slow forms of normalisation, to compare with
 ``normalisation``         norms by the input's statistics, right in every derivative

@@ -40,6 +40,7 @@ from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
 
 _backward = torch.ops.aten.convolution_backward.default
+FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)  # by the number of dimensions
 
 
 def _accepts(call: Call) -> bool:
@@ -363,13 +364,17 @@ class Weight(Products):
         for row, one_x, one_grad in zip(out, x, grad):
             row.copy_(self._ordinary(one_x, one_grad))
 
-    def norms(self, x: Tensor, grad: Tensor) -> Tensor:
+    def is_one_product(self) -> bool:
         products = set(self.dilation) == {1} and products_are_exact(self.weight)
-        if self.groups == 1 and products:
-            return super().norms(x, grad)
-        return Formula.norms(self, x, grad)
+        return self.groups == 1 and products
 
-    def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
+    def tangent(self, x: Tensor, vector: Tensor) -> Tensor:
+        function = FUNCTIONS[len(self.stride) - 1]
+        options = self.stride, self.padding, self.dilation, self.groups
+        merged = function(x.flatten(0, 1), vector, None, *options)
+        return merged.view(*x.shape[:2], *merged.shape[1:])
+
+    def weighted(self, x: Tensor, grad: Tensor, factors: Tensor | None) -> Tensor:
         dtype = grad.dtype
         x, grad = times(x, grad, factors)
         return self._ordinary(x.flatten(0, 1), grad.flatten(0, 1)).to(dtype)
@@ -460,5 +465,5 @@ def _each(value: Any, dims: int) -> list[int]:
     return values * dims if len(values) == 1 else values
 
 
-for _dims, _function in enumerate((F.conv1d, F.conv2d, F.conv3d), 1):
+for _dims, _function in enumerate(FUNCTIONS, 1):
     keep_calls(_function, KeptCalls(partial(_keep, _function, _dims)))

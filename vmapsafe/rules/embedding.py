@@ -29,6 +29,7 @@ from vmapsafe.rules.formulas import (
 )
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
 from vmapsafe.rules.precision import wide
+from vmapsafe.rules.products import product
 
 DEVICES = ("cpu",)  # the system provides memory of zeros only there
 
@@ -132,9 +133,34 @@ class Weight(Formula):
             parts.append(roots_of(squares, [most * positions], again))
         return torch.cat(parts)
 
-    def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
+    def gram(self, x: Tensor, grad: Tensor, y: Tensor, other: Tensor) -> Tensor:
+        size, of_other = len(grad), len(other)
+        many, others = (t.numel() // max(1, len(t)) for t in (x, y))
+        if many * others * of_other >= self.shape.numel():
+            return super().gram(x, grad, y, other)
+        if not many or not others or not size or not of_other:
+            return wide(grad).new_zeros(size, of_other)
+        words, seen = y.flatten(), wide(self._seen(y, other)).flatten(0, -2)
+        parts = []
+        for some_x, some_grad in self.few(x, grad, many * len(words)):
+            mine = wide(self._seen(some_x, some_grad)).flatten(0, -2)
+            same = some_x.reshape(-1, 1) == words
+            found = torch.where(same, product(mine, seen), 0)
+            parts.append(found.view(-1, many, of_other, others).sum((1, 3)))
+        return torch.cat(parts)
+
+    def dots(self, x: Tensor, grad: Tensor, vectors: Tensor) -> Tensor:
         seen = wide(self._seen(x, grad))
-        seen = seen * at_samples(factors, seen)
+        found = [
+            (F.embedding(x, wide(vector)) * seen).unsqueeze(1).flatten(1).sum(1)
+            for vector in vectors
+        ]
+        return torch.stack(found, 1)
+
+    def weighted(self, x: Tensor, grad: Tensor, factors: Tensor | None) -> Tensor:
+        seen = wide(self._seen(x, grad))
+        if factors is not None:
+            seen = seen * at_samples(factors, seen)
         total = seen.new_zeros(self.shape)
         total.index_add_(0, x.flatten(), seen.flatten(0, -2))
         return total.to(grad.dtype)

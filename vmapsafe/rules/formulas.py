@@ -7,7 +7,10 @@ Many quantities of the rows can be computed without the rows themselves:
 * ``rows``: the rows themselves;
 * ``norms``: the norm of each row;
 * ``weighted``: the sum of the rows, each times a factor, which is the ordinary weight
-  gradient of the scaled output gradients.
+  gradient of the scaled output gradients;
+* ``squares``: the sum of the rows' entrywise squares;
+* ``gram``: the products of all pairs of rows;
+* ``dots``: the products of the rows with given vectors.
 
 For a layer that is a matrix product at T positions of a sample, dW_i = g_i x_i^T with
 g_i (O, T) and x_i (C, T). The squared norm of a row is the sum over the entrywise
@@ -18,7 +21,10 @@ product of two Gram matrices,
 (Li et al., https://arxiv.org/abs/2110.05679, section 4; Goodfellow,
 https://arxiv.org/abs/1510.01799, for T = 1). This costs T T (C + O) multiplications
 instead of T C O. If that is more, the rows are made for a few samples at a time, and
-dropped after use.
+dropped after use. The product of the rows of two samples is the same sum over the
+products of x_i with x_j and of g_i with g_j. For T = 1 the sum of squares is a product
+of squares, and the product with a vector V is g_i^T V x_i, see BackPACK
+(https://arxiv.org/abs/1912.10985, appendix A).
 
 Squares may be out of the range of a dtype although the rows are not. The sum of
 products may also be the small difference of large numbers. Both show in the numbers
@@ -29,7 +35,7 @@ largest entry.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +43,7 @@ from torch import Tensor
 
 from vmapsafe._torch import is_plain
 from vmapsafe.rules.precision import wide
+from vmapsafe.rules.products import product
 
 
 @dataclass(frozen=True)
@@ -68,9 +75,55 @@ class Formula:
         parts = [norms_of(self.rows(*part)) for part in self.few(x, grad)]
         return torch.cat(parts)
 
-    def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
+    def weighted(self, x: Tensor, grad: Tensor, factors: Tensor | None) -> Tensor:
         """(*shape): the sum of the rows, each times its number in ``factors`` (B,)."""
         return weighted_sum(self.rows(x, grad), factors)
+
+    def sum(self, x: Tensor, grad: Tensor) -> Tensor:
+        """(*shape): the sum of the rows."""
+        return self.weighted(x, grad, None)
+
+    def squares(self, x: Tensor, grad: Tensor) -> Tensor:
+        """(*shape): the sum of the rows' entrywise squares."""
+        return self._by_rows(x, grad, {"squares"})["squares"]
+
+    def gram(self, x: Tensor, grad: Tensor, y: Tensor, other: Tensor) -> Tensor:
+        """(B, B2): products with the rows of input ``y`` and gradient ``other``."""
+        own = not torch.compiler.is_compiling() and is_plain(x) and is_plain(grad)
+        make = self.new_rows if own else self.rows
+        rows = flat(make(x, grad))
+        same = x is y and grad is other
+        return product(rows, rows if same else flat(make(y, other)))
+
+    def dots(self, x: Tensor, grad: Tensor, vectors: Tensor) -> Tensor:
+        """(B, K): the products of the rows with ``vectors`` (K, *shape)."""
+        wanted = flat(vectors)
+        parts = [product(flat(self.rows(*p)), wanted) for p in self.few(x, grad)]
+        return torch.cat(parts)
+
+    def together(
+        self, x: Tensor, grad: Tensor, asked: Collection[str]
+    ) -> dict[str, Tensor]:
+        """Several of ``norms``, ``sum`` and ``squares``, by name."""
+        return {name: getattr(self, name)(x, grad) for name in asked}
+
+    def _by_rows(
+        self, x: Tensor, grad: Tensor, asked: Collection[str]
+    ) -> dict[str, Tensor]:
+        """The same from rows, made once, a few at a time."""
+        norms: list[Tensor] = []
+        sums: dict[str, Tensor] = {}
+        for part in self.few(x, grad):
+            rows = wide(self.rows(*part))
+            if "norms" in asked:
+                norms.append(norms_of(rows))
+            if "sum" in asked:
+                sums["sum"] = _added(sums.get("sum"), rows)
+            if "squares" in asked:
+                sums["squares"] = _added(sums.get("squares"), rows, squared=True)
+        if "sum" in asked:
+            sums["sum"] = sums["sum"].to(grad.dtype)
+        return {**sums, "norms": torch.cat(norms)} if norms else sums
 
     def few(
         self, x: Tensor, grad: Tensor, numbers: int = 0
@@ -125,18 +178,46 @@ def can_look(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and x.device.type == "cpu" and is_plain(x)
 
 
-def weighted_sum(rows: Tensor, factors: Tensor) -> Tensor:
+def weighted_sum(rows: Tensor, factors: Tensor | None) -> Tensor:
     """(...): the sum of rows (B, ...), each times its factor (B,)."""
     numbers = wide(rows)  # a factor may be below the range of half precision
+    if factors is None:
+        return numbers.sum(0).to(rows.dtype)
     total: Tensor = torch.tensordot(factors.to(numbers.dtype), numbers, 1)
     return total.to(rows.dtype)
+
+
+def _added(total: Tensor | None, rows: Tensor, squared: bool = False) -> Tensor:
+    """(...): a total and the sum of rows (n, ...), or of their squares."""
+    if total is None or not is_plain(rows):
+        found = (rows.square() if squared else rows).sum(0)
+        return found if total is None else total + found
+    for row in rows.unbind():  # a pass over the cache and without a temporary
+        if squared:
+            total.addcmul_(row, row)
+        else:
+            total.add_(row)
+    return total
+
+
+def flat(rows: Tensor) -> Tensor:
+    """(B, numbers), in float32 for half precision."""
+    return wide(rows).unsqueeze(-1).flatten(1)
 
 
 class _Small(Formula):
     """A formula whose rows take less memory than the output gradient."""
 
+    def few(
+        self, x: Tensor, grad: Tensor, numbers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        yield x, grad
+
     def norms(self, x: Tensor, grad: Tensor) -> Tensor:
         return norms_of(self.rows(x, grad))
+
+    def squares(self, x: Tensor, grad: Tensor) -> Tensor:
+        return wide(self.rows(x, grad)).square().sum(0)
 
 
 @dataclass(frozen=True)
@@ -161,7 +242,7 @@ class Made(_Small):
         return x
 
     def new_rows(self, x: Tensor, grad: Tensor) -> Tensor:
-        return x.contiguous()
+        return x.clone(memory_format=torch.contiguous_format)
 
 
 class Products(Formula):
@@ -175,21 +256,127 @@ class Products(Formula):
         """(B, O, T): the output gradients at each position."""
         raise NotImplementedError
 
+    def tangent(self, x: Tensor, vector: Tensor) -> Tensor:
+        """(B, ...): what the layer makes of ``x`` with ``vector`` as its weight."""
+        raise NotImplementedError
+
+    def is_one_product(self) -> bool:
+        """Whether a row is one product of matrices, as without groups."""
+        return True
+
     def norms(self, x: Tensor, grad: Tensor) -> Tensor:
-        positions = self.outputs(grad[:1]).size(2)
-        numbers = self.shape.numel()
+        positions, numbers = self._positions(grad), self.shape.numel()
+        if not self.is_one_product():
+            return super().norms(x, grad)
         if not positions or not numbers:
             return wide(grad).new_zeros(len(grad))
         if positions == 1:
             return norms_of(self.columns(x)) * norms_of(self.outputs(grad))
-        of_weight = self.shape[0] + numbers // self.shape[0]
-        if positions * of_weight >= numbers:
+        if self._rows_are_cheaper(positions):
             return super().norms(x, grad)
         parts = []
-        for some_x, some_grad in self.few(x, grad, positions * of_weight):
+        for some_x, some_grad in self.few(x, grad, positions * self._sides()):
             a, b = wide(self.columns(some_x)), wide(self.outputs(some_grad))
             parts.append(_norms_of_products(a, b))
         return torch.cat(parts)
+
+    def squares(self, x: Tensor, grad: Tensor) -> Tensor:
+        if self._positions(grad) != 1 or not self.is_one_product():
+            return super().squares(x, grad)
+        a, b = balanced(self.columns(x).flatten(1), self.outputs(grad).flatten(1))
+        return product(b.square().mT, a.square().mT).view(self.shape)
+
+    def gram(self, x: Tensor, grad: Tensor, y: Tensor, other: Tensor) -> Tensor:
+        many, others = self._positions(grad), self._positions(other)
+        numbers, size, of_other = self.shape.numel(), len(grad), len(other)
+        same = x is y and grad is other
+        if not many or not others or not numbers:
+            return wide(grad).new_zeros(size, of_other)
+        by_pairs = size * many * of_other * others * self._sides()
+        by_rows = numbers * (size * many + size * of_other)
+        by_rows += 0 if same else numbers * of_other * others
+        fits = many * of_other * others < _CACHED
+        if not self.is_one_product() or by_pairs >= by_rows or not fits:
+            return super().gram(x, grad, y, other)
+        a, b = self._balanced_sides(x, grad)
+        c, d = (a, b) if same else self._balanced_sides(y, other)
+        if many * others > 1 and can_look(a) and (_cancel(a, b) or _cancel(c, d)):
+            return super().gram(x, grad, y, other)
+        if many * others == 1:
+            return product(a[:, 0], c[:, 0]) * product(b[:, 0], d[:, 0])
+        parts = []
+        c, d = c.flatten(0, 1), d.flatten(0, 1)
+        step = max(1, _CACHED // (many * len(c)))
+        for i in range(0, size, step):
+            ones, twos = a[i : i + step].flatten(0, 1), b[i : i + step].flatten(0, 1)
+            found = product(ones, c) * product(twos, d)
+            parts.append(found.view(-1, many, of_other, others).sum((1, 3)))
+        return torch.cat(parts)
+
+    def dots(self, x: Tensor, grad: Tensor, vectors: Tensor) -> Tensor:
+        positions = self._positions(grad)
+        if positions == 1 and self.is_one_product():
+            a, b = balanced(self.columns(x).flatten(1), self.outputs(grad).flatten(1))
+            wanted = wide(vectors).reshape(-1, a.size(1))
+            images = product(a, wanted).view(len(a), len(vectors), b.size(1))
+            return (images @ b.unsqueeze(2)).squeeze(2)
+        if len(vectors) == 1 and x.dtype == grad.dtype:
+            a, b = balanced(wide(x), wide(grad))
+            image = self.tangent(a, wide(vectors[0]))
+            return (image * b).flatten(1).sum(1, keepdim=True)
+        return super().dots(x, grad, vectors)
+
+    def together(
+        self, x: Tensor, grad: Tensor, asked: Collection[str]
+    ) -> dict[str, Tensor]:
+        positions = self._positions(grad)
+        apart = len(asked) < 2 or positions < 2 or not self.shape.numel()
+        if apart and self.is_one_product():
+            return super().together(x, grad, asked)
+        return self._by_rows(x, grad, asked)
+
+    def _positions(self, grad: Tensor) -> int:
+        return self.outputs(grad[:1]).size(2)
+
+    def _sides(self) -> int:
+        """C + O."""
+        return self.shape[0] + self.shape.numel() // max(1, self.shape[0])
+
+    def _rows_are_cheaper(self, positions: int) -> bool:
+        return positions * self._sides() >= self.shape.numel()
+
+    def _balanced_sides(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, C) and (B, T, O), contiguous."""
+        a, b = self.columns(x).mT, self.outputs(grad).mT
+        a, b = balanced(wide(a), wide(b))
+        return a.contiguous(), b.contiguous()
+
+
+def balanced(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` and ``grad`` with the same rows, and squares of ``x`` within the range.
+
+    Each sample of ``x`` is divided by its largest entry, and its gradient multiplied,
+    unless the numbers show that this is not necessary.
+    """
+    x, grad = wide(x), wide(grad)
+    if can_look(x) and can_look(grad) and x.numel() and grad.numel():
+        middle = 0.25 * math.log2(torch.finfo(x.dtype).max)  # squared twice
+        low, high = 2.0**-middle, 2.0**middle
+        most = [t.flatten(1).abs().amax(1) for t in (x, grad)]
+        if all([bool(((m > low) & (m < high) | (m == 0)).all()) for m in most]):
+            return x, grad
+    x, scale = _scaled_to_one(x)
+    return x, grad * at_samples(scale, grad)
+
+
+def _cancel(a: Tensor, b: Tensor) -> bool:
+    """Whether a row is so much smaller than its terms that rounding would count.
+
+    The terms are a (B, T, C) and b (B, T, O) at each position.
+    """
+    squares = _norms_of_products(a.mT, b.mT).square()
+    bounds = a.square().sum((1, 2)) * b.square().sum((1, 2))
+    return bool((squares < bounds * (2.0**-8 / a.size(1))).any())
 
 
 def _norms_of_products(a: Tensor, b: Tensor) -> Tensor:
@@ -238,12 +425,14 @@ def roots_of(
 _CACHED = 2**19
 
 
-def times(x: Tensor, grad: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+def times(x: Tensor, grad: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     """``x`` and ``grad``, the smaller of the two multiplied by the factors.
 
     Half precision becomes float32, as a factor may be too small for half precision.
     """
     x, grad = wide(x), wide(grad)
+    if factors is None:
+        return x, grad
     if x.numel() < grad.numel():
         return x * at_samples(factors, x), grad
     return x, grad * at_samples(factors, grad)
@@ -251,3 +440,8 @@ def times(x: Tensor, grad: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 def at_samples(factors: Tensor, x: Tensor) -> Tensor:
     return factors.to(x.dtype).view(-1, *[1 for _ in x.shape[1:]])
+
+
+def masked(x: Tensor, kept: Tensor) -> Tensor:
+    """``x`` with zeros for the samples that are not kept (B,)."""
+    return torch.where(kept.view(-1, *[1 for _ in x.shape[1:]]), x, 0)

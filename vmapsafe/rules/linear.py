@@ -95,7 +95,10 @@ class Weight(Products):
             return torch.mul(a, b.mT, out=out)
         return torch.bmm(a, b.mT, out=out)
 
-    def weighted(self, x: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
+    def tangent(self, x: Tensor, vector: Tensor) -> Tensor:
+        return x @ vector.mT
+
+    def weighted(self, x: Tensor, grad: Tensor, factors: Tensor | None) -> Tensor:
         dtype = grad.dtype
         x, grad = times(x, grad, factors)
         return (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(dtype)

@@ -16,26 +16,48 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vmapsafe._errors import VmapSafeValueError
-from vmapsafe._rows.quantities import CallShape, Part, PerSample
 from vmapsafe._torch import below_all, without_autocast
-from vmapsafe.rules.formulas import Formula
+from vmapsafe.quantities.protocol import CallShape, Grads, Part, PerSample
 from vmapsafe.rules.precision import wide
 
 Kind = Literal["rademacher", "gaussian"]
 KINDS: tuple[Kind, ...] = ("rademacher", "gaussian")
 
 
+@dataclass(frozen=True, eq=False)
 class Sketch(PerSample[Tensor]):
-    """A random projection of every row to k numbers.
+    """A random projection of every sample's gradient to k numbers, (B, k).
+
+    Attributes:
+        k: how many numbers to give for each sample.
+        kind: what the matrix holds.
+        seed: decides the matrix.
+        gather: "all" for those of all processes, as in :class:`Norms`.
+    """
+
+    k: int
+    kind: Kind = "rademacher"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_sketch("Sketch(...)", self.k, self.kind, self.seed)
+
+    def part(self, call: CallShape, start: int, stop: int) -> Part:
+        return _SketchPart(self.k, self.kind, self.seed)
+
+
+def check_sketch(called: str, k: object, kind: object, seed: object) -> None:
+    """Raise unless these make a sketch.
 
     Args:
-        called: the public function, for errors.
+        called: for errors.
         k: how many numbers to give for each sample.
         kind: what the matrix holds.
         seed: decides the matrix.
@@ -44,23 +66,15 @@ class Sketch(PerSample[Tensor]):
         VmapSafeValueError: ``k`` below 1, another ``kind``, or a ``seed`` that is not
             an int.
     """
-
-    def __init__(self, called: str, k: int, kind: str, seed: int) -> None:
-        if type(k) is not int or k < 1:
-            raise VmapSafeValueError(
-                called, f"k is {k!r}", "Pass how many numbers a sample, at least 1"
-            )
-        if kind not in KINDS:
-            listed = " or ".join([f'"{one}"' for one in KINDS])
-            raise VmapSafeValueError(
-                called, f"unknown kind {kind!r}", f"Choose {listed}"
-            )
-        if type(seed) is not int:
-            raise VmapSafeValueError(called, f"seed is {seed!r}", "Pass an int")
-        self._k, self._kind, self._seed = k, kind, seed
-
-    def part(self, shape: CallShape, start: int, stop: int) -> Part:
-        return _SketchPart(self._k, self._kind, self._seed)
+    if type(k) is not int or k < 1:
+        raise VmapSafeValueError(
+            called, f"k is {k!r}", "Pass how many numbers a sample, at least 1"
+        )
+    if kind not in KINDS:
+        listed = " or ".join([f'"{one}"' for one in KINDS])
+        raise VmapSafeValueError(called, f"unknown kind {kind!r}", f"Choose {listed}")
+    if type(seed) is not int:
+        raise VmapSafeValueError(called, f"seed is {seed!r}", "Pass an int")
 
 
 class _SketchPart(Part):
@@ -70,15 +84,12 @@ class _SketchPart(Part):
         self._k, self._kind, self._seed = k, kind, seed
         self._parts: list[Tensor] = []
 
-    def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
+    def take(self, grads: Grads) -> None:
         parts = [
-            self._project(name, formula.rows(x[i : i + _MANY], grad[i : i + _MANY]))
-            for i in range(0, len(grad), _MANY)
+            self._project(grads.name, grads.samples(slice(i, i + _MANY)).rows())
+            for i in range(0, len(grads), _MANY)
         ]
         self._parts.append(torch.cat(parts))
-
-    def whole(self, name: str, rows: Tensor) -> None:
-        self._parts.append(self._project(name, rows))
 
     def finished(self) -> Tensor:
         return sum(self._parts[1:], self._parts[0]) / math.sqrt(self._k)

@@ -1,0 +1,396 @@
+"""The gradients of all samples, looked at once or more often.
+
+A look hands the gradients to the parts of several quantities. One is enough for most.
+Quantities that are made of others may need a second one. It takes gradients that were
+kept if all samples ran at once. Otherwise the chunks run again, with the random numbers
+that they drew before. Quantities of pairs of samples need both samples' gradients at a
+time: of two chunks, one is kept while the other runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmapsafe._draws import Draws
+from vmapsafe._errors import VmapSafeValueError
+from vmapsafe._rows.chunks import ChunkSize, in_chunks
+from vmapsafe._rows.record import Collector
+from vmapsafe._rows.samples import Samples
+from vmapsafe._torch import current_level, without_autocast
+from vmapsafe.quantities.protocol import (
+    CallShape,
+    Collected,
+    Grads,
+    Paired,
+    Part,
+    Quantity,
+    joined,
+)
+from vmapsafe.rules.formulas import Formula
+
+# How some of the samples give their gradients to what takes them; returns their aux.
+Way = Callable[[Samples, tuple[Any, ...], "Feed"], Any]
+Stage = Collected[Any] | Paired
+Kept = Mapping[str, Grads]
+
+
+def computed(
+    samples: Samples,
+    wanted: Mapping[str, Quantity[Any]],
+    chunk_size: ChunkSize,
+    way: Way,
+) -> tuple[dict[str, Any], Any]:
+    """Some quantities of all samples, and aux.
+
+    Args:
+        samples: of one call.
+        wanted: the quantities.
+        chunk_size: how many samples at a time.
+        way: how some of the samples give their gradients.
+
+    Returns:
+        The quantities by their keys, and aux.
+    """
+    call = CallShape(
+        samples.called,
+        samples.values,
+        samples.count,
+        in_chunks=chunk_size is not None,
+        mode=samples.options.meaning,
+        made_up=samples.size == 0,
+    )
+    begun = {key: quantity.begin(call) for key, quantity in wanted.items()}
+    stages = [s for s in begun.values() if isinstance(s, (Collected, Paired))]
+    looks_again = len(stages) < len(begun)
+    run = _Run(samples, call, chunk_size, way, looks_again, _others(samples, stages))
+    if not looks_again:
+        return dict(zip(begun, run.look(stages))), run.aux
+    looks = _values(call, begun)
+    stages = next(looks)
+    while True:
+        try:
+            stages = looks.send(run.look(stages))
+        except StopIteration as end:
+            return end.value, run.aux
+
+
+Round = Generator[list[Stage], list[Any], Any]
+
+
+def _value(call: CallShape, wanted: Any) -> Round:
+    """Look as often as a quantity or a dict of them wants; returns what they give."""
+    if isinstance(wanted, Mapping):
+        return (yield from _values(call, wanted))
+    quantity = wanted.begin(call)
+    if isinstance(quantity, (Collected, Paired)):
+        (found,) = yield [quantity]
+        return found
+    looks = quantity.looks(call)
+    step = next(looks)
+    while True:
+        found = yield from _value(call, step)
+        try:
+            step = looks.send(found)
+        except StopIteration as end:
+            return end.value
+
+
+def _values(call: CallShape, wanted: Mapping[str, Quantity[Any]]) -> Round:
+    """The same for several, which look together."""
+    rounds = {key: _value(call, quantity) for key, quantity in wanted.items()}
+    found = dict.fromkeys(wanted)
+    stages: dict[str, list[Stage]] = {}
+
+    def step(key: str, values: list[Any] | None) -> None:
+        try:
+            stages[key] = rounds[key].send(values)  # type: ignore[arg-type]
+        except StopIteration as end:
+            stages.pop(key, None)
+            found[key] = end.value
+
+    for key in wanted:
+        step(key, None)
+    while stages:
+        values = iter((yield [stage for own in stages.values() for stage in own]))
+        for key, own in [*stages.items()]:
+            step(key, [next(values) for _ in own])
+    return found
+
+
+def _others(samples: Samples, stages: Sequence[Stage]) -> dict[int, Samples]:
+    """The samples of other batches, checked, by the quantity that pairs with them."""
+    return {
+        id(stage): samples.of_other(stage.other)
+        for stage in stages
+        if isinstance(stage, Paired) and stage.other is not None
+    }
+
+
+# -- One look --------------------------------------------------------------------------
+
+
+class Feed(Collector):
+    """Hands the gradients of some samples, parameter by parameter, to several parts.
+
+    Args:
+        parts: of the quantities.
+        asked: what they will ask of all gradients.
+        keep: whether the gradients will be wanted again.
+
+    Attributes:
+        kept: the gradients by the parameters' names, if they are kept.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], asked: frozenset[str], keep: bool
+    ) -> None:
+        self._parts, self._asked, self._keep = parts, asked, keep
+        self.kept: dict[str, Grads] = {}
+
+    def losses(self, losses: Tensor) -> None:
+        """Hand on the losses (n,)."""
+        if current_level() == 0:
+            losses = losses.detach()
+        for part in self._parts:
+            part.take_losses(losses)
+
+    def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
+        self.take(Grads(name, formula, x, grad, self._asked))
+
+    def whole(self, name: str, rows: Tensor) -> None:
+        given = Grads.of_rows(name, rows, self._asked)
+        if rows.requires_grad and current_level() == 0:
+            for part in self._parts:
+                if part.derivatives:
+                    part.take(given)
+            self.take(Grads.of_rows(name, rows.detach(), self._asked), watched=False)
+        else:
+            self.take(given)
+
+    def take(self, grads: Grads, watched: bool = True) -> None:
+        """Hand on the gradients by one parameter."""
+        if self._keep:
+            grads = self.kept[grads.name] = grads.held()
+        with without_autocast(grads.device):
+            for part in self._parts:
+                if watched or not part.derivatives:
+                    part.take(grads)
+
+
+@dataclass
+class _Chunk:
+    """Some samples of a batch, and where the random generators stood before them."""
+
+    samples: Samples
+    start: int
+    stop: int
+    draws: Draws
+
+
+@dataclass
+class _Run:
+    """The looks of one call.
+
+    Attributes:
+        samples: of the call.
+        call: the same for quantities.
+        chunk_size: how many samples at a time.
+        way: how some of the samples give their gradients.
+        looks_again: whether there may be more than one look.
+        others: the batches to pair with, by the quantity.
+        aux: of all samples, from the first look.
+    """
+
+    samples: Samples
+    call: CallShape
+    chunk_size: ChunkSize
+    way: Way
+    looks_again: bool
+    others: dict[int, Samples]
+    aux: Any = None
+    _chunks: list[_Chunk] = field(default_factory=list)
+    _kept: Kept = field(default_factory=dict)
+
+    def look(self, stages: Sequence[Stage]) -> list[Any]:
+        """The values of quantities that need one look."""
+        paired = [stage for stage in stages if isinstance(stage, Paired)]
+        if paired and self.chunk_size == "auto":
+            raise VmapSafeValueError(
+                f'{self.call.called} with chunk_size="auto"',
+                f"{type(paired[0]).__name__} pairs samples of two chunks, and how many "
+                "samples fit into memory is only found for one",
+                "Pass an int, for samples of which twice as many fit",
+            )
+        at_once = self.chunk_size is None or self.chunk_size == self.samples.count
+        keep = self.looks_again if at_once else bool(paired)
+        keep = keep or any([id(stage) in self.others for stage in paired])
+        if not self._chunks:
+            found = self._first(stages, keep)
+        elif at_once:
+            found = [self._fed(stages)]
+        else:
+            found = [self._again(chunk, stages, keep) for chunk in self._chunks]
+        values: list[Any] = []
+        for stage, parts in zip(stages, zip(*found)):
+            with without_autocast(self.samples.device):
+                if isinstance(stage, Paired):
+                    values.append(self._paired(stage, parts))
+                else:
+                    values.append(stage.joined(self.call, parts))
+        return values
+
+    def _first(self, stages: Sequence[Stage], keep: bool) -> list[list[Any]]:
+        found: list[list[Any]] = []
+        auxs: list[Any] = []
+        several = self.looks_again or any([isinstance(s, Paired) for s in stages])
+
+        def run(start: int, stop: int) -> None:
+            draws = Draws(self.samples.randomness if several else "error")
+            chunk = _Chunk(self.samples, start, stop, draws)
+            values, aux, kept = self._gradients(chunk, stages, keep)
+            found.append(values)
+            auxs.append(aux)
+            self._chunks.append(chunk)
+            self._kept = kept
+
+        samples = self.samples
+        device, randomness = samples.device, samples.randomness
+        in_chunks(samples.count, self.chunk_size, device, randomness, run)
+        self.aux = joined(self.call, auxs)
+        for chunk in self._chunks:
+            chunk.samples = samples.without_updates()
+        return found
+
+    def _again(self, chunk: _Chunk, stages: Sequence[Stage], keep: bool) -> list[Any]:
+        chunk.draws.put_back()
+        values, _, self._kept = self._gradients(chunk, stages, keep)
+        return values
+
+    def _gradients(
+        self, chunk: _Chunk, stages: Sequence[Stage], keep: bool
+    ) -> tuple[list[Any], Any, Kept]:
+        """What the samples of a chunk give of each quantity, aux, and what is kept."""
+        parts = self._parts(stages, chunk.start, chunk.stop)
+        feed = Feed(parts, _asked(stages), keep)
+        batch = chunk.samples.part(chunk.start, chunk.stop)
+        aux = self.way(chunk.samples, batch, feed)
+        with without_autocast(self.samples.device):
+            return [part.finished() for part in parts], aux, feed.kept
+
+    def _fed(self, stages: Sequence[Stage]) -> list[Any]:
+        """What kept gradients give."""
+        parts = self._parts(stages, 0, self.samples.count)
+        feed = Feed(parts, _asked(stages), keep=False)
+        for grads in self._kept.values():
+            feed.take(grads)
+        with without_autocast(self.samples.device):
+            return [part.finished() for part in parts]
+
+    def _parts(self, stages: Sequence[Stage], start: int, stop: int) -> list[Part]:
+        return [
+            (
+                (_Nothing() if id(stage) in self.others else _With(stage, self.call))
+                if isinstance(stage, Paired)
+                else stage.part(self.call, start, stop)
+            )
+            for stage in stages
+        ]
+
+    # -- Pairs -------------------------------------------------------------------------
+
+    def _paired(self, stage: Paired, diagonal: Sequence[Tensor]) -> Tensor:
+        """(B, B2, ...), from what the chunks give with themselves."""
+        other = self.others.get(id(stage))
+        if other is None:
+            return self._own_pairs(stage, list(diagonal))
+        return self._other_pairs(stage, other)
+
+    def _own_pairs(self, stage: Paired, diagonal: list[Tensor]) -> Tensor:
+        blocks = {(i, i): block for i, block in enumerate(diagonal)}
+        after, kept = Draws(self.samples.randomness), self._kept  # of the last chunk
+        for last in reversed(range(1, len(diagonal))):
+            following: Kept = {}
+            for i, chunk in enumerate(self._chunks[:last]):
+                block, following = self._block(chunk, stage, kept, keep=i == last - 1)
+                blocks[i, last], blocks[last, i] = block, block.transpose(0, 1)
+            kept = following
+        after.put_back()
+        places = range(len(diagonal))
+        lines = [torch.cat([blocks[i, j] for j in places], 1) for i in places]
+        size = self.samples.size
+        return torch.cat(lines)[:size, :size]
+
+    def _other_pairs(self, stage: Paired, other: Samples) -> Tensor:
+        randomness = self.samples.randomness
+        step = other.count if self.chunk_size is None else int(self.chunk_size)
+        first, columns = Draws(randomness), []
+        for start in range(0, other.count, step):
+            if randomness == "same":
+                first.put_back()
+            stop = min(start + step, other.count)
+            chunk = _Chunk(other, start, stop, Draws(randomness))
+            if len(self._chunks) == 1:  # its gradients were kept
+                block, _ = self._block(chunk, stage, self._kept, kept_first=True)
+                columns.append(block)
+                continue
+            _, _, kept = self._gradients(chunk, (), keep=True)
+            after = Draws(randomness)
+            blocks = [self._block(one, stage, kept)[0] for one in self._chunks]
+            columns.append(torch.cat(blocks))
+            after.put_back()
+        return torch.cat(columns, 1)[: self.samples.size, : other.size]
+
+    def _block(
+        self,
+        chunk: _Chunk,
+        stage: Paired,
+        kept: Kept,
+        keep: bool = False,
+        kept_first: bool = False,
+    ) -> tuple[Tensor, Kept]:
+        """What the samples of a chunk give with those kept, and the chunk's own."""
+        chunk.draws.put_back()
+        part = _With(stage, self.call, kept, kept_first)
+        feed = Feed([part], frozenset(), keep)
+        self.way(chunk.samples, chunk.samples.part(chunk.start, chunk.stop), feed)
+        with without_autocast(self.samples.device):
+            return part.finished(), feed.kept
+
+
+def _asked(stages: Sequence[Stage]) -> frozenset[str]:
+    return frozenset([a for s in stages if isinstance(s, Collected) for a in s.asks])
+
+
+class _With(Part):
+    """Pairs the samples of a chunk with each other, or with some that were kept."""
+
+    def __init__(
+        self,
+        stage: Paired,
+        call: CallShape,
+        kept: Kept | None = None,
+        kept_first: bool = False,
+    ) -> None:
+        self._block = stage.block(call)
+        self._kept, self._kept_first = kept, kept_first
+
+    def take(self, grads: Grads) -> None:
+        others = grads if self._kept is None else self._kept[grads.name]
+        pair = (others, grads) if self._kept_first else (grads, others)
+        self._block.take(*pair)
+
+    def finished(self) -> Tensor:
+        return self._block.finished()
+
+
+class _Nothing(Part):
+    def take(self, grads: Grads) -> None:
+        """Its pairs come later."""
+
+    def finished(self) -> None:
+        """Its pairs come later."""

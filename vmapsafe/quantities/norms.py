@@ -1,0 +1,106 @@
+"""Losses, and the norms of gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmapsafe._modes import check_flag
+from vmapsafe.quantities.protocol import CallShape, Grads, Part, PerSample
+from vmapsafe.rules.formulas import norms_of
+
+
+@dataclass(frozen=True, eq=False)
+class Losses(PerSample[Tensor]):
+    """The loss of every sample, (B,).
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from vmapsafe import per_sample, quantities as q
+    >>> net, x, y = nn.Linear(4, 2), torch.randn(5, 4), torch.randn(5, 2)
+    >>> per_sample(net, nn.MSELoss(), x, y, want=q.Losses()).shape
+    torch.Size([5])
+
+    Attributes:
+        gather: "all" for those of all processes, as in :class:`Norms`.
+    """
+
+    def part(self, call: CallShape, start: int, stop: int) -> Part:
+        return _LossesPart()
+
+
+class _LossesPart(Part):
+    _losses: Tensor
+
+    def take_losses(self, losses: Tensor) -> None:
+        self._losses = losses
+
+    def take(self, grads: Grads) -> None:
+        """Losses are all."""
+
+    def finished(self) -> Tensor:
+        return self._losses
+
+
+@dataclass(frozen=True, eq=False)
+class Norms(PerSample[Any]):
+    """The Euclidean norm of every sample's gradient, (B,).
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from vmapsafe import per_sample, quantities as q
+    >>> net, x, y = nn.Linear(4, 2), torch.randn(5, 4), torch.randn(5, 2)
+    >>> per_sample(net, nn.MSELoss(), x, y, want=q.Norms()).shape
+    torch.Size([5])
+    >>> norms = per_sample(net, nn.MSELoss(), x, y, want=q.Norms(per_parameter=True))
+    >>> {name: tuple(n.shape) for name, n in norms.items()}
+    {'weight': (5,), 'bias': (5,)}
+
+    Attributes:
+        per_parameter: whether to give a norm for each parameter, {name: (B,)}, and not
+            one of all.
+        gather: "all" gives those of all processes of torch.distributed's default group,
+            those of rank 0 first; their batches may differ in size. Every process has
+            to make the call; if one fails, all raise.
+
+    The norms are in the dtype of the parameters, and in float32 for half precision. A
+    sample with NaN has the norm NaN, and the others have theirs.
+    """
+
+    per_parameter: bool = False
+    asks = ("norms",)
+
+    def __post_init__(self) -> None:
+        check_flag("Norms(...)", "per_parameter", self.per_parameter)
+
+    def part(self, call: CallShape, start: int, stop: int) -> Part:
+        return NormsPart(call, self.per_parameter)
+
+
+class NormsPart(Part):
+    """Collects the norms of some samples.
+
+    Args:
+        call: the samples.
+        per_parameter: whether there is one for each parameter.
+    """
+
+    def __init__(self, call: CallShape, per_parameter: bool = False) -> None:
+        self._names, self._per_parameter = list(call.parameters), per_parameter
+        self.norms: dict[str, Tensor] = {}
+
+    def take(self, grads: Grads) -> None:
+        self.norms[grads.name] = grads.norms()
+
+    def finished(self) -> Any:
+        if self._per_parameter:
+            return {name: self.norms[name] for name in self._names}
+        return together(self.norms.values())
+
+
+def together(norms: Any) -> Tensor:
+    """(B,): the norm over several parameters, from those of each (B,)."""
+    return norms_of(torch.stack(list(norms), 1))

@@ -1,0 +1,402 @@
+"""What a quantity is: something that follows from every sample's gradient.
+
+Backward meets the parameters one by one. For each it hands over the gradients of the
+samples as :class:`Grads`, from which rows could be made. Few quantities need the rows,
+and none needs those of two parameters at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from vmapsafe._modes import Mode
+from vmapsafe._processes import gathered, summed
+from vmapsafe._torch import tree_map
+from vmapsafe.rules.formulas import Formula, Made, can_look, masked
+
+T = TypeVar("T")
+All = Literal["all"] | None
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """The samples of one call, as much as a quantity needs to know.
+
+    Attributes:
+        called: the public function, for errors.
+        parameters: the tensors at which gradients are taken, by name.
+        count: how many samples run.
+        in_chunks: whether they run a few at a time.
+        mode: of the block.
+        made_up: whether the caller's batch is empty, and these samples only show which
+            shapes and dtypes the result has.
+    """
+
+    called: str
+    parameters: Mapping[str, Tensor]
+    count: int
+    in_chunks: bool
+    mode: Mode
+    made_up: bool
+
+
+class Grads:
+    """The gradients of some samples by one parameter, as layers give them.
+
+    They are the rows (n, *shape) of n samples. All but :meth:`rows` come without them,
+    or from a few at a time, where the layer allows it. Nothing that it returns may be
+    written.
+
+    >>> import torch
+    >>> from vmapsafe.quantities import Grads
+    >>> grads = Grads.of_rows("weight", torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+    >>> grads.norms()
+    tensor([5., 2.])
+    >>> grads.sum()
+    tensor([3., 6.])
+    >>> grads.gram()
+    tensor([[25.,  8.],
+            [ 8.,  4.]])
+
+    Args:
+        name: of the parameter.
+        formula: how rows follow from the layer's input and output gradient.
+        x: the input, (n, ...).
+        grad: the output gradient, (n, ...).
+        asked: which of "norms", "sum" and "squares" will be asked for; one call of the
+            formula gives them together.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the parameter.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        formula: Formula,
+        x: Tensor,
+        grad: Tensor,
+        asked: Collection[str] = (),
+    ) -> None:
+        self.name, self.shape = name, formula.shape
+        self._formula, self._x, self._grad = formula, x, grad
+        self._asked = asked
+        self._known: dict[str, Tensor] = {}
+
+    @staticmethod
+    def of_rows(name: str, rows: Tensor, asked: Collection[str] = ()) -> Grads:
+        """Of rows (n, *shape) that are made already."""
+        return Grads(name, Made(rows.shape[1:]), rows, rows, asked)
+
+    def __len__(self) -> int:
+        return len(self._grad)
+
+    @property
+    def device(self) -> torch.device:
+        return self._grad.device
+
+    def rows(self) -> Tensor:
+        """(n, *shape), in the dtype of the parameter."""
+        return self._formula.rows(self._x, self._grad)
+
+    def few(self) -> Iterator[Tensor]:
+        """The rows (some, *shape) of a few samples at a time."""
+        for part in self._formula.few(self._x, self._grad):
+            yield self._formula.rows(*part)
+
+    def new_rows(self) -> Tensor:
+        """(n, *shape), contiguous, in memory of their own, which may be written."""
+        return self._formula.new_rows(self._x, self._grad)
+
+    def write_rows(self, out: Tensor) -> None:
+        """Write the rows into contiguous memory (n, *shape)."""
+        self._formula.write_rows(self._x, self._grad, out)
+
+    def norms(self) -> Tensor:
+        """(n,): the Euclidean norm of each row; float32 for half precision."""
+        return self._one("norms")
+
+    def sum(self) -> Tensor:
+        """(*shape): the sum of the rows, in the dtype of the parameter."""
+        return self._one("sum")
+
+    def sum_of_squares(self) -> Tensor:
+        """(*shape): of the rows' entries; float32 for half precision."""
+        return self._one("squares")
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """(*shape): the sum of the rows, each times its factor (n,).
+
+        A factor of exactly 0 leaves the row out, even if it is not finite.
+        """
+        left = factors != 0
+        if can_look(factors) and can_look(self._grad):
+            if bool(left.all()):
+                return self._formula.weighted(self._x, self._grad, factors)
+            x, grad = self._x[left], self._grad[left]
+            if not len(grad):
+                return grad.new_zeros(self.shape)
+            return self._formula.weighted(x, grad, factors[left])
+        x, grad = masked(self._x, left), masked(self._grad, left)
+        return self._formula.weighted(x, grad, factors)
+
+    def dots(self, vectors: Tensor) -> Tensor:
+        """(n, K): products with vectors (K, *shape); float32 for half precision."""
+        return self._formula.dots(self._x, self._grad, vectors)
+
+    def gram(self, other: Grads | None = None) -> Tensor:
+        """(n, m): products with the rows of ``other``, by the same parameter, or with
+        the same rows; float32 for half precision."""
+        other = self if other is None else other
+        formula, one = self._formula, other._formula
+        if type(formula) is not type(one):
+            return Grads.of_rows(self.name, self.rows()).gram(
+                Grads.of_rows(self.name, other.rows())
+            )
+        return formula.gram(self._x, self._grad, other._x, other._grad)
+
+    def samples(self, which: slice) -> Grads:
+        """Some of the samples."""
+        x, grad = self._x[which], self._grad[which]
+        return Grads(self.name, self._formula, x, grad, self._asked)
+
+    def held(self) -> Grads:
+        """The same, in as little memory as may be, to be kept for later."""
+        rows = self.shape.numel() * len(self)
+        if isinstance(self._formula, Made) or rows > (
+            self._x.numel() + self._grad.numel()
+        ):
+            return self
+        return Grads.of_rows(self.name, self.rows(), self._asked)
+
+    def _one(self, name: str) -> Tensor:
+        if name not in self._known:
+            asked = self._asked if name in self._asked else (name,)
+            found = self._formula.together(self._x, self._grad, asked)
+            self._known.update(found)
+        return self._known[name]
+
+
+class Part(ABC):
+    """Collects a quantity of some samples."""
+
+    @abstractmethod
+    def take(self, grads: Grads) -> None:
+        """Take these samples' gradients by one parameter.
+
+        Each parameter comes once, in any order; one that the loss does not use has rows
+        of zeros. ``grads`` may be kept until :meth:`finished`, at the price of its
+        memory; ``grads.held()`` is the smallest form.
+        """
+
+    derivatives = False  # whether derivatives of what it takes are to pass through
+
+    def take_losses(self, losses: Tensor) -> None:
+        """Take these samples' losses (n,), before the gradients."""
+
+    @abstractmethod
+    def finished(self) -> Any:
+        """What these samples give; all parameters have been met."""
+
+
+class Quantity(ABC, Generic[T]):
+    """Something that follows from every sample's gradient.
+
+    A quantity of one's own is a subclass of one of these:
+
+    * :class:`PerSample`: numbers for each sample. It has a method ``part``, which
+      returns a :class:`Part`, and the parts of chunks are put one after another.
+    * :class:`Summed`: a sum over samples. It has a method ``part`` too, and the parts
+      of chunks are added up.
+    * :class:`Collected`: it has methods ``part`` and ``joined``.
+    * :class:`Paired`: it has a method ``block``, for numbers of all pairs of samples.
+    * :class:`Quantity`: it has a method ``looks``, and is made of other quantities.
+
+    An object may be used in many calls, so what belongs to a call is kept in its parts.
+    :func:`vmapsafe.testing.check_quantity` compares a quantity with the rows.
+    """
+
+    def begin(self, call: CallShape) -> Quantity[T]:
+        """Begin a call.
+
+        Args:
+            call: its samples.
+
+        Returns:
+            This quantity, or one that belongs to the call alone.
+
+        Raises:
+            VmapSafeValueError: the quantity does not fit the call.
+        """
+        return self
+
+    @abstractmethod
+    def looks(self, call: CallShape) -> Looks[T]:
+        """Look at the gradients of all samples, once or more often.
+
+        A ``yield`` of a quantity, or of a dict of them, gives their values; ``return``
+        gives the result. After the first look the gradients are at hand still if the
+        samples ran at once. Chunks run again for each look.
+
+        Args:
+            call: the samples.
+
+        Returns:
+            A generator.
+        """
+
+    def across(self) -> tuple[str, str | None]:
+        """The name and the value of the option that asks for all processes."""
+        return "", None
+
+    def of_all_processes(self, found: T) -> T:
+        """The result of all processes of torch.distributed's default group."""
+        return found
+
+
+Looks = Generator[Quantity[Any] | Mapping[str, Quantity[Any]], Any, T]
+
+
+class Block(ABC):
+    """Collects a quantity of the pairs of some samples with some others."""
+
+    @abstractmethod
+    def take(self, grads: Grads, others: Grads) -> None:
+        """Take the gradients by one parameter of both; each parameter comes once."""
+
+    @abstractmethod
+    def finished(self) -> Tensor:
+        """(n, m, ...): what n samples and m others give."""
+
+
+class Paired(Quantity[Tensor]):
+    """A quantity of all pairs of samples, put together from blocks of some by some.
+
+    Attributes:
+        other: a batch (inputs, targets, ...) whose samples are the second of each pair;
+            None for the call's own.
+    """
+
+    other: tuple[Any, ...] | None = None
+
+    @abstractmethod
+    def block(self, call: CallShape) -> Block:
+        """A collector for some pairs."""
+
+    def looks(self, call: CallShape) -> Looks[Tensor]:
+        found: Tensor = yield self
+        return found
+
+
+class Collected(Quantity[T]):
+    """A quantity whose parts come from some of the samples each.
+
+    Attributes:
+        asks: which of "norms", "sum" and "squares" a part asks of every
+            :class:`Grads`. It only makes a call with several quantities faster.
+    """
+
+    asks: Collection[str] = ()
+
+    @abstractmethod
+    def part(self, call: CallShape, start: int, stop: int) -> Part:
+        """A collector for the samples from ``start`` to ``stop``."""
+
+    @abstractmethod
+    def joined(self, call: CallShape, parts: Sequence[Any]) -> T:
+        """The result, from what the parts gave, in the order of the samples."""
+
+    def looks(self, call: CallShape) -> Looks[T]:
+        found: T = yield self
+        return found
+
+
+# -- How parts, and processes, are put together ----------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Gathers(Quantity[T]):
+    """A quantity of numbers for each sample, as processes put it together.
+
+    Attributes:
+        gather: "all" gives those of all processes of torch.distributed's default group,
+            those of rank 0 first; their batches may differ in size. Every process has
+            to make the call; if one fails, all raise.
+    """
+
+    gather: All = field(default=None, kw_only=True)
+
+    def across(self) -> tuple[str, str | None]:
+        return "gather", self.gather
+
+    def of_all_processes(self, found: T) -> T:
+        together: T = tree_map(gathered, found)
+        return together
+
+
+@dataclass(frozen=True, eq=False)
+class Reduces(Quantity[dict[str, Tensor]]):
+    """A sum over samples, as processes put it together.
+
+    Attributes:
+        reduce: "all" adds up the sums of all processes of torch.distributed's default
+            group, each with its own samples. Every process has to make the call, with a
+            model of the same parameters; if one fails, all raise.
+    """
+
+    reduce: All = field(default=None, kw_only=True)
+
+    def across(self) -> tuple[str, str | None]:
+        return "reduce", self.reduce
+
+    def of_all_processes(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        return summed(found)
+
+
+@dataclass(frozen=True, eq=False)
+class PerSample(Gathers[T], Collected[T]):
+    """A quantity with a number, or several, for each sample: a tree of (B, ...).
+
+    A subclass has a method ``part``. The parts of chunks are put one after another.
+
+    Attributes:
+        gather: None, or "all" for the samples of all processes.
+    """
+
+    def joined(self, call: CallShape, parts: Sequence[Any]) -> T:
+        found: T = joined(call, parts)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Summed(Reduces, Collected[dict[str, Tensor]]):
+    """A quantity that is a sum over the samples: {name: shape}.
+
+    A subclass has a method ``part``. The parts of chunks are added up.
+
+    Attributes:
+        reduce: None, or "all" for the sum over all processes.
+    """
+
+    def joined(self, call: CallShape, parts: Sequence[Any]) -> dict[str, Tensor]:
+        first, *rest = parts
+        found = {n: sum([p[n] for p in rest], first[n]) for n in call.parameters}
+        if call.made_up:
+            return {name: torch.zeros_like(total) for name, total in found.items()}
+        return found
+
+
+def joined(call: CallShape, parts: Sequence[Any]) -> Any:
+    """Trees of tensors (samples, ...) as one tree, of the caller's samples."""
+    if call.made_up:
+        return tree_map(lambda t: t[:0], parts[0])
+    if len(parts) == 1:
+        return parts[0]
+    return tree_map(lambda *chunks: torch.cat(chunks), *parts)

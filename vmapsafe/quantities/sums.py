@@ -1,0 +1,349 @@
+"""Sums over the samples' gradients: plain, weighted, clipped, of squares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmapsafe._errors import (
+    VmapSafeTypeError,
+    VmapSafeValueError,
+    a_kind,
+    shown,
+    warn_user,
+    worded,
+)
+from vmapsafe.quantities.norms import Norms, NormsPart, together
+from vmapsafe.quantities.protocol import (
+    CallShape,
+    Collected,
+    Grads,
+    Looks,
+    Part,
+    Quantity,
+    Reduces,
+    Summed,
+)
+
+Number = float | Tensor
+
+# -- Sum, and the sum of squares -------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Summed):
+    """The sum of the samples' gradients, {name: shape}.
+
+    It is the gradient of the summed loss, what ``backward`` gives; with
+    ``rows="detached"`` in "sync" it is the sum of those rows, another vector.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from vmapsafe import per_sample, quantities as q
+    >>> net, x, y = nn.Linear(4, 2), torch.randn(5, 4), torch.randn(5, 2)
+    >>> total = per_sample(net, nn.MSELoss(), x, y, want=q.Sum())
+    >>> total["weight"].shape
+    torch.Size([2, 4])
+
+    Attributes:
+        reduce: "all" for the sum over all processes, as in :class:`Summed`.
+
+    The sums are in the dtype of the parameters, and carry no derivatives.
+    """
+
+    asks = ("sum",)
+
+    def part(self, call: CallShape, start: int, stop: int) -> Part:
+        return _ByParameter(call, Grads.sum)
+
+
+@dataclass(frozen=True, eq=False)
+class SumOfSquares(Summed):
+    r"""The sum of the entrywise squares of the samples' gradients, {name: shape}.
+
+    Divided by B it is the diagonal of the empirical Fisher matrix,
+    :math:`\frac1B \sum_i g_i \odot g_i`. The Fisher matrix itself has labels drawn from
+    the model's output, not the data's (Kunstner et al.,
+    https://arxiv.org/abs/1905.12558).
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from vmapsafe import per_sample, quantities as q
+    >>> net, x, y = nn.Linear(4, 2), torch.randn(5, 4), torch.randn(5, 2)
+    >>> squares = per_sample(net, nn.MSELoss(), x, y, want=q.SumOfSquares())
+    >>> squares["weight"].shape
+    torch.Size([2, 4])
+
+    Attributes:
+        reduce: "all" for the sum over all processes, as in :class:`Summed`.
+
+    The sums are in the dtype of the parameters, and in float32 for half precision.
+    """
+
+    asks = ("squares",)
+
+    def part(self, call: CallShape, start: int, stop: int) -> Part:
+        return _ByParameter(call, Grads.sum_of_squares)
+
+
+class _ByParameter(Part):
+    """Collects what a method of :class:`Grads` gives of each parameter."""
+
+    def __init__(self, call: CallShape, of: Callable[[Grads], Tensor]) -> None:
+        self._names, self._of = list(call.parameters), of
+        self._found: dict[str, Tensor] = {}
+
+    def take(self, grads: Grads) -> None:
+        self._found[grads.name] = self._of(grads)
+
+    def finished(self) -> dict[str, Tensor]:
+        return {name: self._found[name] for name in self._names}
+
+
+# -- Weighted sums ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedSum(Reduces):
+    r"""The weighted sum of the samples' gradients, :math:`\sum_i w_i g_i`.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from vmapsafe import per_sample, quantities as q
+    >>> net, x, y = nn.Linear(4, 2), torch.randn(5, 4), torch.randn(5, 2)
+    >>> mask = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])
+    >>> total = per_sample(net, nn.MSELoss(), x, y, want=q.WeightedSum(mask))
+    >>> total["weight"].shape
+    torch.Size([2, 4])
+    >>> automatic = q.WeightedSum(lambda norms: 1 / (norms + 0.01))
+    >>> total = per_sample(net, nn.MSELoss(), x, y, want=automatic)
+
+    Attributes:
+        weights: a tensor (B,), or a function of the norms (B,) of all samples that
+            returns one. The function of the example is automatic clipping (Bu et al.,
+            https://arxiv.org/abs/2206.07136), which is not differentially private by
+            itself.
+        reduce: "all" for the sum over all processes, as in :class:`Summed`. A function
+            sees the norms of its own process.
+
+    A weight of exactly 0 leaves its sample out, even if the gradient is not finite.
+    With a function of the norms, and ``chunk_size``, each chunk runs twice.
+    """
+
+    weights: Tensor | Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weights, Tensor) and not callable(self.weights):
+            raise VmapSafeTypeError(
+                "WeightedSum(...)",
+                f"weights is {shown(self.weights)}, {a_kind(self.weights)}",
+                "Pass a tensor (B,), or a function of the norms that returns one",
+            )
+
+    def begin(self, call: CallShape) -> Quantity[dict[str, Tensor]]:
+        if not isinstance(self.weights, Tensor):
+            return self
+        return _Weighted(_checked(call, self.weights, "weights is"))
+
+    def looks(self, call: CallShape) -> Looks[dict[str, Tensor]]:
+        norms = yield Norms()
+        assert not isinstance(self.weights, Tensor)
+        weights = self.weights(norms)
+        weights = _checked(call, weights, "the function of the norms returned")
+        found: dict[str, Tensor] = yield _Weighted(weights)
+        return found
+
+
+def _checked(call: CallShape, weights: Any, what: str) -> Tensor:
+    count = 0 if call.made_up else call.count
+    fits = isinstance(weights, Tensor) and weights.shape == (count,)
+    if not fits or weights.is_complex():
+        raise VmapSafeValueError(
+            f"{call.called} with WeightedSum(...)",
+            f"{what} {shown(weights)}, and the batch has {count} samples",
+            f"Give one real weight for each, a tensor ({count},)",
+        )
+    device = next(iter(call.parameters.values())).device
+    if weights.device != device:
+        raise VmapSafeValueError(
+            f"{call.called} with WeightedSum(...)",
+            f"{what} on {weights.device}, and the parameters are on {device}",
+            f"Move the weights there, by weights.to({str(device)!r})",
+        )
+    given: Tensor = weights.detach()
+    return given
+
+
+@dataclass(frozen=True, eq=False)
+class _Weighted(Summed):
+    weights: Tensor
+
+    def part(self, call: CallShape, start: int, stop: int) -> Part:
+        weights = self.weights[start:stop]
+        if call.made_up:
+            weights = self.weights.new_zeros(stop - start)
+        return _ByParameter(call, lambda grads: grads.weighted_sum(weights))
+
+
+# -- Clipped sums ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ClippedSum(Summed):
+    r"""The sum of the samples' gradients, each clipped to a norm.
+
+    With :math:`g_i` the gradient of sample i over all parameters,
+
+    .. math:: \sum_i g_i \min(1, c / \|g_i\|), \quad c = \text{max\_grad\_norm}
+
+    (Abadi et al., https://arxiv.org/abs/1607.00133, algorithm 1, without its noise). It
+    is not differentially private by itself.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from vmapsafe import per_sample, quantities as q
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    >>> x, y = torch.randn(5, 4), torch.randn(5, 2)
+    >>> total = per_sample(net, nn.MSELoss(), x, y, want=q.ClippedSum(1.0))
+    >>> groups = q.ClippedSum({"0.*": 1.0, "*": 0.5})
+    >>> total = per_sample(net, nn.MSELoss(), x, y, want=groups)
+    >>> total["0.weight"].shape
+    torch.Size([3, 4])
+
+    Attributes:
+        max_grad_norm: the largest norm that a gradient keeps, above 0; or a dict of one
+            for each group of parameters, whose gradients are clipped apart. Its keys
+            are patterns of names as in ``fnmatch``, and the first that matches counts.
+        reduce: "all" for the sum over all processes, as in :class:`Summed`.
+
+    The factor of a gradient that is 0 is 1. Opacus adds 1e-6 to the norm; nothing is
+    added here. A gradient with NaN, or with a norm that is not finite, makes the whole
+    sum NaN.
+    """
+
+    max_grad_norm: Number | Mapping[str, Number]
+    asks = ("norms",)
+
+    def __post_init__(self) -> None:
+        check_max_grad_norm("ClippedSum(...)", self.max_grad_norm)
+
+    def begin(self, call: CallShape) -> Collected[dict[str, Tensor]]:
+        _warn_if_merged(call)
+        self._groups(call)  # raises where a pattern does not fit
+        return self
+
+    def part(self, call: CallShape, start: int, stop: int) -> Part:
+        return _ClippedPart(call, self._groups(call))
+
+    def _groups(self, call: CallShape) -> list[tuple[Number, list[str]]]:
+        """The norm and the parameters of each group."""
+        if not isinstance(self.max_grad_norm, Mapping):
+            return [(self.max_grad_norm, list(call.parameters))]
+        groups: dict[str, list[str]] = {pattern: [] for pattern in self.max_grad_norm}
+        called = f"{call.called} with ClippedSum(...)"
+        for name in call.parameters:
+            fits = [pattern for pattern in groups if fnmatchcase(name, pattern)]
+            if not fits:
+                raise VmapSafeValueError(
+                    called,
+                    f"none of the patterns {[*groups]} matches the parameter {name!r}",
+                    'Add one that does; "*" matches all that is left',
+                )
+            groups[fits[0]].append(name)
+        empty = [pattern for pattern, names in groups.items() if not names]
+        if empty:
+            raise VmapSafeValueError(
+                called,
+                f"the pattern {empty[0]!r} matches no parameter, or only such as an "
+                "earlier pattern does",
+                "Names are those of model.named_parameters(), and patterns those of "
+                "fnmatch; leave it out, or put it first",
+            )
+        return [
+            (self.max_grad_norm[pattern], names) for pattern, names in groups.items()
+        ]
+
+
+def check_max_grad_norm(called: str, given: Any) -> None:
+    """Raise unless it is a number above 0, or a dict of such.
+
+    Args:
+        called: for errors.
+        given: what the caller wrote.
+
+    Raises:
+        VmapSafeTypeError: it is neither.
+        VmapSafeValueError: a number is not above 0, or the dict is empty.
+    """
+    if isinstance(given, Mapping):
+        if not given or not all([isinstance(pattern, str) for pattern in given]):
+            raise VmapSafeValueError(
+                called,
+                f"max_grad_norm is {shown(given)}",
+                'Give patterns of names and their norms, as {"0.*": 1.0, "*": 0.5}',
+            )
+        for pattern, number in given.items():
+            _check_number(called, f"max_grad_norm[{pattern!r}]", number)
+        return
+    _check_number(called, "max_grad_norm", given)
+
+
+def _check_number(called: str, what: str, given: Any) -> None:
+    number = isinstance(given, (int, float, Tensor))
+    has_dims = isinstance(given, Tensor) and given.dim() > 0
+    if not number or isinstance(given, bool) or has_dims:
+        raise VmapSafeTypeError(
+            called,
+            f"{what} is {shown(given)}, {a_kind(given)}",
+            "Pass one number, the largest norm a row may keep",
+        )
+    if not given > 0:
+        raise VmapSafeValueError(
+            called,
+            f"{what} is {given!r}",
+            "Pass the largest norm a row may keep, above 0",
+        )
+
+
+def _warn_if_merged(call: CallShape) -> None:
+    if call.mode.merges:
+        warn_user(
+            worded(
+                f'{call.called} in mode "{call.mode.name}"',
+                "samples share their statistics there, so that a row depends on "
+                "all samples and clipping it bounds no sample's influence",
+                "Use another mode if that is what clipping is for",
+            ),
+            UserWarning,
+        )
+
+
+class _ClippedPart(NormsPart):
+    """Keeps what the rows come from until the norms of all parameters are known."""
+
+    def __init__(self, call: CallShape, groups: list[tuple[Number, list[str]]]) -> None:
+        super().__init__(call)
+        self._call, self._groups = call, groups
+        self._grads: dict[str, Grads] = {}
+
+    def take(self, grads: Grads) -> None:
+        held = grads.held()
+        super().take(held)
+        self._grads[grads.name] = held
+
+    def finished(self) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        for most, names in self._groups:
+            norms = together([self.norms[name] for name in names])
+            factors = (most / norms).clamp(max=1)
+            factors = torch.where(norms.isfinite(), factors, torch.nan)
+            if self._call.made_up:
+                factors = torch.zeros_like(factors)
+            for name in names:
+                sums[name] = self._grads.pop(name).weighted_sum(factors)
+        return {name: sums[name] for name in self._names}
