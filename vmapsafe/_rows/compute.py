@@ -7,7 +7,7 @@ loss, and derivatives of its rows pass through.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,42 +88,66 @@ class Asked:
             self.keep_batch_dim,
         )
 
-    def one(self, quantity: Quantity[Any]) -> Any:
-        """The value of a quantity, or with ``has_aux`` a pair of it and aux."""
-        found = self.all({"": quantity})
-        return (found[0][""], found[1]) if self.has_aux else found[""]
+    def one(
+        self, make: Callable[[], Quantity[Any]], option: str = "", value: Any = None
+    ) -> Any:
+        """The value of a quantity, or with ``has_aux`` a pair of it and aux.
+
+        Args:
+            make: makes the quantity, and checks its options. In several processes that
+                fails in all of them, or in none.
+            option: the option that asks for all processes.
+            value: what the caller gave for it.
+
+        Returns:
+            The value, or the pair.
+        """
+        found, aux = self._agreed(lambda: {"": make()}, [(option, value)])
+        return (found[""], aux) if self.has_aux else found[""]
 
     def all(self, wanted: Wanted) -> Any:
+        """The values of several quantities by their keys, or a pair of them and aux."""
+        options = [quantity.across() for quantity in wanted.values()]
+        found, aux = self._agreed(lambda: wanted, options)
+        return (found, aux) if self.has_aux else found
+
+    def _agreed(
+        self, make: Callable[[], Wanted], options: Sequence[tuple[str, str | None]]
+    ) -> tuple[dict[str, Any], Any]:
         """Compute quantities, of all processes where the caller asks for that.
 
         Args:
-            wanted: the quantities.
+            make: makes the quantities.
+            options: those that ask for all processes, and their values.
 
         Returns:
-            Their values, or with ``has_aux`` a pair of them and the aux of this
-            process.
+            The values, and the aux of this process.
 
         Raises:
-            VmapSafeValueError: an option of a quantity is neither None nor "all".
+            VmapSafeValueError: an option is neither None nor "all".
             VmapSafeRuntimeError: there is no process group, or another process failed.
         """
-        asking = []
-        for key, quantity in wanted.items():
-            option, value = quantity.across()
+        for option, value in options:
             check_all_or_none(self.called, option, value, _OF_ONE.get(option, ""))
-            if value is not None:
-                asking.append((key, quantity, option))
+        asking = [option for option, value in options if value is not None]
         if not asking:
-            found, aux = self._computed(wanted)
-        else:
-            called = f'{self.called} with {asking[0][2]}="all"'
-            model = self.model  # which is checked later
-            is_module = isinstance(model, nn.Module)
-            device = device_of(model) if is_module else torch.device("cpu")
-            found, aux = agreed(called, device, lambda: self._computed(wanted))
-            for key, quantity, _ in asking:
+            return self._computed(make())
+        made: Wanted = {}
+
+        def compute() -> tuple[dict[str, Any], Any]:
+            nonlocal made
+            made = make()
+            return self._computed(made)
+
+        called = f'{self.called} with {asking[0]}="all"'
+        model = self.model  # which is checked later
+        is_module = isinstance(model, nn.Module)
+        device = device_of(model) if is_module else torch.device("cpu")
+        found, aux = agreed(called, device, compute)
+        for key, quantity in made.items():
+            if quantity.across()[1] is not None:
                 found[key] = quantity.of_all_processes(found[key])
-        return (found, aux) if self.has_aux else found
+        return found, aux
 
     def _computed(self, wanted: Wanted) -> tuple[dict[str, Any], Any]:
         samples = self.samples()

@@ -188,7 +188,9 @@ def per_sample(
         block,
     )
     _check_want(want)
-    return asked.one(want) if isinstance(want, q.Quantity) else asked.all(want)
+    if isinstance(want, q.Quantity):
+        return asked.one(lambda: want, *want.across())
+    return asked.all(want)
 
 
 def _check_want(want: object) -> None:
@@ -374,7 +376,7 @@ def per_sample_grads(
         keep_batch_dim,
         block,
     )
-    return asked.one(q.Rows(out))
+    return asked.one(lambda: q.Rows(out))
 
 
 _GRADS = "per_sample_grads(...)"
@@ -515,7 +517,6 @@ def per_sample_grad_norms(
     block = BlockOptions(
         mode, rows, num_groups, update_running_stats, sync_levels, also, fast
     )
-    check_flag(_NORMS, "per_parameter", per_parameter)
     asked = Asked(
         _NORMS,
         model,
@@ -528,7 +529,12 @@ def per_sample_grad_norms(
         keep_batch_dim,
         block,
     )
-    return asked.one(q.Norms(per_parameter, gather=gather))
+
+    def norms() -> q.Norms:
+        check_flag(_NORMS, "per_parameter", per_parameter)
+        return q.Norms(per_parameter, gather=gather)
+
+    return asked.one(norms, "gather", gather)
 
 
 _NORMS = "per_sample_grad_norms(...)"
@@ -651,7 +657,6 @@ def clipped_grad_sum(
     block = BlockOptions(
         mode, rows, num_groups, update_running_stats, sync_levels, also, fast
     )
-    check_max_grad_norm(_CLIPPED, max_grad_norm)
     asked = Asked(
         _CLIPPED,
         model,
@@ -664,7 +669,12 @@ def clipped_grad_sum(
         keep_batch_dim,
         block,
     )
-    return asked.one(q.ClippedSum(max_grad_norm, reduce=reduce))
+
+    def clipped_sum() -> q.ClippedSum:
+        check_max_grad_norm(_CLIPPED, max_grad_norm)
+        return q.ClippedSum(max_grad_norm, reduce=reduce)
+
+    return asked.one(clipped_sum, "reduce", reduce)
 
 
 _CLIPPED = "clipped_grad_sum(...)"
@@ -804,7 +814,6 @@ def per_sample_sketch(
     block = BlockOptions(
         mode, rows, num_groups, update_running_stats, sync_levels, also, fast
     )
-    check_sketch(_SKETCH, k, kind, seed)
     asked = Asked(
         _SKETCH,
         model,
@@ -817,7 +826,12 @@ def per_sample_sketch(
         keep_batch_dim,
         block,
     )
-    return asked.one(q.Sketch(k, kind, seed, gather=gather))
+
+    def sketch() -> q.Sketch:
+        check_sketch(_SKETCH, k, kind, seed)
+        return q.Sketch(k, kind, seed, gather=gather)
+
+    return asked.one(sketch, "gather", gather)
 
 
 _SKETCH = "per_sample_sketch(...)"
