@@ -95,6 +95,15 @@ class Workload:
         """A bound that clips half of the samples."""
         return float(norms(loop(self)()).median())
 
+    @cached_property
+    def vectors(self):
+        """Ten vectors, {name: (10, *shape)}."""
+        generator = torch.Generator().manual_seed(1)
+        return {
+            name: torch.randn(10, *p.shape, generator=generator).to(p)
+            for name, p in self.params.items()
+        }
+
     @contextlib.contextmanager
     def arithmetic(self):
         """What the precision asked for means to torch."""
@@ -506,6 +515,119 @@ def _composed(reduce, run):
     return lambda: reduce(run())
 
 
+# ------------------------------------------------------------- quantities of the rows
+
+
+def per_sample(w, want):
+    _ours_or_nothing("per_sample")
+
+    def run():
+        return vmapsafe.per_sample(w.model, F.cross_entropy, w.x, w.y, want=want)
+
+    return run
+
+
+def several(w):
+    """Norms, sum and losses, in one dict of tensors."""
+    q = vmapsafe.quantities
+    want = {"norms": q.Norms(), "sum": q.Sum(), "losses": q.Losses()}
+    run = per_sample(w, want)
+
+    def flat():
+        found = run()
+        return {**found.pop("sum"), **found}
+
+    return flat
+
+
+def reduced_to_several(w, rows):
+    """The same of rows; losses take a forward of their own."""
+    with torch.no_grad():
+        losses = F.cross_entropy(w.switched(w.x), w.y, reduction="none")
+    sums = {name: g.sum(0) for name, g in rows.items()}
+    return {**sums, "norms": norms(rows), "losses": losses}
+
+
+def gram(rows):
+    """The products of all pairs of samples, (B, B)."""
+    return sum(g.flatten(1) @ g.flatten(1).T for g in rows.values())
+
+
+def dots(rows, vectors):
+    """The products with the vectors, (B, K)."""
+    flat = [(g.flatten(1), vectors[name].flatten(1)) for name, g in rows.items()]
+    return sum(g @ v.T for g, v in flat)
+
+
+def batch_dot(w):
+    products = backpack(w, "BatchDotGrad", "batch_dot")
+    return lambda: sum(products().values())
+
+
+def _quantity(wanted, reduce, **peers):
+    """The contenders for a quantity: ours, and what users do without it.
+
+    Args:
+        wanted: of the workload.
+        reduce: of the workload and the rows.
+        peers: more contenders.
+    """
+
+    def of(rows):
+        def build(w):
+            run = rows(w)
+            return lambda: reduce(w, run())
+
+        return build
+
+    return {
+        "plain": plain,
+        "loop": of(loop),
+        "vmapsafe": wanted,
+        "vmapsafe, rows reduced": of(lambda w: ours(w, fast=True)),
+        "vmap(grad)": of(by_vmap),
+        **peers,
+    }
+
+
+QUANTITIES = {
+    "norms, sum and losses": _quantity(several, reduced_to_several),
+    "sum of squares": _quantity(
+        lambda w: per_sample(w, vmapsafe.quantities.SumOfSquares()),
+        lambda w, rows: {name: g.square().sum(0) for name, g in rows.items()},
+        **{
+            "BackPACK SumGradSquared": lambda w: backpack(
+                w, "SumGradSquared", "sum_grad_squared"
+            )
+        },
+    ),
+    "Gram matrix": _quantity(
+        lambda w: per_sample(w, vmapsafe.quantities.Gram()),
+        lambda w, rows: gram(rows),
+        **{"BackPACK BatchDotGrad": batch_dot},
+    ),
+    "dots with 1 vector": _quantity(
+        lambda w: per_sample(w, vmapsafe.quantities.Dots(_first(w.vectors, 1))),
+        lambda w, rows: dots(rows, _first(w.vectors, 1)),
+    ),
+    "dots with 10 vectors": _quantity(
+        lambda w: per_sample(w, vmapsafe.quantities.Dots(w.vectors)),
+        lambda w, rows: dots(rows, w.vectors),
+    ),
+    "sketch": {
+        "plain": plain,
+        "vmapsafe": lambda w: per_sample(w, vmapsafe.quantities.Sketch(512)),
+        "vmapsafe, kronecker": lambda w: per_sample(
+            w, vmapsafe.quantities.Sketch(512, "kronecker")
+        ),
+    },
+}
+
+
+def _first(vectors, count):
+    return {name: v[:count] for name, v in vectors.items()}
+
+
 # ------------------------------------------------------------------------- the tables
 
 ROWS = {
@@ -577,6 +699,7 @@ TASKS = {
     "clipped sum": CLIPPED,
     "forward": FORWARD,
     "block": BLOCK,
+    **QUANTITIES,
 }
 
 # What each answer is compared with. The yardsticks are not compared.
@@ -585,6 +708,7 @@ REFERENCES = {
     "norms": NORMS["loop"],
     "clipped sum": CLIPPED["loop"],
     "forward": forward,
+    **{task: found["loop"] for task, found in QUANTITIES.items() if "loop" in found},
 }
 YARDSTICKS = ("plain", "floor", "floor, reused", "JAX plain")
 OTHER_MEANING = {"vmap(grad), BN replaced": lambda w: loop(w, replaced(w))}

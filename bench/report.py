@@ -96,6 +96,15 @@ def report(run, pictures):
             ("rows", "The B x P tensor", "floor", ROWS_ABOUT),
             ("norms", "Norms", "plain", "Times as multiples of the plain gradient."),
             ("clipped sum", "Clipped sum", "plain", "Times as multiples of ``plain``."),
+            *[
+                (
+                    task,
+                    task[0].upper() + task[1:],
+                    "plain",
+                    "As multiples of ``plain``.",
+                )
+                for task in quantities(run)
+            ],
             ("forward", "Forward", "plain", "Times as multiples of one merged call."),
             (
                 *("block", "Block", "plain"),
@@ -107,6 +116,8 @@ def report(run, pictures):
                 heading = f"{heading}, {precision}"
                 parts += [f"{heading}\n{'-' * len(heading)}\n", about]
                 parts.append(ratios(nets, base))
+                if task in quantities(run):
+                    parts.append(peaks(nets))
                 if task == "rows":
                     parts.append(yardsticks(run, nets, precision))
                     parts.append(peaks(nets))
@@ -239,6 +250,14 @@ def ratios(nets, base, names=None):
         cells = ["–" if r is None else f"{r:.2f}" for r in found.values()]
         lines.append([net, *(f"**{c}**" if c == least else c for c in cells)])
     return table(lines)
+
+
+def quantities(run):
+    """The tasks of a run that are about quantities of the rows."""
+    others = ("rows", "norms", "clipped sum", "forward", "block")
+    return list(
+        dict.fromkeys(r["task"] for r in run["rows"] if r["task"] not in others)
+    )
 
 
 def yardsticks(run, nets, precision):

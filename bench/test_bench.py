@@ -8,7 +8,7 @@ skipped, and the reason is shown.
 from __future__ import annotations
 
 import pytest
-from contenders import BLOCK, CLIPPED, FORWARD, NORMS, ROWS
+from contenders import BLOCK, CLIPPED, FORWARD, NORMS, QUANTITIES, ROWS
 from networks import DEPTHS, GROWN, NETWORKS, WIDTHS
 
 QUICK = ("BN MLP", "small CNN", "GroupNorm CNN", "conv1d net", "tiny net")
@@ -79,6 +79,40 @@ def test_norms(contend, net, batch, precision, contender):
 def test_clipped_sum(contend, net, batch, precision, contender):
     """The sum of per-sample gradients, half of them scaled down to one norm."""
     contend("clipped sum", net, batch, precision, contender)
+
+
+MEASURED = usual(("BN MLP", "small CNN", "ResNet-18"))
+
+
+@races(MEASURED, QUANTITIES["norms, sum and losses"], ("small CNN",))
+def test_norms_sum_and_losses(contend, net, batch, precision, contender):
+    contend("norms, sum and losses", net, batch, precision, contender)
+
+
+@races(MEASURED, QUANTITIES["sum of squares"], ("small CNN",))
+def test_sum_of_squares(contend, net, batch, precision, contender):
+    contend("sum of squares", net, batch, precision, contender)
+
+
+@races(MEASURED, QUANTITIES["Gram matrix"], ("small CNN",))
+def test_gram(contend, net, batch, precision, contender):
+    contend("Gram matrix", net, batch, precision, contender)
+
+
+@races(MEASURED, QUANTITIES["dots with 1 vector"], ("small CNN",))
+def test_dots_with_one(contend, net, batch, precision, contender):
+    contend("dots with 1 vector", net, batch, precision, contender)
+
+
+@races(MEASURED, QUANTITIES["dots with 10 vectors"], ("small CNN",))
+def test_dots_with_ten(contend, net, batch, precision, contender):
+    contend("dots with 10 vectors", net, batch, precision, contender)
+
+
+@races(MEASURED, QUANTITIES["sketch"], ("small CNN",))
+def test_sketch(contend, net, batch, precision, contender):
+    """Random projections to 512 numbers."""
+    contend("sketch", net, batch, precision, contender)
 
 
 @races(usual(NETWORKS), FORWARD, QUICK)

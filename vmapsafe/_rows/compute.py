@@ -25,6 +25,7 @@ from vmapsafe._rows.out import check_out
 from vmapsafe._rows.parameters import Params
 from vmapsafe._rows.record import Unrecordable
 from vmapsafe._rows.samples import Loss, Samples
+from vmapsafe._torch import without_autocast
 from vmapsafe.quantities.protocol import Quantity
 from vmapsafe.quantities.rows import Rows, RowsWithDerivatives
 
@@ -232,6 +233,7 @@ def by_vmap(samples: Samples, batch: tuple[Any, ...], into: Any) -> Any:
     """Hand on the rows that ``vmap(grad)`` makes."""
     rows, losses, aux = samples.rows(batch)
     into.losses(losses)
-    for name, row in rows.items():
-        into.whole(name, row)
+    with without_autocast(samples.device):
+        for name, row in rows.items():
+            into.whole(name, row)
     return aux

@@ -176,10 +176,9 @@ class Feed(Collector):
         """Hand on the gradients by one parameter."""
         if self._keep:
             grads = self.kept[grads.name] = grads.held()
-        with without_autocast(grads.device):
-            for part in self._parts:
-                if watched or not part.derivatives:
-                    part.take(grads)
+        for part in self._parts:
+            if watched or not part.derivatives:
+                part.take(grads)
 
 
 @dataclass
@@ -286,9 +285,9 @@ class _Run:
         """What kept gradients give."""
         parts = self._parts(stages, 0, self.samples.count)
         feed = Feed(parts, _asked(stages), keep=False)
-        for grads in self._kept.values():
-            feed.take(grads)
         with without_autocast(self.samples.device):
+            for grads in self._kept.values():
+                feed.take(grads)
             return [part.finished() for part in parts]
 
     def _parts(self, stages: Sequence[Stage], start: int, stop: int) -> list[Part]:

@@ -359,14 +359,23 @@ def balanced(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     unless the numbers show that this is not necessary.
     """
     x, grad = wide(x), wide(grad)
-    if can_look(x) and can_look(grad) and x.numel() and grad.numel():
+    if can_look(x) and can_look(grad):
         middle = 0.25 * math.log2(torch.finfo(x.dtype).max)  # squared twice
         low, high = 2.0**-middle, 2.0**middle
-        most = [t.flatten(1).abs().amax(1) for t in (x, grad)]
-        if all([bool(((m > low) & (m < high) | (m == 0)).all()) for m in most]):
+        most = [*_largest(x), *_largest(grad)]
+        if all([low < number < high or number == 0 for number in most]):
             return x, grad
     x, scale = _scaled_to_one(x)
     return x, grad * at_samples(scale, grad)
+
+
+def _largest(x: Tensor) -> list[float]:
+    """The largest absolute value of each sample."""
+    if not x.numel():
+        return []
+    found = torch.linalg.vector_norm(x.flatten(1), math.inf, dim=1)
+    numbers: list[float] = found.tolist()
+    return numbers
 
 
 def _cancel(a: Tensor, b: Tensor) -> bool:

@@ -18,6 +18,7 @@ from vmapsafe._call import Call, batch_first
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
+from vmapsafe.rules.products import linear
 
 # From this many numbers in the output of the whole batch, the fused call is faster, by
 # type of device. Measured by bench/thresholds/layers.py on an x86 server core, float32,
@@ -115,7 +116,7 @@ def _keep(
     if bias is not None:
         formulas["bias"] = Bias(bias.shape, -1)
     return ByFormulas(
-        forward=lambda x: F.linear(x, weight, bias),
+        forward=lambda x: linear(x, weight, bias),
         input_gradient=lambda x, grad: grad @ weight.to(grad.dtype),
         formulas=formulas,
     )
