@@ -1,4 +1,4 @@
-"""Tools for tests: check a rule, run vmapped code as a loop, compare results."""
+"""Tools for tests: check a rule or a quantity, run a loop, compare results."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 
 from vmapsafe._block.operators import only
 from vmapsafe._call import Call, Function, Site, batch_size, slices
+from vmapsafe._rows.per_sample import per_sample
 from vmapsafe._rule import FunctionRule, OperatorRule, Rule
 from vmapsafe._torch import broadcast_to_leaves, tree_flatten, tree_map, tree_unflatten
+from vmapsafe.quantities.protocol import Quantity
 
-__all__ = ["assert_same", "check_rule", "loop"]
+__all__ = ["assert_same", "check_quantity", "check_rule", "loop"]
 
 _BATCH = 3
 T = TypeVar("T")
@@ -84,6 +86,177 @@ def assert_same(
     for x, y in zip(a, e):
         torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
 
+
+Rows = dict[str, Tensor]
+Made = Quantity[Any] | Callable[[Mapping[str, Tensor], int], Quantity[Any]]
+
+
+def check_quantity(
+    quantity: Made, expected: Callable[[Rows, Tensor], Any], *, rtol: float = 1e-11
+) -> int:
+    """Compare a quantity of per-sample gradients with what follows from the rows.
+
+    The rows come from a loop of plain backward passes. The networks have layers whose
+    gradients come from formulas, a layer that is used twice, a tied weight, a weight
+    that something else uses, a parameter that the loss does not use, and an embedding.
+    Each runs with all samples at once and in chunks of one, two and three, by a
+    recorded forward and by ``vmap(grad)``, in float64 and float32, twice with the same
+    object, and for an empty batch.
+
+    >>> from vmapsafe import quantities as q
+    >>> from vmapsafe.testing import check_quantity
+    >>> def total(rows, losses):
+    ...     return {name: row.sum(0) for name, row in rows.items()}
+    >>> check_quantity(q.Sum(), total) > 0
+    True
+
+    Args:
+        quantity: the quantity; or a function that makes one, of the parameters by name
+            and the number of samples, for quantities that need tensors.
+        expected: the same from rows {name: (B, *shape)} and losses (B,), in plain
+            torch.
+        rtol: how far results in float64 may be off, as a part of the largest entry;
+            those in float32 may be off by ten million times as much.
+
+    Returns:
+        How many calls were compared.
+
+    Raises:
+        AssertionError: a result has another structure, shape, dtype or value; the text
+            names the network and the call.
+    """
+    compared = 0
+    for name, make in _networks().items():
+        for dtype in (torch.float64, torch.float32):
+            torch.manual_seed(0)
+            model, x = make()
+            model = model.to(dtype).eval()
+            x = x.to(dtype) if x.is_floating_point() else x
+            tolerance = rtol if dtype == torch.float64 else 1e7 * rtol
+            params = {n: p.detach() for n, p in model.named_parameters()}
+            for size in (len(x), 0):
+                given = quantity
+                if not isinstance(given, Quantity):
+                    given = given(params, size)
+                rows, losses = _looped(model, x[:size])
+                wanted = expected(rows, losses)
+                for chunk_size, by_vmap in itertools.product((None, 1, 2, 3), (0, 1)):
+                    found = _asked(model, x[:size], given, chunk_size, bool(by_vmap))
+                    how = f"chunk_size={chunk_size}" + ", vmap(grad)" * by_vmap
+                    where = f"{name}, {dtype}, {size} samples, {how}"
+                    _close(found, wanted, tolerance, where)
+                    compared += 1
+    return compared
+
+
+def _asked(
+    model: nn.Module,
+    x: Tensor,
+    quantity: Quantity[Any],
+    chunk_size: int | None,
+    by_vmap: bool,
+) -> Any:
+    def call(x: Tensor) -> Any:
+        return per_sample(model, _loss, x, want=quantity, chunk_size=chunk_size)
+
+    if not by_vmap:
+        return call(x)
+    # Only vmap(grad) can follow a call inside another transform.
+    found = vmap(call)(x.unsqueeze(0))
+    return tree_map(lambda t: t.squeeze(0), found)
+
+
+def _loss(output: Tensor) -> Tensor:
+    return (output.square() + output).sum()
+
+
+def _looped(model: nn.Module, x: Tensor) -> tuple[Rows, Tensor]:
+    """Rows and losses, by a loop of plain backward passes."""
+    names, leaves = zip(*model.named_parameters())
+    rows: Rows = {n: p.new_empty(len(x), *p.shape) for n, p in zip(names, leaves)}
+    losses = leaves[0].new_empty(len(x))
+    for i in range(len(x)):
+        loss = _loss(model(x[i : i + 1]))
+        losses[i] = loss.detach()
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        for name, leaf, grad in zip(names, leaves, found):
+            rows[name][i] = torch.zeros_like(leaf) if grad is None else grad
+    return rows, losses
+
+
+def _close(found: Any, wanted: Any, rtol: float, where: str) -> None:
+    f, tree = tree_flatten(found)
+    w, wanted_tree = tree_flatten(wanted)
+    assert tree == wanted_tree, f"{where}: structure {tree} instead of {wanted_tree}"
+    largest = max([float(t.abs().max()) for t in w if t.numel()], default=0.0)
+    for one, other in zip(f, w):
+        torch.testing.assert_close(
+            one,
+            other,
+            rtol=0,
+            atol=rtol * largest,
+            equal_nan=True,
+            msg=lambda text: f"{where}: {text}",
+        )
+
+
+class _Uses(nn.Module):
+    """A layer used twice, a weight that a sum uses too, and one that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice = nn.Linear(4, 3), nn.Linear(3, 3)
+        self.unused = nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        x = self.twice(torch.tanh(self.twice(x)))
+        return x * self.first.weight.sum(1)
+
+
+class _Tied(nn.Module):
+    """An embedding whose weight is that of the last layer, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(5, 3)
+        self.layer = nn.Linear(3, 3)
+        self.last = nn.Linear(3, 5, bias=False)
+        self.last.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.last(torch.tanh(self.layer(self.words(x)).mean(1)))
+        return output
+
+
+def _networks() -> dict[str, Callable[[], tuple[nn.Module, Tensor]]]:
+    def convolutions() -> tuple[nn.Module, Tensor]:
+        layers = nn.Conv1d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv1d(4, 4, 2, groups=2)
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 2)), _input(2, 5)
+
+    def layers() -> tuple[nn.Module, Tensor]:
+        norms = nn.BatchNorm1d(6), nn.Tanh(), nn.LayerNorm(6)
+        net = nn.Sequential(nn.Linear(4, 6), *norms, nn.Linear(6, 2))
+        net(_input(4))  # so that there are running statistics
+        return net, _input(4)
+
+    return {
+        "linear layers and norms": layers,
+        "convolutions": convolutions,
+        "a layer used twice": lambda: (_Uses(), _input(4)),
+        "a tied embedding": lambda: (_Tied(), torch.randint(5, (_SAMPLES, 4))),
+        "an embedding": lambda: (
+            nn.Sequential(nn.Embedding(9, 2), nn.Linear(2, 2)),
+            torch.randint(9, (_SAMPLES, 3)),
+        ),
+    }
+
+
+def _input(*shape: int) -> Tensor:
+    return torch.randn(_SAMPLES, *shape)
+
+
+_SAMPLES = 5  # not a multiple of most chunk sizes
 
 Derived = Mapping[str, Callable[[Mapping[str, Any]], Tensor]]
 
