@@ -24,10 +24,12 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from vmapsafe import (
     clipped_grad_sum,
     over,
+    per_sample,
     per_sample_grad_norms,
     per_sample_grads,
     per_sample_sketch,
 )
+from vmapsafe import quantities as q
 from vmapsafe._data import folder as files
 from vmapsafe.testing import assert_same
 
@@ -356,6 +358,7 @@ from nets import small_mlp
 from small_data import Stops
 from torch.utils.data import DataLoader
 from vmapsafe import over, per_sample_grads
+from vmapsafe import quantities as q
 from vmapsafe._data import folder as files
 
 class Killed(Stops):
@@ -485,6 +488,82 @@ def test_other_arguments_are_refused(mlp, tmp_path, text, complete):
     assert text in str(caught.value) and str(tmp_path) in str(caught.value)
     assert contents(tmp_path) == before
     assert len(save(chunk_size=3)) == 10  # which changes nothing
+
+
+def vectors(more=0.0):
+    generator = torch.Generator().manual_seed(1)
+    params = small_mlp().named_parameters()
+    found = {n: torch.randn(p.shape, generator=generator).double() for n, p in params}
+    found["0.weight"][3, 2] += more  # which its repr does not show
+    return found
+
+
+class Halves(q.PerSample):
+    """Half of each norm."""
+
+    def __init__(self, factor=0.5):
+        super().__init__()
+        object.__setattr__(self, "factor", factor)
+
+    def part(self, call, start, stop):
+        return HalvesPart(self.factor)
+
+
+class HalvesPart(q.Part):
+    def __init__(self, factor):
+        self.factor, self.norms = factor, {}
+
+    def take(self, grads):
+        self.norms[grads.name] = grads.norms() * self.factor
+
+    def finished(self):
+        return torch.stack([*self.norms.values()]).square().sum(0).sqrt()
+
+
+WANTED = {
+    "another vector": (lambda: q.Dots(vectors()), lambda: q.Dots(vectors(1e-9))),
+    "another batch": (
+        lambda: q.Gram(other=(X[:2], Y[:2])),
+        lambda: q.Gram(other=(X[:2] + 1e-9, Y[:2])),
+    ),
+    "another option": (lambda: q.Sketch(6), lambda: q.Sketch(6, seed=1)),
+    "one of two": (
+        lambda: {"a": q.Norms(), "b": q.Sketch(6)},
+        lambda: {"a": q.Norms(), "b": q.Sketch(5)},
+    ),
+    "one's own": (Halves, lambda: Halves(0.25)),
+}
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_what_is_wanted_counts(mlp, tmp_path, name):
+    """The same quantity, made again, goes on; another one is refused."""
+    make, other = WANTED[name]
+
+    def save(wanted):
+        return over(loader(), per_sample, mlp, F.cross_entropy, want=wanted).save(
+            tmp_path
+        )
+
+    first, again = save(make()), save(make())
+    results = [*over(loader(), per_sample, mlp, F.cross_entropy, want=make())]
+    for key in ("a", "b") if name == "one of two" else (None,):
+        arrays = first if key is None else first[key]
+        assert numpy.array_equal(arrays, again if key is None else again[key])
+        parts = [r if key is None else r[key] for r in results]
+        assert numpy.array_equal(arrays, torch.cat(parts).numpy())
+    with pytest.raises(ValueError, match="begun with something else: want was"):
+        save(other())
+
+
+def test_names_within_a_quantity(mlp, tmp_path):
+    wanted = {"norms": q.Norms(), "each": q.Norms(per_parameter=True)}
+    results = over(loader(), per_sample, mlp, F.cross_entropy, want=wanted)
+    found = results.save(tmp_path)
+    names = [f"each.{name}" for name, _ in mlp.named_parameters()]
+    assert [*found] == ["norms", *names]
+    expected = torch.cat([r["each"]["0.weight"] for r in results])
+    assert numpy.array_equal(found["each.0.weight"], expected.numpy())
 
 
 def test_chunks_count_in_sync(mlp, tmp_path):
@@ -629,6 +708,14 @@ SAVING = [
     ),
     ({"function": lambda *args: {}}, ValueError, "the function gave a dict"),
 ]
+for _wanted, _text in {
+    q.Sum(): "Sum adds up the samples of a batch, and there is a file for each sample",
+    q.ClippedSum(1.0): "ClippedSum adds up",
+    q.Gram(): "Gram pairs the samples of one batch alone, and not those of all batches",
+    q.Norms(gather="all"): "Norms has gather='all', and each process writes its own",
+}.items():
+    _given = {"function": per_sample, "want": {"x": _wanted}}
+    SAVING.append((_given, ValueError, f"over(...).save(...): {_text}"))
 ERRORS = [
     *((lambda results: None, *row) for row in MAKING),
     *((take_one, *row) for row in TAKING),

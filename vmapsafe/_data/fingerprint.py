@@ -22,6 +22,7 @@ from vmapsafe._block.models import device_of, unwrapped
 from vmapsafe._data.batches import Places
 from vmapsafe._errors import VmapSafeTypeError
 from vmapsafe._modes import MODES
+from vmapsafe.quantities.protocol import Quantity
 
 
 def fingerprint(
@@ -141,6 +142,10 @@ def described(value: object) -> str:
         return (
             f"{type(value).__qualname__} {_digest_of_text(_settings(value))} {tensors}"
         )
+    if isinstance(value, Quantity):
+        kind = type(value)
+        held = {name: described(v) for name, v in sorted(vars(value).items())}
+        return f"{kind.__module__}.{kind.__qualname__} {held}"
     if callable(value):
         name = getattr(value, "__qualname__", type(value).__qualname__)
         return f"{getattr(value, '__module__', '')}.{name}"
@@ -170,6 +175,11 @@ def _written(value: object) -> str:
         return _written(value.func)
     if inspect.ismethod(value):
         return _written(value.__func__) + _written(value.__self__)
+    if isinstance(value, Mapping):
+        return "".join([_written(v) for _, v in sorted(value.items(), key=str)])
+    if isinstance(value, Quantity):
+        fields = "".join([_written(v) for _, v in sorted(vars(value).items())])
+        return fields + "".join([_written_class(kind) for kind in type(value).__mro__])
     module = str(getattr(value, "__module__", ""))
     if module.partition(".")[0] in ("torch", "vmapsafe", "builtins"):
         return ""
@@ -183,6 +193,14 @@ def _written(value: object) -> str:
         call = getattr(type(value), "__call__")  # noqa: B004
         return _written(call) + _plain(getattr(value, "__dict__", {}))
     return ""
+
+
+def _written_class(kind: type) -> str:
+    """What the methods of a user's class do."""
+    if kind.__module__.partition(".")[0] in ("torch", "vmapsafe", "builtins"):
+        return ""
+    own = sorted(vars(kind).items())
+    return "".join([_written(v) for _, v in own if inspect.isfunction(v)])
 
 
 def _code(code: CodeType) -> list[object]:

@@ -32,6 +32,7 @@ from vmapsafe._errors import (
     a_kind,
 )
 from vmapsafe._torch import tree_flatten
+from vmapsafe.quantities.protocol import Paired, Quantity, Reduces
 
 Result = TypeVar("Result", covariant=True)
 
@@ -65,8 +66,9 @@ def over(
 
     Args:
         loader: a DataLoader, or another iterable of batches.
-        function: :func:`per_sample_grads`, :func:`per_sample_grad_norms`,
-            :func:`per_sample_sketch`, or another function that takes the same.
+        function: :func:`per_sample`, :func:`per_sample_grads`,
+            :func:`per_sample_grad_norms`, :func:`per_sample_sketch`, or another
+            function that takes the same.
         model: the network, any module; the first argument of ``function``.
         loss_fn: ``loss_fn(output, ...)`` with what a batch holds after the inputs; the
             second argument of ``function``.
@@ -271,6 +273,9 @@ class Over(Generic[Result]):
                 raise VmapSafeValueError(
                     _SAVE, f"{option}={value!r}, and {why}", f"Leave {option} out"
                 )
+        want = self._options.get("want")
+        for one in want.values() if isinstance(want, Mapping) else [want]:
+            _check_quantity(one)
         if not repeatable and not in_order(self._loader):
             raise VmapSafeValueError(
                 _SAVE,
@@ -284,9 +289,33 @@ _OVER, _SAVE = "over(...)", "over(...).save(...)"
 _ALONE = "result"  # the name of a result that is a tensor
 
 
+def _check_quantity(wanted: object) -> None:
+    """Raise where a quantity of a batch is not one of each sample."""
+    if isinstance(wanted, Reduces):
+        found = "adds up the samples of a batch, and there is a file for each sample"
+        do = "Add the results up in a loop over the batches, for found in over(...)"
+    elif isinstance(wanted, Paired) and wanted.other is None:
+        found = "pairs the samples of one batch alone, and not those of all batches"
+        do = "Give the others, other=(x, y), or save sketches and multiply those"
+    elif isinstance(wanted, Quantity) and wanted.across()[1] == "all":
+        found = f"has {wanted.across()[0]}='all', and each process writes its own files"
+        do = "Leave it out"
+    else:
+        return
+    raise VmapSafeValueError(_SAVE, f"{type(wanted).__name__} {found}", do)
+
+
 def _rows_of(result: object, size: int) -> Mapping[str, Tensor]:
     """The result for a batch of that size by name, checked to be one row a sample."""
-    rows = {_ALONE: result} if isinstance(result, Tensor) else result
+    rows: object = {_ALONE: result} if isinstance(result, Tensor) else result
+    if isinstance(rows, Mapping):  # of several quantities, some with names of their own
+        rows = {
+            f"{key}.{name}" if name else key: row
+            for key, value in rows.items()
+            for name, row in (
+                value.items() if isinstance(value, Mapping) else [("", value)]
+            )
+        }
     if not isinstance(rows, Mapping) or not rows:
         found = a_kind(result)
     elif wrong := [
