@@ -15,11 +15,13 @@ from vmapsafe import (
     convert,
     norm_layer,
     over,
+    per_sample,
     per_sample_grad_norms,
     per_sample_grads,
     per_sample_sketch,
-    vmap_safe,
 )
+from vmapsafe import quantities as q
+from vmapsafe import vmap_safe
 
 
 class Net(nn.Module):
@@ -110,6 +112,21 @@ def samples(net: Net, x: Tensor) -> None:
     per_sample_grads(net, F.mse_loss, x, x, mode="evil")  # type: ignore[call-overload]
     clipped_grad_sum(net, F.mse_loss, x, x)  # type: ignore[call-overload]
     per_sample_sketch(net, F.mse_loss, x, k=8, kind="x")  # type: ignore[call-overload]
+
+
+def quantities(net: Net, x: Tensor, vectors: dict[str, Tensor]) -> None:
+    assert_type(per_sample(net, F.mse_loss, x, x, want=q.Norms()), Tensor)
+    by_name = per_sample(net, F.mse_loss, x, x, want=q.Norms(per_parameter=True))
+    assert_type(by_name, dict[str, Tensor])
+    assert_type(per_sample(net, F.mse_loss, x, x, want=q.Sum()), dict[str, Tensor])
+    assert_type(per_sample(net, F.mse_loss, x, x, want=q.Gram(other=(x, x))), Tensor)
+    pair = per_sample(net, with_aux, x, x, want=q.Dots(vectors), has_aux=True)
+    assert_type(pair, tuple[Tensor, list[Tensor]])
+    several = per_sample(net, F.mse_loss, x, x, want={"a": q.Losses(), "b": q.Rows()})
+    assert_type(several, dict[str, Any])
+    per_sample(net, F.mse_loss, x, x)  # type: ignore[call-overload]
+    per_sample(net, F.mse_loss, x, want=q.Norms)  # type: ignore[call-overload]
+    q.WeightedSum(3.0)  # type: ignore[arg-type]
 
 
 def norms(model: nn.Module, loss_fn: object, x: Tensor, *, k: int = 2) -> Tensor:

@@ -530,7 +530,7 @@ def per_sample_grad_norms(
         block,
     )
 
-    def norms() -> q.Norms:
+    def norms() -> q.Norms[Any]:
         check_flag(_NORMS, "per_parameter", per_parameter)
         return q.Norms(per_parameter, gather=gather)
 

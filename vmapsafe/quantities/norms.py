@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from vmapsafe._modes import check_flag
-from vmapsafe.quantities.protocol import CallShape, Grads, Part, PerSample
+from vmapsafe.quantities.protocol import All, CallShape, Grads, Part, PerSample
 from vmapsafe.rules.formulas import norms_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +47,8 @@ class _LossesPart(Part):
         return self._losses
 
 
-@dataclass(frozen=True, eq=False)
-class Norms(PerSample[Any]):
+@dataclass(frozen=True, eq=False, init=False)
+class Norms(PerSample[T]):
     """The Euclidean norm of every sample's gradient, (B,).
 
     >>> import torch
@@ -59,7 +61,7 @@ class Norms(PerSample[Any]):
     >>> {name: tuple(n.shape) for name, n in norms.items()}
     {'weight': (5,), 'bias': (5,)}
 
-    Attributes:
+    Args:
         per_parameter: whether to give a norm for each parameter, {name: (B,)}, and not
             one of all.
         gather: "all" gives those of all processes of torch.distributed's default group,
@@ -70,11 +72,34 @@ class Norms(PerSample[Any]):
     sample with NaN has the norm NaN, and the others have theirs.
     """
 
-    per_parameter: bool = False
+    per_parameter: bool
     asks = ("norms",)
 
-    def __post_init__(self) -> None:
-        check_flag("Norms(...)", "per_parameter", self.per_parameter)
+    @overload
+    def __init__(
+        self: Norms[Tensor],
+        per_parameter: Literal[False] = False,
+        *,
+        gather: All = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: Norms[dict[str, Tensor]],
+        per_parameter: Literal[True],
+        *,
+        gather: All = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: Norms[Any], per_parameter: bool, *, gather: All = None
+    ) -> None: ...
+
+    def __init__(self, per_parameter: bool = False, *, gather: All = None) -> None:
+        check_flag("Norms(...)", "per_parameter", per_parameter)
+        object.__setattr__(self, "per_parameter", per_parameter)
+        object.__setattr__(self, "gather", gather)
 
     def part(self, call: CallShape, start: int, stop: int) -> Part:
         return NormsPart(call, self.per_parameter)
