@@ -146,7 +146,7 @@ class Weight(Formula):
             mine = wide(self._seen(some_x, some_grad)).flatten(0, -2)
             same = some_x.reshape(-1, 1) == words
             found = torch.where(same, product(mine, seen), 0)
-            parts.append(found.view(-1, many, of_other, others).sum((1, 3)))
+            parts.append(found.reshape(-1, many, of_other, others).sum((1, 3)))
         return torch.cat(parts)
 
     def dots(self, x: Tensor, grad: Tensor, vectors: Tensor) -> Tensor:

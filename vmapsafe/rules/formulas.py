@@ -284,7 +284,7 @@ class Products(Formula):
         if self._positions(grad) != 1 or not self.is_one_product():
             return super().squares(x, grad)
         a, b = balanced(self.columns(x).flatten(1), self.outputs(grad).flatten(1))
-        return product(b.square().mT, a.square().mT).view(self.shape)
+        return product(b.square().mT, a.square().mT).reshape(self.shape)
 
     def gram(self, x: Tensor, grad: Tensor, y: Tensor, other: Tensor) -> Tensor:
         many, others = self._positions(grad), self._positions(other)
@@ -310,7 +310,7 @@ class Products(Formula):
         for i in range(0, size, step):
             ones, twos = a[i : i + step].flatten(0, 1), b[i : i + step].flatten(0, 1)
             found = product(ones, c) * product(twos, d)
-            parts.append(found.view(-1, many, of_other, others).sum((1, 3)))
+            parts.append(found.reshape(-1, many, of_other, others).sum((1, 3)))
         return torch.cat(parts)
 
     def dots(self, x: Tensor, grad: Tensor, vectors: Tensor) -> Tensor:
@@ -318,7 +318,7 @@ class Products(Formula):
         if positions == 1 and self.is_one_product():
             a, b = balanced(self.columns(x).flatten(1), self.outputs(grad).flatten(1))
             wanted = wide(vectors).reshape(-1, a.size(1))
-            images = product(a, wanted).view(len(a), len(vectors), b.size(1))
+            images = product(a, wanted).reshape(len(a), len(vectors), b.size(1))
             return (images @ b.unsqueeze(2)).squeeze(2)
         if len(vectors) == 1 and x.dtype == grad.dtype:
             a, b = balanced(wide(x), wide(grad))

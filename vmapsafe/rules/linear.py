@@ -18,7 +18,7 @@ from vmapsafe._call import Call, batch_first
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
-from vmapsafe.rules.products import linear
+from vmapsafe.rules.products import linear, product
 
 # From this many numbers in the output of the whole batch, the fused call is faster, by
 # type of device. Measured by bench/thresholds/layers.py on an x86 server core, float32,
@@ -102,7 +102,7 @@ class Weight(Products):
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor | None) -> Tensor:
         dtype = grad.dtype
         x, grad = times(x, grad, factors)
-        return (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(dtype)
+        return product(grad.flatten(0, -2).T, x.flatten(0, -2).T).to(dtype)
 
 
 def _keep(

@@ -8,6 +8,7 @@ compiler calls for linear layers. Rounding differs in the last digits.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,16 +17,32 @@ from torch import Tensor
 
 from vmapsafe._torch import autocasts, is_plain, multiplies_exactly
 
-# From this many multiplications oneDNN is faster, by the vendor of the processor.
-# Measured by bench/thresholds/products.py, float32, one thread, torch 2.13.
-ONEDNN = {"AuthenticAMD": 2**23}
+
+@dataclass(frozen=True)
+class Regime:
+    """Which products oneDNN makes faster than MKL.
+
+    Attributes:
+        least: from this many multiplications on.
+        longest: sums of up to this many products; it copies one of the matrices.
+    """
+
+    least: int
+    longest: int
+
+
+# By the vendor of the processor. Measured by bench/thresholds/products.py, float32, one
+# thread, torch 2.13.
+ONEDNN = {"AuthenticAMD": Regime(least=2**23, longest=2**18)}
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """(M, N): ``a`` (M, K) times the transpose of ``b`` (N, K)."""
-    if _onednn_wins(a, b):
-        return _onednn(a, b, None)
-    return a @ b.mT
+    if not _onednn_wins(a, b):
+        return a @ b.mT
+    if len(a) < len(b):  # the other one is copied
+        return _onednn(b, a, None).mT
+    return _onednn(a, b, None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,25 +60,38 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _onednn_wins(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
+    regime = _regime()
     return (
-        x.numel() * len(weight) >= _least()
+        regime is not None
+        and x.numel() * len(weight) >= regime.least
+        and x.size(-1) <= regime.longest
         and x.dtype == weight.dtype == torch.float32
-        and x.is_contiguous()
-        and weight.is_contiguous()
+        and _takes(x)
+        and _takes(weight)
         and is_plain(x)
         and is_plain(weight)
         and multiplies_exactly(x.device)
     )
 
 
+def _takes(x: Tensor) -> bool:
+    """Whether the layout is one for which oneDNN is fast."""
+    if x.is_contiguous():
+        return True
+    return x.dim() == 2 and x.mT.is_contiguous() and x.size(1) <= _TURNED
+
+
+_TURNED = 512  # a matrix that lies transposed may have rows of this length
+
+
 @functools.cache
-def _least() -> float:
-    """From how many multiplications on; infinity where MKL is never slower."""
+def _regime() -> Regime | None:
+    """That of this processor; None where MKL is never slower, or it is not known."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return float("inf")
+        return None
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # another system
-        return float("inf")
+        return None
     vendors = [line.partition(":")[2].strip() for line in lines if "vendor_id" in line]
-    return ONEDNN.get(vendors[0], float("inf")) if vendors else float("inf")
+    return ONEDNN.get(vendors[0]) if vendors else None
