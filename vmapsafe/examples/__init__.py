@@ -6,6 +6,10 @@
 ``digits``            the data and the network
 ``wrong_labels``      ``python -m vmapsafe``: wrong labels, found by large gradients
 ``attribution``       which training images a prediction comes from (TRAK)
+``tracin``            which training images helped, and which did harm (TracIn)
+``selection``         a few images whose mean gradient is near that of all
+``noise_scale``       the gradient noise scale, logged by the training steps
+``ewc``               a second task learnt without forgetting the first (EWC)
 ``clipped_training``  training with clipped per-sample gradients
 ``ntk``               the tangent kernel of a BatchNorm network, and regression with it
 ``maml``              a network that learns new classes in a few steps

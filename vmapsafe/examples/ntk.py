@@ -2,10 +2,11 @@
 
 J(x), (10, P), is the Jacobian of the network's outputs with respect to its weights at
 an image. The kernel of two images is the mean over outputs of J(x) J(x')^T: how much a
-step on one image moves the outputs at the other (https://arxiv.org/abs/1806.07572). All
-Jacobians come from one ``vmap(jacrev(...))``. In ``mode="eval"`` an image's Jacobian
-depends on that image alone. Without a block torch refuses the call, as BatchNorm in
-training mode would update its statistics.
+step on one image moves the outputs at the other (https://arxiv.org/abs/1806.07572).
+With an output in the place of a loss, ``Gram`` gives its products for all pairs of
+images, and Jacobians, 10 * P numbers for each image, are never made. (Where they are
+wanted themselves, ``vmap(jacrev(...))`` inside ``vmap_safe(model)`` gives them.) In
+``mode="eval"`` an image's Jacobian depends on that image alone.
 """
 
 import copy
@@ -13,9 +14,9 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
 
-from vmapsafe import vmap_safe
+from vmapsafe import per_sample
+from vmapsafe import quantities as q
 from vmapsafe.examples import digits
 
 TRAINING, TEST = 250, 150  # images
@@ -41,8 +42,7 @@ def main() -> dict[str, float]:
     for _ in range(20):
         model(x)  # statistics, without which "eval" has no meaning
 
-    jacobians = jacobians_of(model, torch.cat([x, x_test]))
-    kernel = jacobians @ jacobians.T
+    kernel = kernel_of(model, torch.cat([x, x_test]))
     difference = against_the_loop(model, x[:COMPARED], kernel)
     eigenvalues = torch.linalg.eigvalsh(kernel)
     smallest = float(eigenvalues[0] / eigenvalues[-1])
@@ -57,8 +57,7 @@ def main() -> dict[str, float]:
 
     before = alignment(kernel[:TRAINING, :TRAINING], y)
     digits.train(model, x, y, EPOCHS)
-    trained = jacobians_of(model, x)
-    after = alignment(trained @ trained.T, y)
+    after = alignment(kernel_of(model, x), y)
     print(f"alignment with the labels: {before:.2f}, after training {after:.2f}")
     return {
         "difference": difference,
@@ -70,18 +69,13 @@ def main() -> dict[str, float]:
     }
 
 
-def jacobians_of(model: nn.Module, x: Tensor) -> Tensor:
-    """One row for each image, (N, 10 * P); products of rows are the kernel."""
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-
-    def outputs(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
-        logits: Tensor = functional_call(model, parameters, (image[None],))[0]
-        return logits
-
-    with vmap_safe(model):
-        found = vmap(jacrev(outputs), (None, 0))(parameters, x)
-    rows = torch.cat([j.flatten(2) for j in found.values()], 2)
-    return torch.div(rows.flatten(1), rows.size(1) ** 0.5)
+def kernel_of(model: nn.Module, x: Tensor) -> Tensor:
+    """The kernel of all pairs of images, (N, N)."""
+    products = [
+        per_sample(model, lambda logits, o=o: logits[0, o], x, want=q.Gram())
+        for o in range(digits.CLASSES)
+    ]
+    return torch.stack(products).mean(0)
 
 
 def regression(kernel: Tensor, y: Tensor) -> Tensor:
