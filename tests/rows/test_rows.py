@@ -3,6 +3,7 @@ against a loop of plain backward passes."""
 
 import copy
 import functools
+import warnings
 
 import pytest
 import slow
@@ -14,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmapsafe import (
+    NeverUpdatedWarning,
     clipped_grad_sum,
     per_sample_grad_norms,
     per_sample_grads,
     per_sample_sketch,
 )
+from vmapsafe._block import vmap_safe as vmap_safe_module
 from vmapsafe.rules import embedding, formulas
 from vmapsafe.testing import assert_same
 
@@ -439,6 +442,30 @@ OF_A_GRID = {
     "layer norm": (lambda: nn.LayerNorm(4), (2, 4)),
     "instance norm": (lambda: nn.InstanceNorm2d(4, affine=True), (2, 4, 3, 3)),
 }
+
+
+def test_the_warning_is_about_the_statistics_of_the_checkpoint():
+    """Those that ``params`` brings, and not those of the model."""
+
+    def fresh():
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    x, y = torch.randn(12, 4), torch.randint(3, (12,))
+    trained = fresh()
+    trained(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state = trained.state_dict()
+        for _ in range(2):
+            found = per_sample_grads(fresh(), F.cross_entropy, x, y, params=state)
+        for _ in range(2):
+            assert_same(found, per_sample_grads(trained, F.cross_entropy, x, y))
+    for function in (per_sample_grads, per_sample_grad_norms):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            vmap_safe_module._warned_of_statistics.discard(nn.Sequential)
+            function(trained, F.cross_entropy, x, y, params=fresh().state_dict())
+        assert [w.category for w in caught] == [NeverUpdatedWarning]
 
 
 @pytest.mark.filterwarnings("ignore::vmapsafe.NeverUpdatedWarning")

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Generic, Never, ParamSpec, TypeVar, cast, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vmapsafe._block.advice import advise
 from vmapsafe._block.models import never_updated
@@ -310,14 +310,16 @@ def _leave(scope: Scope, error: BaseException | None) -> None:
         )
 
 
-_updated: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# The running variance that was found updated, by layer.
+_updated: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tensor]]
+_updated = weakref.WeakKeyDictionary()
 _warned_of_statistics: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def _warn_if_never_updated(scope: Scope) -> None:
     """Warn, once for each class of model, if statistics are as they were initialised.
 
-    Layers found updated are remembered: on a GPU, each look waits for the device.
+    Statistics found updated are remembered: on a GPU, each look waits for the device.
     """
     if dispatch_modes_are_on():  # values may not be there, as under FakeTensorMode
         return
@@ -326,10 +328,12 @@ def _warn_if_never_updated(scope: Scope) -> None:
         if kind in _warned_of_statistics:
             continue
         for layer in model.layers:
-            if layer in _updated:
+            var = layer._buffers.get("running_var")
+            known = _updated.get(layer)
+            if var is None or (known is not None and known() is var):
                 continue
             if not never_updated(layer):
-                _updated.add(layer)
+                _updated[layer] = weakref.ref(var)
                 continue
             _warned_of_statistics.add(kind)
             warn_user(

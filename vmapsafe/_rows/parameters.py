@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -99,25 +99,37 @@ class Parameters:
     def standing_in(
         self, values: Mapping[str, Tensor], function: Callable[..., T], *args: Any
     ) -> T:
-        """Call a function while ``values``, and the constants, are in the model; no
-        interrupt leaves them there."""
-        places = (*self.places, *[place for place, _ in self.constants])
-        before = [(place, place.tensors[place.own]) for place in places]
-        done = False
+        """Call a function while ``values`` are in the model."""
+        return _while_there(
+            [(place, values[place.name]) for place in self.places], function, args
+        )
+
+    def with_constants(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function while the rest of a state dict is in the model."""
+        return _while_there(self.constants, function, args)
+
+
+def _while_there(
+    tensors: Sequence[tuple[Place, Tensor]],
+    function: Callable[..., T],
+    args: tuple[Any, ...],
+) -> T:
+    """Call a function while tensors are at places of the model; no interrupt leaves
+    them there."""
+    before = [(place, place.tensors[place.own]) for place, _ in tensors]
+    done = False
+    try:
         try:
-            try:
-                for place in self.places:
-                    place.tensors[place.own] = values[place.name]
-                for place, tensor in self.constants:
-                    place.tensors[place.own] = tensor
-                # torch.func.functional_call does this too, and takes 30 us to begin.
-                return function(*args)
-            finally:
-                _put_back(before)
-                done = True
+            for place, tensor in tensors:
+                place.tensors[place.own] = tensor
+            # torch.func.functional_call does this too, and takes 30 us to begin.
+            return function(*args)
         finally:
-            if not done:  # interrupted while it put them back
-                _put_back(before)
+            _put_back(before)
+            done = True
+    finally:
+        if not done:  # interrupted while it put them back
+            _put_back(before)
 
 
 def _refuse_lazy(called: str, net: nn.Module, places: list[Place]) -> None:

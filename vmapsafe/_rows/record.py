@@ -91,7 +91,7 @@ class Recorded:
         size: B.
         randomness: as in vmap.
         has_aux: whether ``loss`` returns a pair.
-        block: in which the loss runs.
+        in_block: calls the loss in a block of the model.
 
     Attributes:
         losses: (B,), with autograd's graph.
@@ -108,13 +108,13 @@ class Recorded:
         size: int,
         randomness: str,
         has_aux: bool,
-        block: Any,
+        in_block: Callable[..., Any],
     ) -> None:
         self._recorder = recorder = Recorder(called, originals, values, size)
 
         def one(*sample: Any) -> Any:
             copies = recorder.begin()
-            found = under(recorder, block.run, loss, copies, *sample)
+            found = under(recorder, in_block, loss, copies, *sample)
             recorder.check()
             return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -188,8 +189,15 @@ class Samples:
     def rows(self, batch: tuple[Any, ...]) -> tuple[dict[str, Tensor], Tensor, Any]:
         """The rows, losses and aux by ``vmap(grad)``; derivatives pass through."""
         derive = self._by_jacobian if self.options.rows == "jacobian" else self._by_grad
-        rows, (losses, aux) = Block((self.model,), self.options).run(derive, batch)
+        rows, (losses, aux) = self._in_block(self.options, derive, batch)
         return rows, losses, aux
+
+    def _in_block(
+        self, options: Options, function: Callable[..., Any], *args: Any
+    ) -> Any:
+        """Call a function in a block of the model, with the constants in it."""
+        block: Block[object] = Block((self.model,), options)
+        return self.parameters.with_constants(block.run, function, *args)
 
     def recordable(self) -> bool:
         """Whether nothing that can be seen from outside forbids :meth:`recorded`."""
@@ -224,7 +232,7 @@ class Samples:
             len(tree_flatten(batch)[0][0]),
             self.randomness,
             self.has_aux,
-            Block((self.model,), replace(self.options, copies_at=LEVEL)),
+            partial(self._in_block, replace(self.options, copies_at=LEVEL)),
         )
 
     def could_be_watched(self) -> bool:

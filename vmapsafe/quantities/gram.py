@@ -39,6 +39,8 @@ class Gram(Paired):
     other: tuple[Any, ...] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.other, list):  # as a DataLoader gives it
+            object.__setattr__(self, "other", tuple(self.other))
         if self.other is not None and not isinstance(self.other, tuple):
             raise VmapSafeTypeError(
                 "Gram(...)",

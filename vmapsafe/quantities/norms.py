@@ -12,7 +12,7 @@ from vmapsafe._modes import check_flag
 from vmapsafe.quantities.protocol import All, CallShape, Grads, Part, PerSample
 from vmapsafe.rules.formulas import norms_of
 
-T = TypeVar("T")
+T = TypeVar("T", covariant=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from vmapsafe._processes import gathered, summed
 from vmapsafe._torch import tree_map
 from vmapsafe.rules.formulas import Formula, Made, can_look, masked
 
-T = TypeVar("T")
+T = TypeVar("T", covariant=True)
 All = Literal["all"] | None
 
 
@@ -256,9 +256,10 @@ class Quantity(ABC, Generic[T]):
         """The name and the value of the option that asks for all processes."""
         return "", None
 
-    def of_all_processes(self, found: T) -> T:
+    def of_all_processes(self, found: Any) -> T:
         """The result of all processes of torch.distributed's default group."""
-        return found
+        own: T = found
+        return own
 
 
 Looks = Generator[Quantity[Any] | Mapping[str, Quantity[Any]], Any, T]
@@ -336,7 +337,7 @@ class Gathers(Quantity[T]):
     def across(self) -> tuple[str, str | None]:
         return "gather", self.gather
 
-    def of_all_processes(self, found: T) -> T:
+    def of_all_processes(self, found: Any) -> T:
         together: T = tree_map(gathered, found)
         return together
 
@@ -356,7 +357,7 @@ class Reduces(Quantity[dict[str, Tensor]]):
     def across(self) -> tuple[str, str | None]:
         return "reduce", self.reduce
 
-    def of_all_processes(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    def of_all_processes(self, found: Any) -> dict[str, Tensor]:
         return summed(found)
 
 
