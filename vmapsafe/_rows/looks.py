@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vmapsafe._draws import Draws
-from vmapsafe._errors import VmapSafeValueError
+from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, shown
 from vmapsafe._rows.chunks import ChunkSize, in_chunks
 from vmapsafe._rows.record import Collector
 from vmapsafe._rows.samples import Samples
@@ -66,44 +66,58 @@ def computed(
     )
     begun = {key: quantity.begin(call) for key, quantity in wanted.items()}
     stages = [s for s in begun.values() if isinstance(s, (Collected, Paired))]
-    looks_again = len(stages) < len(begun)
-    run = _Run(samples, call, chunk_size, way, looks_again, _others(samples, stages))
-    if not looks_again:
+    run = _Run(samples, call, chunk_size, way, looks_again=len(stages) < len(begun))
+    run.check(stages)
+    if not run.looks_again:
         return dict(zip(begun, run.look(stages))), run.aux
     looks = _values(call, begun)
-    stages = next(looks)
+    values: Any = None
     while True:
         try:
-            stages = looks.send(run.look(stages))
+            stages = looks.send(values)
         except StopIteration as end:
             return end.value, run.aux
+        values = run.look(stages)
 
 
 Round = Generator[list[Stage], list[Any], Any]
 
 
-def _value(call: CallShape, wanted: Any) -> Round:
-    """Look as often as a quantity or a dict of them wants; returns what they give."""
-    if isinstance(wanted, Mapping):
-        return (yield from _values(call, wanted))
-    quantity = wanted.begin(call)
+def _value(call: CallShape, quantity: Quantity[Any]) -> Round:
+    """Look as often as a quantity wants; returns what it gives. It has begun."""
     if isinstance(quantity, (Collected, Paired)):
         (found,) = yield [quantity]
         return found
     looks = quantity.looks(call)
-    step = next(looks)
+    name = f"{call.called} with {type(quantity).__name__}"
+    if not isinstance(looks, Generator):
+        raise VmapSafeTypeError(
+            name,
+            f"its method looks returned {shown(looks)}, not a generator",
+            "Write yield in it, in front of what it wants",
+        )
+    found = None
     while True:
-        found = yield from _value(call, step)
         try:
-            step = looks.send(found)
+            wanted = looks.send(found)
         except StopIteration as end:
             return end.value
+        several = wanted if isinstance(wanted, Mapping) else {"": wanted}
+        if not all([isinstance(one, Quantity) for one in several.values()]):
+            raise VmapSafeTypeError(
+                name,
+                f"its method looks yielded {shown(wanted)}",
+                "Yield an object of vmapsafe.quantities, or a dict of some",
+            )
+        begun = {key: one.begin(call) for key, one in several.items()}
+        found = yield from _values(call, begun)
+        found = found if several is wanted else found[""]
 
 
-def _values(call: CallShape, wanted: Mapping[str, Quantity[Any]]) -> Round:
+def _values(call: CallShape, begun: Mapping[str, Quantity[Any]]) -> Round:
     """The same for several, which look together."""
-    rounds = {key: _value(call, quantity) for key, quantity in wanted.items()}
-    found = dict.fromkeys(wanted)
+    rounds = {key: _value(call, quantity) for key, quantity in begun.items()}
+    found = dict.fromkeys(begun)
     stages: dict[str, list[Stage]] = {}
 
     def step(key: str, values: list[Any] | None) -> None:
@@ -113,22 +127,13 @@ def _values(call: CallShape, wanted: Mapping[str, Quantity[Any]]) -> Round:
             stages.pop(key, None)
             found[key] = end.value
 
-    for key in wanted:
+    for key in begun:
         step(key, None)
     while stages:
         values = iter((yield [stage for own in stages.values() for stage in own]))
         for key, own in [*stages.items()]:
             step(key, [next(values) for _ in own])
     return found
-
-
-def _others(samples: Samples, stages: Sequence[Stage]) -> dict[int, Samples]:
-    """The samples of other batches, checked, by the quantity that pairs with them."""
-    return {
-        id(stage): samples.of_other(stage.other)
-        for stage in stages
-        if isinstance(stage, Paired) and stage.other is not None
-    }
 
 
 # -- One look --------------------------------------------------------------------------
@@ -201,7 +206,6 @@ class _Run:
         chunk_size: how many samples at a time.
         way: how some of the samples give their gradients.
         looks_again: whether there may be more than one look.
-        others: the batches to pair with, by the quantity.
         aux: of all samples, from the first look.
     """
 
@@ -210,24 +214,35 @@ class _Run:
     chunk_size: ChunkSize
     way: Way
     looks_again: bool
-    others: dict[int, Samples]
     aux: Any = None
     _chunks: list[_Chunk] = field(default_factory=list)
     _kept: Kept = field(default_factory=dict)
 
+    def check(self, stages: Sequence[Stage]) -> None:
+        """Raise where quantities that pair samples cannot do so."""
+        for stage in stages:
+            if isinstance(stage, Paired) and self.chunk_size == "auto":
+                raise VmapSafeValueError(
+                    f'{self.call.called} with chunk_size="auto"',
+                    f"{type(stage).__name__} pairs samples of two chunks, and how many "
+                    "samples fit into memory is only found for one",
+                    "Pass an int, for samples of which twice as many fit",
+                )
+            self._other(stage)
+
+    def _other(self, stage: Stage) -> Samples | None:
+        """The samples of the batch to pair with, if it is not the call's own."""
+        if not isinstance(stage, Paired) or stage.other is None:
+            return None
+        return self.samples.of_other(stage.other)
+
     def look(self, stages: Sequence[Stage]) -> list[Any]:
         """The values of quantities that need one look."""
+        self.check(stages)
         paired = [stage for stage in stages if isinstance(stage, Paired)]
-        if paired and self.chunk_size == "auto":
-            raise VmapSafeValueError(
-                f'{self.call.called} with chunk_size="auto"',
-                f"{type(paired[0]).__name__} pairs samples of two chunks, and how many "
-                "samples fit into memory is only found for one",
-                "Pass an int, for samples of which twice as many fit",
-            )
         at_once = self.chunk_size is None or self.chunk_size == self.samples.count
         keep = self.looks_again if at_once else bool(paired)
-        keep = keep or any([id(stage) in self.others for stage in paired])
+        keep = keep or any([stage.other is not None for stage in paired])
         if not self._chunks:
             found = self._first(stages, keep)
         elif at_once:
@@ -293,7 +308,7 @@ class _Run:
     def _parts(self, stages: Sequence[Stage], start: int, stop: int) -> list[Part]:
         return [
             (
-                (_Nothing() if id(stage) in self.others else _With(stage, self.call))
+                (_With(stage, self.call) if stage.other is None else _Nothing())
                 if isinstance(stage, Paired)
                 else stage.part(self.call, start, stop)
             )
@@ -304,7 +319,7 @@ class _Run:
 
     def _paired(self, stage: Paired, diagonal: Sequence[Tensor]) -> Tensor:
         """(B, B2, ...), from what the chunks give with themselves."""
-        other = self.others.get(id(stage))
+        other = self._other(stage)
         if other is None:
             return self._own_pairs(stage, list(diagonal))
         return self._other_pairs(stage, other)

@@ -280,6 +280,8 @@ class Block(ABC):
 class Paired(Quantity[Tensor]):
     """A quantity of all pairs of samples, put together from blocks of some by some.
 
+    The number of a pair must not depend on which of the two is the first.
+
     Attributes:
         other: a batch (inputs, targets, ...) whose samples are the second of each pair;
             None for the call's own.

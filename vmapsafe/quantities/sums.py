@@ -21,7 +21,6 @@ from vmapsafe._errors import (
 from vmapsafe.quantities.norms import Norms, NormsPart, together
 from vmapsafe.quantities.protocol import (
     CallShape,
-    Collected,
     Grads,
     Looks,
     Part,
@@ -31,6 +30,7 @@ from vmapsafe.quantities.protocol import (
 )
 
 Number = float | Tensor
+Group = tuple[Number, list[str]]  # the norm, and the names of parameters
 
 # -- Sum, and the sum of squares -------------------------------------------------------
 
@@ -194,7 +194,7 @@ class _Weighted(Summed):
 
 
 @dataclass(frozen=True, eq=False)
-class ClippedSum(Summed):
+class ClippedSum(Reduces):
     r"""The sum of the samples' gradients, each clipped to a norm.
 
     With :math:`g_i` the gradient of sample i over all parameters,
@@ -227,20 +227,19 @@ class ClippedSum(Summed):
     """
 
     max_grad_norm: Number | Mapping[str, Number]
-    asks = ("norms",)
 
     def __post_init__(self) -> None:
         check_max_grad_norm("ClippedSum(...)", self.max_grad_norm)
 
-    def begin(self, call: CallShape) -> Collected[dict[str, Tensor]]:
+    def begin(self, call: CallShape) -> Quantity[dict[str, Tensor]]:
         _warn_if_merged(call)
-        self._groups(call)  # raises where a pattern does not fit
-        return self
+        return _Clipped(self._groups(call))
 
-    def part(self, call: CallShape, start: int, stop: int) -> Part:
-        return _ClippedPart(call, self._groups(call))
+    def looks(self, call: CallShape) -> Looks[dict[str, Tensor]]:
+        found: dict[str, Tensor] = yield self.begin(call)
+        return found
 
-    def _groups(self, call: CallShape) -> list[tuple[Number, list[str]]]:
+    def _groups(self, call: CallShape) -> list[Group]:
         """The norm and the parameters of each group."""
         if not isinstance(self.max_grad_norm, Mapping):
             return [(self.max_grad_norm, list(call.parameters))]
@@ -321,6 +320,15 @@ def _warn_if_merged(call: CallShape) -> None:
             ),
             UserWarning,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _Clipped(Summed):
+    groups: list[Group]
+    asks = ("norms",)
+
+    def part(self, call: CallShape, start: int, stop: int) -> Part:
+        return _ClippedPart(call, self.groups)
 
 
 class _ClippedPart(NormsPart):
