@@ -67,7 +67,7 @@ def computed(
     begun = {key: quantity.begin(call) for key, quantity in wanted.items()}
     stages = [s for s in begun.values() if isinstance(s, (Collected, Paired))]
     looks_again = len(stages) < len(begun)
-    run = _Run(samples, call, chunk_size, way, looks_again, _others(samples, stages))
+    run = _Run(samples, call, chunk_size, way, looks_again)
     if not looks_again:
         return dict(zip(begun, run.look(stages))), run.aux
     looks = _values(call, begun)
@@ -120,15 +120,6 @@ def _values(call: CallShape, wanted: Mapping[str, Quantity[Any]]) -> Round:
         for key, own in [*stages.items()]:
             step(key, [next(values) for _ in own])
     return found
-
-
-def _others(samples: Samples, stages: Sequence[Stage]) -> dict[int, Samples]:
-    """The samples of other batches, checked, by the quantity that pairs with them."""
-    return {
-        id(stage): samples.of_other(stage.other)
-        for stage in stages
-        if isinstance(stage, Paired) and stage.other is not None
-    }
 
 
 # -- One look --------------------------------------------------------------------------
@@ -202,7 +193,7 @@ class _Run:
         chunk_size: how many samples at a time.
         way: how some of the samples give their gradients.
         looks_again: whether there may be more than one look.
-        others: the batches to pair with, by the quantity.
+        others: the batches to pair with in this look, checked, by the quantity.
         aux: of all samples, from the first look.
     """
 
@@ -211,7 +202,7 @@ class _Run:
     chunk_size: ChunkSize
     way: Way
     looks_again: bool
-    others: dict[int, Samples]
+    others: dict[int, Samples] = field(default_factory=dict)
     aux: Any = None
     _chunks: list[_Chunk] = field(default_factory=list)
     _kept: Kept = field(default_factory=dict)
@@ -226,7 +217,13 @@ class _Run:
                 "samples fit into memory is only found for one",
                 "Pass an int, for samples of which twice as many fit",
             )
-        at_once = self.chunk_size is None or self.chunk_size == self.samples.count
+        self.others = {
+            id(stage): self.samples.of_other(stage.other)
+            for stage in paired
+            if stage.other is not None
+        }
+        size = self.chunk_size
+        at_once = size is None or size != "auto" and size >= self.samples.count
         keep = self.looks_again if at_once else bool(paired)
         keep = keep or any([id(stage) in self.others for stage in paired])
         if not self._chunks:
@@ -234,7 +231,9 @@ class _Run:
         elif at_once:
             found = [self._fed(stages)]
         else:
+            after = Draws(self.samples.randomness)
             found = [self._again(chunk, stages, keep) for chunk in self._chunks]
+            after.put_back()
         values: list[Any] = []
         for stage, parts in zip(stages, zip(*found)):
             with without_autocast(self.samples.device):
