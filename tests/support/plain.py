@@ -84,7 +84,7 @@ def switched(model: nn.Module, mode: ModeName, num_groups: int = 2) -> nn.Module
 
 
 class Meeting:
-    """Where a layer's copies, each in a thread of its own, put their inputs together."""
+    """Where a layer's copies, each in its own thread, put their inputs together."""
 
     def __init__(self, count: int, detached: bool) -> None:
         self.barrier, self.detached = threading.Barrier(count, timeout=60), detached

@@ -21,15 +21,15 @@ def rows(
     loss_fn: Loss,
     *batch: Tensor,
     names: Iterable[str] | None = None,
+    slices: bool = False,
 ) -> Rows:
     """Of the parameters that require gradients, or of those named; zeros where a loss
-    does not use one."""
+    does not use one. With ``slices`` x[i] is a batch, and not x[i : i + 1]."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if names is not None:
         params = {name: params[name] for name in names}
     columns = []
-    for i in range(len(batch[0])):
-        x, *rest = [part[i : i + 1] for part in batch]
+    for x, *rest in parts_of(batch, slices):
         loss = loss_fn(model(x), *rest).sum()
         grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
         zeros = map(torch.zeros_like, params.values())
@@ -37,22 +37,38 @@ def rows(
     return {name: torch.stack(column) for name, column in zip(params, zip(*columns))}
 
 
-def rows_in(model: nn.Module, mode: ModeName, loss_fn: Loss, *batch: Tensor) -> Rows:
+def parts_of(batch: Iterable[Tensor], slices: bool = False) -> list[tuple[Tensor, ...]]:
+    """One of each sample."""
+    if slices:
+        return [*zip(*batch)]
+    return [*zip(*[part.split(1) for part in batch])]
+
+
+def rows_in(
+    model: nn.Module,
+    mode: ModeName,
+    loss_fn: Loss,
+    *batch: Tensor,
+    slices: bool = False,
+) -> Rows:
     """Rows in a mode without "sync", by the names that parameters have in ``model``."""
     plain = _plain_in(model, mode)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
-    return dict(zip(names, rows(plain, loss_fn, *batch).values(), strict=True))
+    found = rows(plain, loss_fn, *batch, slices=slices)
+    return dict(zip(names, found.values(), strict=True))
 
 
 def losses_in(
-    model: nn.Module, mode: ModeName, loss_fn: Loss, *batch: Tensor
+    model: nn.Module,
+    mode: ModeName,
+    loss_fn: Loss,
+    *batch: Tensor,
+    slices: bool = False,
 ) -> Tensor:
     """(B,)"""
     plain = _plain_in(model, mode)
-    found = []
-    for i in range(len(batch[0])):
-        x, *rest = [part[i : i + 1] for part in batch]
-        found.append(loss_fn(plain(x), *rest).sum())
+    parts = parts_of(batch, slices)
+    found = [loss_fn(plain(x), *rest).sum() for x, *rest in parts]
     return torch.stack(found).detach()
 
 
@@ -202,22 +218,20 @@ def _by_copies(model: nn.Sequential, copies: Rows, x: Tensor) -> Tensor:
 
 
 def rows_in_sync(
-    model: nn.Module, kind: str, loss_fn: Loss, *batch: Tensor
+    model: nn.Module, kind: str, loss_fn: Loss, *batch: Tensor, slices: bool = False
 ) -> tuple[Rows, Tensor]:
     """Rows and losses of any model, each sample with its own copy of it.
 
     ``kind`` is what the rows are: "contribution", "jacobian" or "detached".
     """
-    x, *rest = batch
-    size = len(x)
-    models, run = joined(model, size, detached=kind == "detached")
-    outputs = run([x[i : i + 1] for i in range(size)])
-    parts = [[part[i : i + 1] for part in rest] for i in range(size)]
-    losses = [loss_fn(y, *more).sum() for y, more in zip(outputs, parts)]
+    parts = parts_of(batch, slices)
+    models, run = joined(model, len(parts), detached=kind == "detached")
+    outputs = run([part[0] for part in parts])
+    losses = [loss_fn(y, *rest).sum() for y, (_, *rest) in zip(outputs, parts)]
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     own = [dict(one.named_parameters()) for one in models]
     found = []
-    for i in range(size):
+    for i in range(len(parts)):
         if kind == "jacobian":
             each = [derived(losses[i], [o[n] for n in names]) for o in own]
             found.append([sum(parts, torch.zeros(())) for parts in zip(*each)])

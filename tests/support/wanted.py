@@ -41,6 +41,7 @@ def truth(
     loss_fn: slow.Loss,
     *batch: Tensor,
     chunk_size: int | None = None,
+    slices: bool = False,
 ) -> Truth:
     """Of a batch; in "sync" each chunk is a batch of its own.
 
@@ -51,15 +52,20 @@ def truth(
         loss_fn: of output and targets.
         *batch: tensors (B, ...).
         chunk_size: of the call.
+        slices: whether x[i] is a batch of its own.
 
     Returns:
         The rows and losses.
     """
     if mode != "sync":
-        rows = slow.rows_in(model, mode, loss_fn, *batch)
-        return Truth(rows, slow.losses_in(model, mode, loss_fn, *batch))
+        rows = slow.rows_in(model, mode, loss_fn, *batch, slices=slices)
+        losses = slow.losses_in(model, mode, loss_fn, *batch, slices=slices)
+        return Truth(rows, losses)
     chunks = zip(*[part.split(chunk_size or len(part)) for part in batch])
-    found = [slow.rows_in_sync(model, kind, loss_fn, *chunk) for chunk in chunks]
+    found = [
+        slow.rows_in_sync(model, kind, loss_fn, *chunk, slices=slices)
+        for chunk in chunks
+    ]
     rows = {n: torch.cat([rows[n] for rows, _ in found]) for n in found[0][0]}
     return Truth(rows, torch.cat([losses for _, losses in found]))
 

@@ -236,11 +236,11 @@ class _Run:
             after.put_back()
         values: list[Any] = []
         for stage, parts in zip(stages, zip(*found)):
+            if isinstance(stage, Paired):  # which runs chunks again, as they ran before
+                values.append(self._paired(stage, parts))
+                continue
             with without_autocast(self.samples.device):
-                if isinstance(stage, Paired):
-                    values.append(self._paired(stage, parts))
-                else:
-                    values.append(stage.joined(self.call, parts))
+                values.append(stage.joined(self.call, parts))
         return values
 
     def _first(self, stages: Sequence[Stage], keep: bool) -> list[list[Any]]:
