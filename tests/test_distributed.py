@@ -463,16 +463,16 @@ def wrapped_models(rank, device):
 
     F.cross_entropy(wrapped(x[:, 0]), y).backward()
     F.cross_entropy(plain(x[:, 0]), y).backward()
-    for p, q in zip(wrapped.parameters(), plain.parameters()):
-        assert_same(p.grad, summed(q.grad) / WORLD)
+    for p, own in zip(wrapped.parameters(), plain.parameters()):
+        assert_same(p.grad, summed(own.grad) / WORLD)
     with vmap_safe(wrapped, mode="sync"):  # autograd around the vmap trains it too
         loss = vmap(wrapped)(x).square().sum()
     wrapped.zero_grad()
     loss.backward()
     plain.zero_grad()
     plain(x.flatten(0, 1)).square().sum().backward()
-    for p, q in zip(wrapped.parameters(), plain.parameters()):
-        assert_same(p.grad, summed(q.grad) / WORLD)
+    for p, own in zip(wrapped.parameters(), plain.parameters()):
+        assert_same(p.grad, summed(own.grad) / WORLD)
 
 
 # -- Clipped sums ----------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from wanted import Cosine, assert_exact, expected, truth
+from wanted import WIDE, Cosine, assert_exact, expected, truth
 
 from vmapsafe import per_sample, per_sample_grads
 from vmapsafe import quantities as q
@@ -222,8 +222,6 @@ def test_into_memory(mlp):
 
 
 # -- Dtypes ----------------------------------------------------------------------------
-
-WIDE = (q.Norms, q.SumOfSquares, q.Gram, q.Dots, q.Sketch, Cosine)
 
 
 def cast(tree, dtype):

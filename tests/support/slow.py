@@ -96,7 +96,7 @@ def _flat(row: Tensor) -> Tensor:
 
 def clipped(rows: Rows, most: float) -> Rows:
     """The sum of the rows, each at most ``most`` long."""
-    total = {name: torch.zeros_like(row[0]) for name, row in rows.items()}
+    total = {name: row.new_zeros(row.shape[1:]) for name, row in rows.items()}
     for i, norm in enumerate(norms(rows)):
         factor = 1.0 if norm <= most else float(most / norm)
         for name, row in rows.items():
@@ -117,12 +117,12 @@ def clipped_by_groups(rows: Rows, most: Mapping[str, float]) -> Rows:
 
 
 def summed(rows: Rows) -> Rows:
-    return {name: sum(row, torch.zeros_like(row[0])) for name, row in rows.items()}
+    return {n: sum(row, row.new_zeros(row.shape[1:])) for n, row in rows.items()}
 
 
 def weighted(rows: Rows, weights: Tensor) -> Rows:
     """The sum of w_i times row i, over the samples whose weight is not 0."""
-    total = {name: torch.zeros_like(row[0]) for name, row in rows.items()}
+    total = {name: row.new_zeros(row.shape[1:]) for name, row in rows.items()}
     for i, weight in enumerate(weights.tolist()):
         for name, row in rows.items():
             if weight != 0:
@@ -138,7 +138,7 @@ def gram(rows: Rows, others: Rows) -> Tensor:
     """(B, B2)"""
     flat = torch.cat([_flat(row) for row in rows.values()], 1)
     other = torch.cat([_flat(others[name]) for name in rows], 1)
-    return torch.stack([(one * other).sum(1) for one in flat])
+    return (flat.unsqueeze(1) * other).sum(2)
 
 
 def dots(rows: Rows, vectors: Rows) -> Tensor:

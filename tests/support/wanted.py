@@ -25,6 +25,10 @@ class Cosine(q.Quantity[Tensor]):
         return cosines
 
 
+# In float32 where the parameters are in half precision.
+WIDE = (q.Norms, q.SumOfSquares, q.Gram, q.Dots, q.Sketch, Cosine)
+
+
 @dataclass
 class Truth:
     """Slow rows and losses of one batch, and the rows of another."""
