@@ -23,14 +23,17 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
+from wanted import assert_exact, truth
 
 from vmapsafe import (
     clipped_grad_sum,
+    per_sample,
     per_sample_grad_norms,
     per_sample_grads,
     per_sample_sketch,
-    vmap_safe,
 )
+from vmapsafe import quantities as q
+from vmapsafe import vmap_safe
 from vmapsafe.testing import assert_same
 
 WORLD = 2
@@ -460,16 +463,16 @@ def wrapped_models(rank, device):
 
     F.cross_entropy(wrapped(x[:, 0]), y).backward()
     F.cross_entropy(plain(x[:, 0]), y).backward()
-    for p, q in zip(wrapped.parameters(), plain.parameters()):
-        assert_same(p.grad, summed(q.grad) / WORLD)
+    for p, own in zip(wrapped.parameters(), plain.parameters()):
+        assert_same(p.grad, summed(own.grad) / WORLD)
     with vmap_safe(wrapped, mode="sync"):  # autograd around the vmap trains it too
         loss = vmap(wrapped)(x).square().sum()
     wrapped.zero_grad()
     loss.backward()
     plain.zero_grad()
     plain(x.flatten(0, 1)).square().sum().backward()
-    for p, q in zip(wrapped.parameters(), plain.parameters()):
-        assert_same(p.grad, summed(q.grad) / WORLD)
+    for p, own in zip(wrapped.parameters(), plain.parameters()):
+        assert_same(p.grad, summed(own.grad) / WORLD)
 
 
 # -- Clipped sums ----------------------------------------------------------------------
@@ -564,6 +567,143 @@ def one_without_norms_or_sketches_leaves_none_waiting(rank, device):
             assert 'gather="all": 1 of 2 processes failed' in str(caught.value)
         whole = call(net, F.mse_loss, x, t)
         assert_same(call(net, F.mse_loss, *mine, gather="all"), whole)
+
+
+# -- Quantities of all processes -------------------------------------------------------
+
+
+def ready(device):
+    """The network with plain batch norm, and the whole batch of samples."""
+    net, (x, t) = small(device), [v[:, 0] for v in batch(device)]
+    net = replaced(net, batch_norm)
+    net(x)
+    return net, x, t
+
+
+def quantities_of(net, **gather_and_reduce):
+    """Those that processes put together, and what is to be told to each."""
+    gather = {"gather": gather_and_reduce.get("gather")}
+    reduce = {"reduce": gather_and_reduce.get("reduce")}
+    vectors = {n: torch.cos(p.detach()) for n, p in net.named_parameters()}
+    several = {n: torch.stack([v, 1 - v, v * v]) for n, v in vectors.items()}
+    return {
+        "losses": q.Losses(**gather),
+        "norms": q.Norms(**gather),
+        "norms by parameter": q.Norms(per_parameter=True, **gather),
+        "dots": q.Dots(vectors, **gather),
+        "dots with three": q.Dots(several, **gather),
+        "sketch": q.Sketch(k=5, **gather),
+        "sum": q.Sum(**reduce),
+        "squares": q.SumOfSquares(**reduce),
+        "automatic": q.WeightedSum(lambda norms: 1 / (norms + 0.1), **reduce),
+        "clipped": q.ClippedSum(0.5, **reduce),
+        "clipped by groups": q.ClippedSum({"0.*": 0.5, "*": 1.0}, **reduce),
+    }
+
+
+ALL = {"gather": "all", "reduce": "all"}
+
+
+@check
+def quantities_of_all_processes(rank, device):
+    """Alone, together and in chunks they are those of the whole batch, from shares of
+    any size."""
+    net, x, t = ready(device)
+    known = truth(net, "eval", "", F.mse_loss, x, t)
+    wanted = quantities_of(net, **ALL)
+    for mine in (share(rank, x, t), (x, t) if rank else (x[:0], t[:0])):
+        for chunk_size in (None, 2):
+            options = {"chunk_size": chunk_size}
+            found = per_sample(net, F.mse_loss, *mine, want=wanted, **options)
+            for key, quantity in wanted.items():
+                assert_exact(quantity, found[key], known)
+        for quantity in wanted.values():
+            found = per_sample(net, F.mse_loss, *mine, want=quantity)
+            assert_exact(quantity, found, known)
+
+
+@check
+def weights_of_each_process(rank, device):
+    """A tensor of weights has one for each sample of the process."""
+    net, x, t = ready(device)
+    known = truth(net, "eval", "", F.mse_loss, x, t)
+    weights = torch.linspace(-1, 2, len(x), device=device)
+    for mine in (share(rank, x, t, weights), [v[: rank * 7] for v in (x, t, weights)]):
+        want = q.WeightedSum(mine[2], reduce="all")
+        found = per_sample(net, F.mse_loss, *mine[:2], want=want)
+        assert_exact(q.WeightedSum(weights), found, known)
+
+
+@check
+def each_quantity_has_its_own_processes(rank, device):
+    """Of one call, some are of all processes and some of this one; so is aux."""
+
+    def with_aux(output, target):
+        return F.mse_loss(output, target), output.detach()
+
+    net, x, t = ready(device)
+    mine = share(rank, x, t)
+    whole = truth(net, "eval", "", F.mse_loss, x, t)
+    own = truth(net, "eval", "", F.mse_loss, *mine)
+    here, there = quantities_of(net), quantities_of(net, **ALL)
+    both = [pair for pairs in zip(here.items(), there.items()) for pair in pairs]
+    wanted = {f"{i} {key}": quantity for i, (key, quantity) in enumerate(both)}
+    wanted["gram"] = q.Gram()
+    found, aux = per_sample(net, with_aux, *mine, want=wanted, has_aux=True)
+    assert len(aux) == len(mine[0])
+    for key, quantity in wanted.items():
+        known = own if quantity.across()[1] is None else whole
+        assert_exact(quantity, found[key], known)
+
+
+@check
+def contributions_of_all_processes(rank, device):
+    """Quantities of "sync", whose statistics are those of both."""
+    net, (x, t) = small(device), [v[:, 0] for v in batch(device)]
+
+    def loss_fn(out, t):
+        return (out - t).square().sum()
+
+    plain = replaced(net, batch_norm)
+    known = truth(plain, "sync", "contribution", loss_fn, x, t)
+    wanted = quantities_of(net, **ALL)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*bounds no sample's influence")
+        found = per_sample(net, loss_fn, *share(rank, x, t), want=wanted, mode="sync")
+    for key, quantity in wanted.items():
+        assert_exact(quantity, found[key], known)
+
+
+@check
+def one_without_quantities_leaves_none_waiting(rank, device):
+    """Whatever it fails at: an argument, the shape of weights, the user's function."""
+    net, x, t = ready(device)
+    mine = share(rank, x, t)
+    size = len(mine[0]) + rank  # one too many in the second process
+
+    def fails(norms):
+        if rank:
+            raise KeyError("mine")
+        return norms
+
+    for quantity, error in (
+        (q.WeightedSum(torch.ones(size, device=device), reduce="all"), ValueError),
+        (q.WeightedSum(fails, reduce="all"), KeyError),
+        (q.ClippedSum({"*": 1.0, **({"no": 1.0} if rank else {})}, **RED), ValueError),
+        (q.Dots({} if rank else dict(net.named_parameters()), **GAT), ValueError),
+    ):
+        for want in (quantity, {"a": q.Norms(), "b": quantity}):
+            with pytest.raises(error if rank else RuntimeError) as caught:
+                per_sample(net, F.mse_loss, *mine, want=want)
+            if not rank:
+                assert "1 of 2 processes failed. See their" in str(caught.value)
+    known = truth(net, "eval", "", F.mse_loss, x, t)
+    norms = q.Norms(gather="all")
+    found = per_sample(net, F.mse_loss, *mine, want=norms)
+    assert_exact(norms, found, known)
+
+
+RED, GAT = {"reduce": "all"}, {"gather": "all"}
 
 
 # -- Two processes, all checks ---------------------------------------------------------

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from fuzz_cases import FIRST_ORDER, OF_ONE, OUTS, SHORT, Case, Values
+from fuzz_cases import FIRST_ORDER, OF_ONE, OUTS, QUANTITIES, SHORT, Case, Values
 from fuzz_reference import (
     Own,
     Reference,
@@ -39,6 +39,9 @@ from slow import matrix
 from state import State, assert_same_state, everything
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from wanted import WIDE, Truth, expected
+
+from vmapsafe.quantities import Gram, Losses
 
 # Of the largest entry: what may differ. In lower precision also some times the error
 # of the reference itself in that precision.
@@ -81,6 +84,16 @@ class World:
             self.x.requires_grad_()
         self.merged = False
         self.masks = [self.cast(m) for m in aux[1]] if case.dropout else []
+        self.size = case.size
+        self.losses: Slices = []
+
+    def other(self) -> "World":
+        """The same with the other batch."""
+        world = copy.copy(self)
+        parts = [self.cast(t) for t in self.case.other]
+        world.x, world.y, world.scale, world.another = parts
+        world.size, world.losses = len(world.x), []
+        return world
 
     def cast(self, t: Tensor) -> Tensor:
         t = t.detach().clone(memory_format=torch.contiguous_format)
@@ -118,10 +131,10 @@ class World:
         """Places of the samples that a call sees together."""
         case = self.case
         if case.mode != "sync":
-            return [[i] for i in range(case.size)]
-        step = case.chunk_size if type(case.chunk_size) is int else case.size
-        places = list(range(case.size))
-        return [places[i : i + step] for i in range(0, case.size, step)]
+            return [[i] for i in range(self.size)]
+        step = case.chunk_size if type(case.chunk_size) is int else self.size
+        places = list(range(self.size))
+        return [places[i : i + step] for i in range(0, self.size, step)]
 
     def slices(self, where: Sequence[int], tensor: Tensor) -> Slices:
         part = [tensor[i] for i in where]
@@ -172,6 +185,7 @@ class World:
             parts = zip(found, where, copies, extra)
             losses = [self.loss_of(o, i, c, e) for o, i, c, e in parts]
             outs += found
+            self.losses += [loss.detach() for loss in losses]
             for j, own in enumerate(copies):
                 total = losses[j] if case.rows == "jacobian" else total_of(losses)
                 leaves = [own[n] for n in names] + ([xs[j]] if by_input else [])
@@ -186,13 +200,12 @@ class World:
         case, what = self.case, self.case.what
         if what in SHORT:
             if case.size == 0:
-                shapes = {n: (0, *self.values[n].shape) for n in case.names}
-                rows = {n: torch.zeros(s, dtype=self.dtype) for n, s in shapes.items()}
-                return self.made_of(rows), (
-                    torch.zeros(0, OUTS) if case.has_aux else None
+                heads = (0,) if what in OF_ONE else (0, case.each)
+                return self.made_of(self.no_rows()), (
+                    torch.zeros(*heads, OUTS) if case.has_aux else None
                 )
             rows, _, outs = self.row_parts()
-            outs = outs.squeeze(1)
+            outs = outs.squeeze(1) if what in OF_ONE else outs
             return self.made_of(rows), outs if case.has_aux else None
         if what == "vmap of grad":
             rows, inputs, outs = self.row_parts(by_input=case.by_input)
@@ -209,8 +222,25 @@ class World:
             return dict(zip(leaves, derivative(total, list(leaves.values())))), None
         return getattr(self, "of_" + what.replace(" ", "_"))(), None
 
+    def no_rows(self) -> Values:
+        shapes = {n: (0, *self.values[n].shape) for n in self.case.names}
+        return {n: torch.zeros(s, dtype=self.dtype) for n, s in shapes.items()}
+
+    def quantities_of(self, rows: Values) -> object:
+        """Of each quantity that was asked for, from rows."""
+        known = Truth(_double(rows), torch.stack(self.losses or [torch.zeros(0)]))
+        known.losses = known.losses.reshape(self.size)
+        wanted = self.case.wanted
+        if any(isinstance(w, Gram) and w.other is not None for w in wanted.values()):
+            world = self.other()
+            others = world.row_parts()[0] if world.size else self.no_rows()
+            known.others = _double(others)
+        return {key: expected(quantity, known) for key, quantity in wanted.items()}
+
     def made_of(self, rows: Values) -> object:
         case = self.case
+        if case.what in QUANTITIES:
+            return self.quantities_of(rows)
         flat = {n: r.reshape(len(r), r[:1].numel()) for n, r in rows.items()}
         squares = {n: r.square().sum(1) for n, r in flat.items()}
         if case.what == "rows":
@@ -449,6 +479,10 @@ class World:
         return outs, given
 
 
+def _double(rows: Values) -> Values:
+    return {n: r.detach().double() for n, r in rows.items()}
+
+
 def in_training(net: nn.Module) -> nn.Module:
     """A copy whose layers are in training, but for those that their owner froze."""
     frozen = net.training
@@ -526,27 +560,59 @@ def difference(found: object, expected: object, floor: float) -> tuple[float, st
     return worst, where
 
 
+def off_by(case: Case, found: Any, expected: Any, floor: float) -> tuple[float, str]:
+    """:func:`difference`, of each quantity for itself."""
+    if case.what not in QUANTITIES:
+        return difference(found, expected, floor)
+    if isinstance(expected, tuple):  # with aux
+        all_of = [("aux", found[1], expected[1])]
+        found, expected = found[0], expected[0]
+    else:
+        all_of = []
+    all_of += [(key, found[key], wanted) for key, wanted in expected.items()]
+    worst, where = 0.0, ""
+    for key, one, wanted in all_of:
+        off, name = difference(one, wanted, floor)
+        if not off <= worst:
+            worst, where = off, f"{key}: {name}"
+            if math.isnan(off):
+                break
+    return worst, where
+
+
+def check_dtypes(case: Case, found: Any) -> None:
+    """Raise where a result has another dtype than the parameters, or float32."""
+    halves = case.dtype == torch.bfloat16
+    given = found.items() if case.what in QUANTITIES else [(case.what, found)]
+    for key, value in given:
+        wide = case.what in ("norms", "sketch")
+        if case.what in QUANTITIES:
+            quantity = case.wanted[key]
+            if isinstance(quantity, Losses) and case.autocast:
+                continue
+            wide = isinstance(quantity, WIDE)
+        of = torch.float32 if halves and wide else case.dtype
+        leaves = list(value.values()) if isinstance(value, dict) else [value]
+        if any(leaf.dtype != of for leaf in leaves):
+            raise Mismatch(f"{key} has dtype {leaves[0].dtype} instead of {of}")
+
+
 def compare(case: Case, found: Any, aux: Any) -> str:
     world = World(case, torch.float64, aux)
     expected, outs = world.answer()
     if outs is not None:
         found, expected = (found, aux[0]), (expected, outs)
     if case.what in SHORT:
-        wide = case.dtype == torch.bfloat16 and case.what in ("norms", "sketch")
-        of = torch.float32 if wide else case.dtype
-        given = found[0] if outs is not None else found
-        given = list(given.values()) if isinstance(given, dict) else [given]
-        if any(g.dtype != of for g in given):
-            raise Mismatch(f"dtype {given[0].dtype} instead of {of}")
+        check_dtypes(case, found[0] if outs is not None else found)
     rough = torch.bfloat16 if case.autocast else case.dtype
     tolerance = TOLERANCES[rough]
     floor = FLOORS[rough] * case.factor
-    off, where = difference(found, expected, floor)
+    off, where = off_by(case, found, expected, floor)
     if not off < tolerance:
         same, outs = World(case, rough, aux, shaken=True).answer()
         if outs is not None:
             same = same, outs
-        itself, _ = difference(same, expected, floor)
+        itself, _ = off_by(case, same, expected, floor)
         tolerance = max(tolerance, 10 * itself)
         if tolerance > 0.5 or math.isnan(itself):
             return "too rough to compare"

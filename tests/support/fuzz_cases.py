@@ -28,11 +28,15 @@ from torch.func import (
     vmap,
 )
 from torch.nn.modules.batchnorm import _NormBase
+from wanted import Cosine
 
 import vmapsafe
-from vmapsafe import batched, vmap_safe
+from vmapsafe import batched
+from vmapsafe import quantities as q
+from vmapsafe import vmap_safe
 from vmapsafe._block.vmap_safe import Block
 from vmapsafe._rows.chunks import ChunkSize
+from vmapsafe.quantities.sketch import KINDS
 
 OUTS = 3
 
@@ -40,6 +44,8 @@ Values = dict[str, Tensor]
 
 # What is asked, and how often.
 SHORT = {"rows": 7, "norms": 4, "clipped": 3, "sketch": 2}
+QUANTITIES = {"quantities": 9, "quantities of slices": 3}
+SHORT.update(QUANTITIES)
 OTHERS = {
     "vmap": 3,
     "vmap of vmap": 1,
@@ -81,7 +87,13 @@ FIRST_ORDER += ("ensemble of grad", "converted")
 NAMED_TWICE = (*SHORT, "vmap", "vmap of vmap", "backward", "batched")
 IN_CHUNKS = (*WITH_DROPOUT, "batched", "batched grad", "backward of rows")
 ONE_SLICE = ("backward", "grad", "jvp", "jacrev", "jacfwd", "hessian")
-OF_ONE = (*SHORT, "batched", "batched grad", "grad of rows", "backward of rows")
+OF_ONE = (
+    *(what for what in SHORT if what != "quantities of slices"),
+    "batched",
+    "batched grad",
+    "grad of rows",
+    "backward of rows",
+)
 # -- Inputs ----------------------------------------------------------------------------
 
 
@@ -225,7 +237,7 @@ class Case:
         self.another, _ = laid_out(another, rng)
         heads = shape[: len(shape) - len(self.shape)]
         self.loss = rng.choice(("cross entropy", "squares", "sine", "none"))
-        if self.loss == "none" and self.what not in SHORT:
+        if self.loss == "none" and (self.what not in SHORT or self.each != 1):
             self.loss = "squares"
         if self.loss in ("cross entropy", "none"):
             self.y, self.y_format = laid_out(torch.randint(OUTS, heads), rng)
@@ -248,7 +260,7 @@ class Case:
             self.chunk_size = "auto"
         self.inputs = rng.choice(("x", "x", "x", "tuple", "dict")) if short else "x"
         self.rows = "contribution"
-        if short and self.mode == "sync":
+        if short and self.mode == "sync" and self.what in OF_ONE:
             self.rows = rng.choice(("contribution", "jacobian", "detached"))
         self.has_aux = self.dropout or (short and rng.random() < 0.2)
         self.regularised = short and rng.random() < 0.1
@@ -311,6 +323,67 @@ class Case:
         self.inside = rng.random() < 0.5
         self.by_input = not self.words and rng.random() < 0.4
 
+        if self.what in QUANTITIES:
+            self._draw_quantities()
+
+    def _draw_quantities(self) -> None:
+        """Some, with what they are given, and another batch to pair with."""
+        rng = self.rng
+        size = rng.choice((0, 1, 1, 2, 3, 5, 6))
+        heads = (size, *self.y.shape[1 : self.y.dim() - (self.y.dtype != torch.long)])
+        shape = (*heads, *self.shape)
+        like = torch.randint if self.words else torch.randn
+        first = (self.words, shape) if self.words else (shape,)
+        x, another = (like(*first) for _ in range(2))
+        y = torch.randint(OUTS, heads) if self.y.dtype == torch.long else None
+        y = torch.randn(*heads, OUTS) if y is None else y
+        scale = torch.rand(heads) + 0.5
+        parts = [laid_out(_cast(t, self.dtype), rng)[0] for t in (x, y, scale, another)]
+        self.other = parts
+        makers = self._makers()
+        count = rng.choice((1, 1, 2, 3, 5))
+        chosen = rng.choices(list(makers), k=count)
+        self.wanted = {f"{i} {n}": makers[n]() for i, n in enumerate(chosen)}
+        self.alone = count == 1 and rng.random() < 0.7
+
+    def _makers(self) -> dict[str, Callable[[], q.Quantity[Any]]]:
+        rng, dtype = self.rng, self.dtype
+        values = {n: self.values[n] for n in self.names}
+        weights = torch.randn(self.size).to(rng.choice((dtype, torch.float64)))
+        if self.size:
+            weights[rng.randrange(self.size)] = 0
+        functions = (_automatic, _at_most_one, torch.ones_like)
+        most = rng.choice((0.01, 0.3, 3.0, 1e9))
+        groups = {rng.choice(self.names): most, "*": rng.choice((0.1, 2.0))}
+        if len(self.names) == 1:
+            groups = {"*": most}
+        many = rng.choice(((), (), (1,), (3,), (5,)))
+        vectors = {
+            n: torch.randn((*many, *v.shape)).to(dtype) for n, v in values.items()
+        }
+        k, kind = rng.choice((3, 70)), rng.choice(KINDS)
+        found: dict[str, Callable[[], q.Quantity[Any]]] = {
+            "losses": q.Losses,
+            "norms": lambda: q.Norms(per_parameter=rng.random() < 0.5),
+            "sum": q.Sum,
+            "squares": q.SumOfSquares,
+            "clipped": lambda: q.ClippedSum(most),
+            "groups": lambda: q.ClippedSum(groups),
+            "weighted": lambda: q.WeightedSum(weights),
+            "automatic": lambda: q.WeightedSum(rng.choice(functions)),
+            "dots": lambda: q.Dots(vectors),
+            "sketch": lambda: q.Sketch(k, kind, rng.randrange(9)),
+            "rows": q.Rows,
+            "cosine": Cosine,
+        }
+        if self.chunk_size != "auto":
+            found["gram"] = q.Gram
+            if not self.dropout:
+                x, y, scale, another = self.other
+                other = self.batch_of(x, y, scale, another)
+                found["gram with another"] = lambda: q.Gram(other=other)
+        return found
+
     def _another_state(self) -> Values:
         """A state dict of other numbers; what is tied stays so."""
         net, made = self.net, {}
@@ -339,6 +412,7 @@ class Case:
                 "values",
                 "state",
                 "buffers",
+                "other",
             )
         }
         shapes = f"x {tuple(self.x.shape)} strides {self.x.stride()}"
@@ -408,10 +482,7 @@ class Case:
         x = self.x
         if self.watched:
             x = x.detach().requires_grad_()
-        inputs = {"x": x, "tuple": (x, self.scale), "dict": None}[self.inputs]
-        if self.inputs == "dict":
-            inputs = {"scale": self.scale, "x": x}
-        batch = [inputs, self.y, *([self.another] if self.twice else [])]
+        batch = self.batch_of(x, self.y, self.scale, self.another)
         options: dict[str, Any] = {
             "mode": self.mode,
             "rows": self.rows,
@@ -444,11 +515,28 @@ class Case:
         elif self.what == "clipped":
             function = vmapsafe.clipped_grad_sum
             options["max_grad_norm"] = self.max_grad_norm * self.factor
+        elif self.what in QUANTITIES:
+            function = vmapsafe.per_sample
+            wanted = self.wanted
+            options["want"] = next(iter(wanted.values())) if self.alone else wanted
+            options["keep_batch_dim"] = self.what in OF_ONE
         else:
             function = vmapsafe.per_sample_sketch
             options.update(k=self.k, kind=self.kind, seed=self.seed)
         found = function(net, loss_fn, *batch, **options)
-        return found if self.has_aux else (found, None)
+        found, aux = found if self.has_aux else (found, None)
+        if self.what in QUANTITIES and self.alone:
+            found = dict.fromkeys(self.wanted, found)
+        return found, aux
+
+    def batch_of(
+        self, x: Tensor, y: Tensor, scale: Tensor, another: Tensor
+    ) -> tuple[Any, ...]:
+        """What a call gets of these."""
+        inputs: Any = {"x": x, "tuple": (x, scale), "dict": None}[self.inputs]
+        if self.inputs == "dict":
+            inputs = {"scale": scale, "x": x}
+        return (inputs, y, *([another] if self.twice else []))
 
     def mapped(
         self,
@@ -805,6 +893,18 @@ def everywhere(algorithm: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         take_every_size(monkeypatch, algorithm, columns=8)
         yield
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype) if t.is_floating_point() else t
+
+
+def _automatic(norms: Tensor) -> Tensor:
+    return 1 / (norms + 0.1)
+
+
+def _at_most_one(norms: Tensor) -> Tensor:
+    return norms.clamp(max=1)
 
 
 def _one_each(channels: int) -> int:

@@ -1,6 +1,9 @@
 """The slow meanings, in plain torch: no vmap, nothing of vmapsafe."""
 
 import copy
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import torch
@@ -75,6 +78,84 @@ def switched(model: nn.Module, mode: ModeName, num_groups: int = 2) -> nn.Module
         elif mode not in ("group_norm", "no_running_stats"):
             raise ValueError(f"there is no plain form of mode {mode!r}")
     return model
+
+
+# -- "sync", with a copy of the model for each slice -----------------------------------
+
+
+class Meeting:
+    """Where a layer's copies, each in its own thread, put their inputs together."""
+
+    def __init__(self, count: int, detached: bool) -> None:
+        self.barrier, self.detached = threading.Barrier(count, timeout=60), detached
+        self.inputs: dict[int, Tensor] = {}
+
+    def statistics(self, place: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of all inputs, in the order of their places."""
+        self.inputs[place] = x
+        self.barrier.wait()
+        whole = torch.cat([self.inputs[i] for i in sorted(self.inputs)])
+        self.barrier.wait()  # before the layer is used again
+        dims = [d for d in range(x.dim()) if d != 1]
+        mean = whole.mean(dims, keepdim=True)
+        var = (whole - mean).square().mean(dims, keepdim=True)
+        return (mean.detach(), var.detach()) if self.detached else (mean, var)
+
+
+class Joined(nn.Module):
+    """Normalises a slice by the statistics of all slices, written out."""
+
+    def __init__(self, layer: _NormBase, meeting: Meeting, place: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
+        self.meeting, self.place = meeting, place
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.meeting.statistics(self.place, x)
+        y = (x - mean) / (var + self.eps).sqrt()
+        per_channel = [1, -1] + [1] * (y.dim() - 2)
+        if self.weight is not None:
+            y = y * self.weight.view(per_channel)
+        if self.bias is not None:
+            y = y + self.bias.view(per_channel)
+        return y
+
+
+def joined(
+    model: nn.Module, count: int, detached: bool = False
+) -> tuple[list[nn.Module], Callable[[Sequence[Tensor]], list[Tensor]]]:
+    """Copies of ``model``, one for each slice, whose batch norm joins all slices.
+
+    Args:
+        model: in training mode.
+        count: of slices.
+        detached: whether the statistics are constants.
+
+    Returns:
+        The copies, and a function from all slices to their outputs.
+    """
+    copies = [copy.deepcopy(model) for _ in range(count)]
+    meetings: dict[str, Meeting] = {}
+    for place, net in enumerate(copies):
+        for name, layer in list(net.named_modules()):
+            if isinstance(layer, _BatchNorm):
+                meeting = meetings.setdefault(name, Meeting(count, detached))
+                _replace(net, name, Joined(layer, meeting, place))
+
+    def one(net: nn.Module, x: Tensor) -> Tensor:
+        try:
+            y: Tensor = net(x)
+            return y
+        except BaseException:
+            for meeting in meetings.values():
+                meeting.barrier.abort()
+            raise
+
+    def run(slices: Sequence[Tensor]) -> list[Tensor]:
+        with ThreadPoolExecutor(count) as pool:
+            return list(pool.map(one, copies, slices))
+
+    return copies, run
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -1,12 +1,13 @@
-"""Rows, their norms, clipped sums and sketches, by a loop of plain backward passes."""
+"""Rows and what follows from them, by a loop of plain backward passes."""
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
-from plain import ModeName, switched
+from plain import ModeName, joined, switched
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,15 +21,15 @@ def rows(
     loss_fn: Loss,
     *batch: Tensor,
     names: Iterable[str] | None = None,
+    slices: bool = False,
 ) -> Rows:
     """Of the parameters that require gradients, or of those named; zeros where a loss
-    does not use one."""
+    does not use one. With ``slices`` x[i] is a batch, and not x[i : i + 1]."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if names is not None:
         params = {name: params[name] for name in names}
     columns = []
-    for i in range(len(batch[0])):
-        x, *rest = [part[i : i + 1] for part in batch]
+    for x, *rest in parts_of(batch, slices):
         loss = loss_fn(model(x), *rest).sum()
         grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
         zeros = map(torch.zeros_like, params.values())
@@ -36,14 +37,47 @@ def rows(
     return {name: torch.stack(column) for name, column in zip(params, zip(*columns))}
 
 
-def rows_in(model: nn.Module, mode: ModeName, loss_fn: Loss, *batch: Tensor) -> Rows:
+def parts_of(batch: Iterable[Tensor], slices: bool = False) -> list[tuple[Tensor, ...]]:
+    """One of each sample."""
+    if slices:
+        return [*zip(*batch)]
+    return [*zip(*[part.split(1) for part in batch])]
+
+
+def rows_in(
+    model: nn.Module,
+    mode: ModeName,
+    loss_fn: Loss,
+    *batch: Tensor,
+    slices: bool = False,
+) -> Rows:
     """Rows in a mode without "sync", by the names that parameters have in ``model``."""
+    plain = _plain_in(model, mode)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    found = rows(plain, loss_fn, *batch, slices=slices)
+    return dict(zip(names, found.values(), strict=True))
+
+
+def losses_in(
+    model: nn.Module,
+    mode: ModeName,
+    loss_fn: Loss,
+    *batch: Tensor,
+    slices: bool = False,
+) -> Tensor:
+    """(B,)"""
+    plain = _plain_in(model, mode)
+    parts = parts_of(batch, slices)
+    found = [loss_fn(plain(x), *rest).sum() for x, *rest in parts]
+    return torch.stack(found).detach()
+
+
+def _plain_in(model: nn.Module, mode: ModeName) -> nn.Module:
     plain = switched(model, mode)
     for module in plain.modules():  # torch's kernel is wrong for one sample else
         if isinstance(module, _BatchNorm):
             module.register_forward_hook(_contiguous_gradient)
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    return dict(zip(names, rows(plain, loss_fn, *batch).values(), strict=True))
+    return plain
 
 
 def _contiguous_gradient(module: nn.Module, args: object, output: Tensor) -> None:
@@ -62,12 +96,63 @@ def _flat(row: Tensor) -> Tensor:
 
 def clipped(rows: Rows, most: float) -> Rows:
     """The sum of the rows, each at most ``most`` long."""
-    total = {name: torch.zeros_like(row[0]) for name, row in rows.items()}
+    total = {name: row.new_zeros(row.shape[1:]) for name, row in rows.items()}
     for i, norm in enumerate(norms(rows)):
         factor = 1.0 if norm <= most else float(most / norm)
         for name, row in rows.items():
             total[name] += factor * row[i]
     return total
+
+
+def clipped_by_groups(rows: Rows, most: Mapping[str, float]) -> Rows:
+    """The same, where each pattern of names has a norm for its own parameters."""
+    groups: dict[str, Rows] = {}
+    for name, row in rows.items():
+        first = next(pattern for pattern in most if fnmatchcase(name, pattern))
+        groups.setdefault(first, {})[name] = row
+    sums: Rows = {}
+    for pattern, group in groups.items():
+        sums.update(clipped(group, most[pattern]))
+    return {name: sums[name] for name in rows}
+
+
+def summed(rows: Rows) -> Rows:
+    return {n: sum(row, row.new_zeros(row.shape[1:])) for n, row in rows.items()}
+
+
+def weighted(rows: Rows, weights: Tensor) -> Rows:
+    """The sum of w_i times row i, over the samples whose weight is not 0."""
+    total = {name: row.new_zeros(row.shape[1:]) for name, row in rows.items()}
+    for i, weight in enumerate(weights.tolist()):
+        for name, row in rows.items():
+            if weight != 0:
+                total[name] += weight * row[i]
+    return total
+
+
+def squares(rows: Rows) -> Rows:
+    return summed({name: row * row for name, row in rows.items()})
+
+
+def gram(rows: Rows, others: Rows) -> Tensor:
+    """(B, B2)"""
+    flat = torch.cat([_flat(row) for row in rows.values()], 1)
+    other = torch.cat([_flat(others[name]) for name in rows], 1)
+    return (flat.unsqueeze(1) * other).sum(2)
+
+
+def dots(rows: Rows, vectors: Rows) -> Tensor:
+    """(B,), or (B, K) with K vectors."""
+    found = []
+    for name, row in rows.items():
+        vector = vectors[name].to(row.dtype)
+        dims = list(range(1, row.dim()))
+        if vector.dim() < row.dim():
+            found.append((row * vector).sum(dims) if dims else row * vector)
+            continue
+        each = [row * one for one in vector]
+        found.append(torch.stack([e.sum(dims) if dims else e for e in each], 1))
+    return torch.stack(found).sum(0)
 
 
 # -- Sketches --------------------------------------------------------------------------
@@ -130,3 +215,34 @@ def _by_copies(model: nn.Sequential, copies: Rows, x: Tensor) -> Tensor:
         else:
             x = layer(x)
     return x
+
+
+def rows_in_sync(
+    model: nn.Module, kind: str, loss_fn: Loss, *batch: Tensor, slices: bool = False
+) -> tuple[Rows, Tensor]:
+    """Rows and losses of any model, each sample with its own copy of it.
+
+    ``kind`` is what the rows are: "contribution", "jacobian" or "detached".
+    """
+    parts = parts_of(batch, slices)
+    models, run = joined(model, len(parts), detached=kind == "detached")
+    outputs = run([part[0] for part in parts])
+    losses = [loss_fn(y, *rest).sum() for y, (_, *rest) in zip(outputs, parts)]
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    own = [dict(one.named_parameters()) for one in models]
+    found = []
+    for i in range(len(parts)):
+        if kind == "jacobian":
+            each = [derived(losses[i], [o[n] for n in names]) for o in own]
+            found.append([sum(parts, torch.zeros(())) for parts in zip(*each)])
+        else:
+            total = losses[i] if kind == "detached" else torch.stack(losses).sum()
+            found.append(derived(total, [own[i][n] for n in names]))
+    rows = {n: torch.stack(column) for n, column in zip(names, zip(*found))}
+    return rows, torch.stack(losses).detach()
+
+
+def derived(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """The gradient, zeros where there is none."""
+    found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]

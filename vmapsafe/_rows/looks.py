@@ -240,7 +240,8 @@ class _Run:
         """The values of quantities that need one look."""
         self.check(stages)
         paired = [stage for stage in stages if isinstance(stage, Paired)]
-        at_once = self.chunk_size is None or self.chunk_size == self.samples.count
+        size = self.chunk_size
+        at_once = size is None or size != "auto" and size >= self.samples.count
         keep = self.looks_again if at_once else bool(paired)
         keep = keep or any([stage.other is not None for stage in paired])
         if not self._chunks:
@@ -248,14 +249,16 @@ class _Run:
         elif at_once:
             found = [self._fed(stages)]
         else:
+            after = Draws(self.samples.randomness)
             found = [self._again(chunk, stages, keep) for chunk in self._chunks]
+            after.put_back()
         values: list[Any] = []
         for stage, parts in zip(stages, zip(*found)):
+            if isinstance(stage, Paired):  # which runs chunks again, as they ran before
+                values.append(self._paired(stage, parts))
+                continue
             with without_autocast(self.samples.device):
-                if isinstance(stage, Paired):
-                    values.append(self._paired(stage, parts))
-                else:
-                    values.append(stage.joined(self.call, parts))
+                values.append(stage.joined(self.call, parts))
         return values
 
     def _first(self, stages: Sequence[Stage], keep: bool) -> list[list[Any]]:

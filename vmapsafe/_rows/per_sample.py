@@ -200,12 +200,12 @@ def _check_want(want: object) -> None:
         if isinstance(one, q.Quantity):
             continue
         what = f"want[{key!r}]" if several else "want"
+        found = f"{what} is {shown(one)}, {a_kind(one)}"
         do = "Pass an object of vmapsafe.quantities, such as Norms(), or a dict of some"
         if isinstance(one, type) and issubclass(one, q.Quantity):
+            found = f"{what} is the class {one.__name__}"
             do = f"Write {one.__name__}(...), with parentheses"
-        raise VmapSafeTypeError(
-            _PER_SAMPLE, f"{what} is {shown(one)}, {a_kind(one)}", do
-        )
+        raise VmapSafeTypeError(_PER_SAMPLE, found, do)
     if several and not want:
         raise VmapSafeValueError(
             _PER_SAMPLE, "want is empty", 'Name at least one, {"norms": Norms()}'

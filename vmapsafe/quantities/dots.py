@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, shown
+from vmapsafe._torch import current_level
 from vmapsafe.quantities.protocol import (
     CallShape,
     Gathers,
@@ -61,7 +62,9 @@ class Dots(Gathers[Tensor]):
         many = _checked(call, self.vectors)
         vectors = {}
         for name, value in call.parameters.items():
-            vector = self.vectors[name].detach().to(wide(value.new_empty(0)).dtype)
+            vector = self.vectors[name]
+            vector = vector if current_level() else vector.detach()
+            vector = vector.to(wide(value.new_empty(0)).dtype)
             vectors[name] = vector if many else vector.unsqueeze(0)
         return _DotsOfCall(vectors, many)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vmapsafe._modes import Mode
 from vmapsafe._processes import gathered, summed
-from vmapsafe._torch import tree_map
+from vmapsafe._torch import is_plain, tree_map
 from vmapsafe.rules.formulas import Formula, Made, can_look, masked
 
 T = TypeVar("T", covariant=True)
@@ -144,6 +144,8 @@ class Grads:
             if not len(grad):
                 return grad.new_zeros(self.shape)
             return self._formula.weighted(x, grad, factors[left])
+        if not is_plain(factors):  # a factor of 0 may have a derivative
+            left = left | _finite(self._x) & _finite(self._grad)
         x, grad = masked(self._x, left), masked(self._grad, left)
         return self._formula.weighted(x, grad, factors)
 
@@ -182,6 +184,11 @@ class Grads:
             found = self._formula.together(self._x, self._grad, asked)
             self._known.update(found)
         return self._known[name]
+
+
+def _finite(x: Tensor) -> Tensor:
+    """(n,): whether all numbers of a sample are."""
+    return x.isfinite().unsqueeze(-1).flatten(1).all(1)
 
 
 class Part(ABC):

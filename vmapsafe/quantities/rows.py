@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from vmapsafe._torch import current_level
 from vmapsafe.quantities.protocol import (
     CallShape,
     Collected,
@@ -42,6 +43,8 @@ class Rows(Quantity[dict[str, Tensor]]):
     out: Mapping[str, Tensor] | None = None
 
     def begin(self, call: CallShape) -> Quantity[dict[str, Tensor]]:
+        if self.out is None and current_level():  # of which none may be written
+            return RowsWithDerivatives()
         return _RowsOfCall(self.out, call)
 
     def looks(self, call: CallShape) -> Looks[dict[str, Tensor]]:

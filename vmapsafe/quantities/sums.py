@@ -18,6 +18,7 @@ from vmapsafe._errors import (
     warn_user,
     worded,
 )
+from vmapsafe._torch import current_level
 from vmapsafe.quantities.norms import Norms, NormsPart, together
 from vmapsafe.quantities.protocol import (
     CallShape,
@@ -148,13 +149,13 @@ class WeightedSum(Reduces):
     def begin(self, call: CallShape) -> Quantity[dict[str, Tensor]]:
         if not isinstance(self.weights, Tensor):
             return self
-        return _Weighted(_checked(call, self.weights, "weights is"))
+        return _Weighted(_checked(call, self.weights, "weights"))
 
     def looks(self, call: CallShape) -> Looks[dict[str, Tensor]]:
         norms = yield Norms()
         assert not isinstance(self.weights, Tensor)
         weights = self.weights(norms)
-        weights = _checked(call, weights, "the function of the norms returned")
+        weights = _checked(call, weights, "what the function of the norms gave")
         found: dict[str, Tensor] = yield _Weighted(weights)
         return found
 
@@ -162,20 +163,20 @@ class WeightedSum(Reduces):
 def _checked(call: CallShape, weights: Any, what: str) -> Tensor:
     count = 0 if call.made_up else call.count
     fits = isinstance(weights, Tensor) and weights.shape == (count,)
-    if not fits or weights.is_complex():
+    if not fits:
         raise VmapSafeValueError(
             f"{call.called} with WeightedSum(...)",
-            f"{what} {shown(weights)}, and the batch has {count} samples",
+            f"{what} is {shown(weights)}, and the batch has {count} samples",
             f"Give one real weight for each, a tensor ({count},)",
         )
     device = next(iter(call.parameters.values())).device
-    if weights.device != device:
+    if weights.is_complex() or weights.device != device:
         raise VmapSafeValueError(
             f"{call.called} with WeightedSum(...)",
-            f"{what} on {weights.device}, and the parameters are on {device}",
-            f"Move the weights there, by weights.to({str(device)!r})",
+            f"{what} is {weights.dtype}, on {weights.device}",
+            f"Give a real tensor on {device}",
         )
-    given: Tensor = weights.detach()
+    given: Tensor = weights if current_level() else weights.detach()
     return given
 
 
