@@ -192,7 +192,33 @@ def _finite(x: Tensor) -> Tensor:
 
 
 class Part(ABC):
-    """Collects a quantity of some samples."""
+    """Collects a quantity of some samples.
+
+    This one collects the largest entry of each gradient:
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from vmapsafe import per_sample, quantities as q
+    >>> class LargestPart(q.Part):
+    ...     def __init__(self):
+    ...         self.found = []
+    ...     def take(self, grads):  # by one parameter: rows (some, *shape) at a time
+    ...         rows = [rows.abs().flatten(1).amax(1) for rows in grads.few()]
+    ...         self.found.append(torch.cat(rows))  # (n,)
+    ...     def finished(self):
+    ...         return torch.stack(self.found).amax(0)
+    >>> class Largest(q.PerSample):
+    ...     def part(self, call, start, stop):
+    ...         return LargestPart()
+    >>> net, x, y = nn.Linear(4, 2), torch.randn(5, 4), torch.randn(5, 2)
+    >>> per_sample(net, nn.MSELoss(), x, y, want=Largest(), chunk_size=2).shape
+    torch.Size([5])
+
+    Attributes:
+        derivatives: whether outer derivatives are to pass through what it takes.
+    """
+
+    derivatives = False
 
     @abstractmethod
     def take(self, grads: Grads) -> None:
@@ -202,8 +228,6 @@ class Part(ABC):
         of zeros. ``grads`` may be kept until :meth:`finished`, at the price of its
         memory; ``grads.held()`` is the smallest form.
         """
-
-    derivatives = False  # whether derivatives of what it takes are to pass through
 
     def take_losses(self, losses: Tensor) -> None:
         """Take these samples' losses (n,), before the gradients."""
@@ -225,6 +249,21 @@ class Quantity(ABC, Generic[T]):
     * :class:`Collected`: it has methods ``part`` and ``joined``.
     * :class:`Paired`: it has a method ``block``, for numbers of all pairs of samples.
     * :class:`Quantity`: it has a method ``looks``, and is made of other quantities.
+
+    This one is the cosine between each gradient and the mean of all:
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from vmapsafe import per_sample, quantities as q
+    >>> class Cosines(q.Quantity):
+    ...     def looks(self, call):
+    ...         total = yield q.Sum()
+    ...         found = yield {"dots": q.Dots(total), "norms": q.Norms()}
+    ...         length = torch.cat([t.flatten() for t in total.values()]).norm()
+    ...         return found["dots"] / (found["norms"] * length)
+    >>> net, x, y = nn.Linear(4, 2), torch.randn(5, 4), torch.randn(5, 2)
+    >>> per_sample(net, nn.MSELoss(), x, y, want=Cosines()).shape
+    torch.Size([5])
 
     An object may be used in many calls, so what belongs to a call is kept in its parts.
     :func:`vmapsafe.testing.check_quantity` compares a quantity with the rows.
