@@ -329,10 +329,14 @@ class Products(Formula):
     def together(
         self, x: Tensor, grad: Tensor, asked: Collection[str]
     ) -> dict[str, Tensor]:
+        """Apart, unless rows are made for more than one of them."""
         positions = self._positions(grad)
-        apart = len(asked) < 2 or positions < 2 or not self.shape.numel()
-        if apart and self.is_one_product():
-            return super().together(x, grad, asked)
+        if self.is_one_product():
+            by_rows = {"squares"} if positions > 1 else set()
+            if self._rows_are_cheaper(positions) and self.shape.numel():
+                by_rows.add("norms")
+            if not by_rows & {*asked}:
+                return super().together(x, grad, asked)
         return self._by_rows(x, grad, asked)
 
     def _positions(self, grad: Tensor) -> int:
