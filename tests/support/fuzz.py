@@ -241,7 +241,7 @@ class World:
         case = self.case
         if case.what in QUANTITIES:
             return self.quantities_of(rows)
-        flat = {n: r.reshape(len(r), r[:1].numel()) for n, r in rows.items()}
+        flat = {n: r.reshape(len(r), r.shape[1:].numel()) for n, r in rows.items()}
         squares = {n: r.square().sum(1) for n, r in flat.items()}
         if case.what == "rows":
             return rows
@@ -258,7 +258,7 @@ class World:
                 for n, r in rows.items()
             }
         parts = [
-            r @ matrix(n, r.shape[1], case.k, case.kind, case.seed).to(r.dtype)
+            r @ matrix(n, rows[n].shape[1:], case.k, case.kind, case.seed).to(r.dtype)
             for n, r in flat.items()
         ]
         return total_of(parts) / math.sqrt(case.k)

@@ -306,7 +306,9 @@ class Case:
             self.factor = 1.0
         self.per_parameter = rng.random() < 0.5
         self.max_grad_norm = rng.choice((0.01, 0.3, 3.0, 1e9))
-        self.k, self.kind = rng.choice((3, 70)), rng.choice(("rademacher", "gaussian"))
+        self.k, self.kind = rng.choice((3, 70)), rng.choice(
+            ("rademacher", "gaussian", "kronecker")
+        )
         self.in_dim = rng.choice((0, 0, 1)) if self.what not in OF_ONE else 0
         self.watched = short and not self.words and rng.random() < 0.1
         self.sync_levels = None

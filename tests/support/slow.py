@@ -1,7 +1,9 @@
 """Rows and what follows from them, by a loop of plain backward passes."""
 
+import functools
 import hashlib
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
@@ -160,22 +162,70 @@ def dots(rows: Rows, vectors: Rows) -> Tensor:
 
 def sketch(rows: Rows, k: int, kind: str = "rademacher", seed: int = 0) -> Tensor:
     """(B, k): the rows times a matrix that is drawn in one piece."""
-    flat = {name: _flat(row) for name, row in rows.items()}
-    parts = [f @ matrix(n, f.size(1), k, kind, seed) for n, f in flat.items()]
-    return torch.stack(parts).sum(0) / math.sqrt(k)
+    return torch.stack([*sketches(rows, k, kind, seed).values()]).sum(0)
 
 
-def matrix(name: str, numbers: int, k: int, kind: str, seed: int) -> Tensor:
-    """A parameter's part of the matrix, (numbers, k), rebuilt from its recipe."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-    many = math.ceil(numbers / 64) * 64
+def sketches(rows: Rows, k: int, kind: str = "rademacher", seed: int = 0) -> Rows:
+    """The part of each parameter, {name: (B, k)}."""
+    return {
+        name: _flat(row) @ matrix(name, row.shape[1:], k, kind, seed) / math.sqrt(k)
+        for name, row in rows.items()
+    }
+
+
+def matrix(
+    name: str, shape: Iterable[int], k: int, kind: str = "rademacher", seed: int = 0
+) -> Tensor:
+    """A parameter's part of the matrix, (numbers, k), rebuilt from its recipe, by
+    Python's own integers."""
+    shape = [*shape]
+    numbers = math.prod(shape)
+    if kind == "kronecker" and len(shape) > 1:
+        small = next(i for i in range(math.isqrt(k), 0, -1) if k % i == 0)
+        left = _signs(f"{seed} {name}", 1, shape[0], small)
+        right = _signs(f"{seed} {name}", 2, math.prod(shape[1:]), k // small)
+        return torch.kron(left, right)
     if kind == "gaussian":
-        return torch.randn(many, k, generator=generator)[:numbers].double()
-    words = torch.empty(many * k // 64, dtype=torch.int64)
-    words.random_(-(2**63), None, generator=generator)
-    bits = torch.stack([(words >> i) & 1 for i in range(64)], 1)
-    return 1.0 - 2.0 * bits.flatten().view(many, k)[:numbers].double()
+        places = _units(f"{seed} {name}", 0, numbers, k, 16)
+        found = [[_quantiles()[place] for place in line] for line in places]
+        return torch.tensor(found, dtype=torch.float64).view(numbers, k)
+    return _signs(f"{seed} {name}", 0, numbers, k)
+
+
+def _signs(text: str, part: int, lines: int, k: int) -> Tensor:
+    found = [[1.0 - 2 * bit for bit in line] for line in _units(text, part, lines, k)]
+    return torch.tensor(found, dtype=torch.float64).view(lines, k)
+
+
+def _units(text: str, part: int, lines: int, k: int, bits: int = 1) -> list[list[int]]:
+    """Some bits for each number, from the lowest of a line's words on."""
+    digest = hashlib.sha256(text.encode()).digest()
+    key = int.from_bytes(digest[8 * part :][:8], "little")
+    each = math.ceil(k * bits / 64)
+    found = []
+    for i in range(lines):
+        words = [_hashed(key, i * each + j) for j in range(each)]
+        whole = sum([word << 64 * j for j, word in enumerate(words)])
+        found.append([whole >> bits * j & (1 << bits) - 1 for j in range(k)])
+    return found
+
+
+def _hashed(key: int, counter: int) -> int:
+    word = (key + counter * 0x9E3779B97F4A7C15) % 2**64
+    word ^= word >> 32
+    word = word * 0xBF58476D1CE4E5B9 % 2**64
+    word ^= word >> 32
+    word = word * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 32
+
+
+@functools.cache
+def _quantiles() -> list[float]:
+    """2^16 numbers that are equally likely, of variance 1."""
+    normal = statistics.NormalDist()
+    found = [normal.inv_cdf((2 * i + 1) / 2**17) for i in range(2**16)]
+    spread = math.sqrt(math.fsum([x * x for x in found]) / 2**16)
+    return [x / spread for x in found]
 
 
 # -- "sync" ----------------------------------------------------------------------------

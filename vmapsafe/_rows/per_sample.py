@@ -732,8 +732,8 @@ def per_sample_sketch(
 ) -> Any:
     r"""A random projection of every row of :func:`per_sample_grads` to k numbers.
 
-    With G (B, P) the rows, all parameters side by side, it is :math:`G R / \sqrt k`,
-    and products of sketches estimate products of rows:
+    With G (B, P) the rows, all parameters side by side, it is :math:`G R / \sqrt k`
+    with a random matrix R, and products of sketches estimate products of rows:
 
     >>> import torch
     >>> import torch.nn.functional as F
@@ -756,7 +756,9 @@ def per_sample_sketch(
         *batch: the inputs, then what ``loss_fn`` takes after the output: trees of
             tensors (B, ...).
         k: how many numbers to give for each sample.
-        kind: what the matrix holds: "rademacher", signs, or "gaussian" numbers.
+        kind: what the matrix is: "rademacher", of signs; "gaussian", of normal numbers;
+            "kronecker", for each weight a Kronecker product of two matrices of signs,
+            with which no rows of linear layers and convolutions are made.
         seed: an int that decides the matrix.
         gather: "all" gives the sketches of all processes of torch.distributed's default
             group, those of rank 0 first; their batches may differ in size. Every
@@ -792,24 +794,48 @@ def per_sample_sketch(
     The matrix depends on ``seed``, ``kind``, ``k`` and the names and shapes of the
     parameters alone. So sketches of other batches, chunks and devices, and of other
     models with these names, can be compared, and the sketch by two sets of parameters
-    is the sum of the sketches by each. The part of a parameter of n numbers is
+    is the sum of the sketches by each. A hash, computed on the device, gives the
+    numbers: signs are the same on every device and in every version of torch, normal
+    numbers may differ in the last place. The part of a parameter of n numbers is
 
     .. code-block:: python
 
-        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-        many = -(-n // 64) * 64  # rows: n, up to a multiple of 64
-        # kind="gaussian"
-        R = torch.randn(many, k, generator=generator)[:n]
-        # kind="rademacher": a bit a sign, the lowest first
-        words = torch.empty(many * k // 64, dtype=torch.int64)
-        words.random_(-(2**63), None, generator=generator)
-        R = 1.0 - 2 * ((words[:, None] >> torch.arange(64)) & 1).view(many, k)[:n]
+        def words(part, lines, each):  # (lines, each), of 64 bits, by numpy
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            key = np.frombuffer(digest, "<u8")[part]
+            counter = np.arange(lines * each, dtype=np.uint64)
+            word = key + counter * np.uint64(0x9E3779B97F4A7C15)
+            word ^= word >> np.uint64(32)
+            for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
+                word *= np.uint64(factor)
+                word ^= word >> np.uint64(32)
+            return word.reshape(lines, each)
 
-    The call holds one block of the matrix at a time, and the rows by one parameter of
-    64 samples where the layer allows it (:func:`per_sample_grad_norms` says where).
-    Another version of torch may draw other numbers. Each chunk draws the matrix again.
-    The result carries no derivatives, except under transforms of torch.func.
+        def signs(part, lines, k):  # a bit a sign, the lowest first
+            found = words(part, lines, -(-k // 64)).astype("<u8").view(np.uint8)
+            return 1.0 - 2 * np.unpackbits(found, axis=1, bitorder="little")[:, :k]
+
+        R = signs(0, n, k)  # kind="rademacher"
+
+        # kind="gaussian": 16 bits a number, the lowest first
+        table = torch.erfinv(torch.arange(1 - 2**16, 2**16, 2).double() / 2**16)
+        table = (table / table.square().mean().sqrt()).numpy()
+        R = table[words(0, n, -(-k // 4)).astype("<u8").view("<u2")[:, :k]]
+
+        # kind="kronecker", of a parameter of shape (first, *rest)
+        left = max(i for i in range(1, math.isqrt(k) + 1) if k % i == 0)
+        R = np.kron(signs(1, first, left), signs(2, math.prod(rest), k // left))
+
+    where "kronecker" has parameters of fewer than two dimensions as "rademacher" has
+    them. :class:`vmapsafe.quantities.Sketch` gives its formula and source, and gives
+    sketches by each parameter too.
+
+    "rademacher" and "gaussian" take the memory of the rows by one parameter of 64
+    samples where the layer allows it (:func:`per_sample_grad_norms` says where), and
+    that of a block of the matrix, which has up to twice as many numbers as these rows,
+    and 2^27 at most. Each chunk draws the matrix again. "kronecker" takes little memory
+    and less time than the gradient of the summed loss, in ResNet-18 on a CPU. The
+    result carries no derivatives, except under transforms of torch.func.
     """
     block = BlockOptions(
         mode, rows, num_groups, update_running_stats, sync_levels, also, fast

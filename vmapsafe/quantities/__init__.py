@@ -24,7 +24,8 @@ The map, bottom up:
 ``sums``         sums: plain, weighted, clipped, of squares
 ``gram``         products of all pairs of samples
 ``dots``         products with given vectors
-``sketch``       random projections, and their matrix
+``signs``        matrices of random numbers, from a hash
+``sketch``       random projections
 """
 
 from vmapsafe.quantities.dots import Dots as Dots

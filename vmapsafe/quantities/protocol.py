@@ -102,6 +102,11 @@ class Grads:
     def device(self) -> torch.device:
         return self._grad.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows."""
+        return self._grad.dtype
+
     def rows(self) -> Tensor:
         """(n, *shape), in the dtype of the parameter."""
         return self._formula.rows(self._x, self._grad)
@@ -163,6 +168,12 @@ class Grads:
                 Grads.of_rows(self.name, other.rows())
             )
         return formula.gram(self._x, self._grad, other._x, other._grad)
+
+    def projected(self, left: Tensor, right: Tensor) -> Tensor:
+        """(n, k_left * k_right): the entries of left^T M right, M being each row as a
+        matrix (shape[0], rest), from left (shape[0], k_left) and right (rest, k_right).
+        """
+        return self._formula.projected(self._x, self._grad, left, right)
 
     def samples(self, which: slice) -> Grads:
         """Some of the samples."""

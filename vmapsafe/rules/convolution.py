@@ -374,6 +374,11 @@ class Weight(Products):
         merged = function(x.flatten(0, 1), vector, None, *options)
         return merged.view(*x.shape[:2], *merged.shape[1:])
 
+    def projected(self, x: Tensor, grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        if self.groups > 1:
+            return Formula.projected(self, x, grad, left, right)
+        return super().projected(x, grad, left, right)
+
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor | None) -> Tensor:
         dtype = grad.dtype
         x, grad = times(x, grad, factors)

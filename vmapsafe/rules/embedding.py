@@ -157,6 +157,13 @@ class Weight(Formula):
         ]
         return torch.stack(found, 1)
 
+    def projected(self, x: Tensor, grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        seen = wide(self._seen(x, grad)) @ right
+        size, positions = len(grad), math.prod(x.shape[1:])
+        words = F.embedding(x, left).view(size, positions, left.size(1))
+        found = words.mT @ seen.view(size, positions, right.size(1))
+        return found.flatten(1)
+
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor | None) -> Tensor:
         seen = wide(self._seen(x, grad))
         if factors is not None:

@@ -10,7 +10,8 @@ Many quantities of the rows can be computed without the rows themselves:
   gradient of the scaled output gradients;
 * ``squares``: the sum of the rows' entrywise squares;
 * ``gram``: the products of all pairs of rows;
-* ``dots``: the products of the rows with given vectors.
+* ``dots``: the products of the rows with given vectors;
+* ``projected``: left^T dW_i right, for given matrices.
 
 For a layer that is a matrix product at T positions of a sample, dW_i = g_i x_i^T with
 g_i (O, T) and x_i (C, T). The squared norm of a row is the sum over the entrywise
@@ -24,7 +25,9 @@ instead of T C O. If that is more, the rows are made for a few samples at a time
 dropped after use. The product of the rows of two samples is the same sum over the
 products of x_i with x_j and of g_i with g_j. For T = 1 the sum of squares is a product
 of squares, and the product with a vector V is g_i^T V x_i, see BackPACK
-(https://arxiv.org/abs/1912.10985, appendix A).
+(https://arxiv.org/abs/1912.10985, appendix A). For any T, left^T dW_i right is the
+product of left^T g_i with x_i^T right, see LoGra (https://arxiv.org/abs/2405.13954,
+section 3.2).
 
 Squares may be out of the range of a dtype although the rows are not. The sum of
 products may also be the small difference of large numbers. Both show in the numbers
@@ -99,6 +102,15 @@ class Formula:
         """(B, K): the products of the rows with ``vectors`` (K, *shape)."""
         wanted = flat(vectors)
         parts = [product(flat(self.rows(*p)), wanted) for p in self.few(x, grad)]
+        return torch.cat(parts)
+
+    def projected(self, x: Tensor, grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """(B, M * N): left^T R right for each row R, as a matrix (shape[0], rest), from
+        left (shape[0], M) and right (rest, N)."""
+        parts = []
+        for part in self.few(x, grad):
+            rows = wide(self.rows(*part)).flatten(2)
+            parts.append((left.mT @ (rows @ right)).flatten(1))
         return torch.cat(parts)
 
     def together(
@@ -325,6 +337,12 @@ class Products(Formula):
             image = self.tangent(a, wide(vectors[0]))
             return (image * b).flatten(1).sum(1, keepdim=True)
         return super().dots(x, grad, vectors)
+
+    def projected(self, x: Tensor, grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        weight = right.mT.reshape(-1, *self.shape[1:])
+        a = self.outputs(self.tangent(wide(x), weight))
+        b = left.mT @ self.outputs(wide(grad))
+        return (b @ a.mT).flatten(1)
 
     def together(
         self, x: Tensor, grad: Tensor, asked: Collection[str]
