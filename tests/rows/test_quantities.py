@@ -288,16 +288,17 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         rows = per_sample_grads(model, mse, x, y)
         others = per_sample_grads(model, mse, *other)
-        found = per_sample(model, mse, x, y, want=wanted)
+        at_once = per_sample(model, mse, x, y, want=wanted)
+        chunked = per_sample(model, mse, x, y, want=wanted, chunk_size=2)
     known = truth(model, "eval", "", mse, x, y)
     known.rows = {n: r.double() for n, r in rows.items()}
     known.others = {n: r.double() for n, r in others.items()}
     for key, quantity in wanted.items():
-        value = found[key]
-        given = [*value.values()] if isinstance(value, dict) else [value]
-        assert {t.dtype for t in given} == {torch.float32}, key
-        tolerance = 0.05 if key == "losses" else 1e-4
-        assert_exact(quantity, value, known, tolerance)
+        for value in (at_once[key], chunked[key]):
+            given = [*value.values()] if isinstance(value, dict) else [value]
+            assert {t.dtype for t in given} == {torch.float32}, key
+            tolerance = 0.05 if key == "losses" else 1e-4
+            assert_exact(quantity, value, known, tolerance)
 
 
 def test_channels_last():
