@@ -181,6 +181,21 @@ def test_chosen_parameters(mlp):
             assert_exact(quantity, found, known)
 
 
+@pytest.mark.parametrize("mode", ["eval", "no_running_stats", "sync"])
+def test_one_slice_and_a_vector_with_gaps(mlp, mode):
+    """torch's batch norm reads such a weight wrongly in backward."""
+    values = {n: p.detach().clone() for n, p in mlp.named_parameters()}
+    values["1.weight"] = numbers(12)[::2]
+    changed = copy.deepcopy(mlp)
+    changed.load_state_dict(values, strict=False)
+    x, y = numbers(1, 5, 4), numbers(1, 5, 3)
+    known = truth(changed, mode, "contribution", mse, x, y, slices=True)
+    options = {"mode": mode, "keep_batch_dim": False, "params": values}
+    for quantity in (q.Norms(), q.Sum(), q.Gram(), q.Rows()):
+        found = per_sample(mlp, mse, x, y, want=quantity, **options)
+        assert_exact(quantity, found, known)
+
+
 def test_forms(mlp):
     """A dict for a dict, a value for a quantity, a pair with has_aux."""
 
