@@ -181,6 +181,21 @@ def test_chosen_parameters(mlp):
             assert_exact(quantity, found, known)
 
 
+@pytest.mark.parametrize("mode", ["eval", "no_running_stats", "sync"])
+def test_one_slice_and_a_vector_with_gaps(mlp, mode):
+    """torch's batch norm reads such a weight wrongly in backward."""
+    values = {n: p.detach().clone() for n, p in mlp.named_parameters()}
+    values["1.weight"] = numbers(12)[::2]
+    changed = copy.deepcopy(mlp)
+    changed.load_state_dict(values, strict=False)
+    x, y = numbers(1, 5, 4), numbers(1, 5, 3)
+    known = truth(changed, mode, "contribution", mse, x, y, slices=True)
+    options = {"mode": mode, "keep_batch_dim": False, "params": values}
+    for quantity in (q.Norms(), q.Sum(), q.Gram(), q.Rows()):
+        found = per_sample(mlp, mse, x, y, want=quantity, **options)
+        assert_exact(quantity, found, known)
+
+
 def test_forms(mlp):
     """A dict for a dict, a value for a quantity, a pair with has_aux."""
 
@@ -288,16 +303,17 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         rows = per_sample_grads(model, mse, x, y)
         others = per_sample_grads(model, mse, *other)
-        found = per_sample(model, mse, x, y, want=wanted)
+        at_once = per_sample(model, mse, x, y, want=wanted)
+        chunked = per_sample(model, mse, x, y, want=wanted, chunk_size=2)
     known = truth(model, "eval", "", mse, x, y)
     known.rows = {n: r.double() for n, r in rows.items()}
     known.others = {n: r.double() for n, r in others.items()}
     for key, quantity in wanted.items():
-        value = found[key]
-        given = [*value.values()] if isinstance(value, dict) else [value]
-        assert {t.dtype for t in given} == {torch.float32}, key
-        tolerance = 0.05 if key == "losses" else 1e-4
-        assert_exact(quantity, value, known, tolerance)
+        for value in (at_once[key], chunked[key]):
+            given = [*value.values()] if isinstance(value, dict) else [value]
+            assert {t.dtype for t in given} == {torch.float32}, key
+            tolerance = 0.05 if key == "losses" else 1e-4
+            assert_exact(quantity, value, known, tolerance)
 
 
 def test_channels_last():

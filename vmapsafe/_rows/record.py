@@ -204,7 +204,7 @@ class Recorder(Copies):
         size: int,
     ) -> None:
         super().__init__(called, originals)
-        self._plain = {name: value.detach() for name, value in values.items()}
+        self._plain = {n: _one_by_one(value.detach()) for n, value in values.items()}
         self.copies = {
             name: value.expand(size, *value.shape).requires_grad_()
             for name, value in self._plain.items()
@@ -317,6 +317,12 @@ class _KeptCall(Function):
                 if name is not None and rows is not None:
                     ctx.recorder.receive(name, Made(rows.shape[1:]), rows, rows)
         return None, of_input, None, None, None
+
+
+def _one_by_one(value: Tensor) -> Tensor:
+    """A vector without gaps in memory, which torch's batch norm does not expect in
+    backward on the CPU."""
+    return value.contiguous() if value.dim() == 1 else value
 
 
 def _no_hooks() -> Any:
