@@ -99,10 +99,10 @@ def test_blocks(mlp, k, kind, monkeypatch):
     """Blocks of the matrix and chunks of samples give what the whole matrix gives."""
     expected = slow.sketch(per_sample_grads(mlp, F.cross_entropy, X, Y), k, kind)
     assert_close(sketch(mlp, k, kind=kind), expected)
-    monkeypatch.setattr(module, "_BLOCKS", {"cpu": (1, 2**20)})
+    monkeypatch.setattr(module, "_SIZES", {"cpu": module.Sizes(0, 0, 1, 2**20)})
     monkeypatch.setattr(module, "_MANY", 2)
     assert_close(sketch(mlp, k, kind=kind), expected)
-    monkeypatch.setattr(module, "_BLOCKS", {"cpu": (1, 7 * k)})
+    monkeypatch.setattr(module, "_SIZES", {"cpu": module.Sizes(0, 0, 1, 7 * k)})
     assert_close(sketch(mlp, k, kind=kind), expected)
 
 
@@ -110,7 +110,7 @@ def test_blocks(mlp, k, kind, monkeypatch):
 @pytest.mark.parametrize("most,blocks", [(6 * 50, [50, 50, 20]), (1, [1] * 120)])
 def test_only_a_block_of_the_matrix_is_there(mlp, kind, most, blocks, monkeypatch):
     """It is drawn into the same memory again."""
-    monkeypatch.setattr(module, "_BLOCKS", {"cpu": (1, most)})
+    monkeypatch.setattr(module, "_SIZES", {"cpu": module.Sizes(0, 0, 1, most)})
     lines, places = [], set()
     original = Drawer.draw
 

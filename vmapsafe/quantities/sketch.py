@@ -137,7 +137,7 @@ class _SketchPart(Part):
         numbers = grads.shape.numel()
         if self._sketch.kind == "kronecker" and len(grads.shape) > 1 and numbers:
             self._add(grads.name, self._by_sides(grads))
-        elif numbers * max(self._k, len(grads)) <= _block(grads.device)[0] // 8:
+        elif numbers * max(self._k, len(grads)) <= _sizes(grads.device).small:
             self._wait(grads)
         else:
             several = [slice(i, i + _MANY) for i in range(0, len(grads), _MANY)]
@@ -173,8 +173,8 @@ class _SketchPart(Part):
         """By a full matrix, some lines at a time."""
         rows = flat(grads.rows())
         key, lines = self._key(grads.name), rows.size(1)
-        least, most = _block(rows.device)
-        numbers = min(max(least, 2 * rows.numel()), most)
+        sizes = _sizes(rows.device)
+        numbers = min(max(sizes.least, 2 * rows.numel()), sizes.most)
         step = max(1, numbers // self._k)
         total: Tensor | None = None
         for start in range(0, lines, step):
@@ -191,7 +191,7 @@ class _SketchPart(Part):
         small = self._small.setdefault((rows.dtype, rows.device), [])
         small.append((grads.name, rows))
         lines = sum([r.size(1) for _, r in small])
-        if lines * max(self._k, len(rows)) > _block(rows.device)[0]:
+        if lines * max(self._k, len(rows)) > _sizes(rows.device).together:
             self._join(small)
             small.clear()
 
@@ -227,13 +227,31 @@ def sides(k: int) -> tuple[int, int]:
 # Samples at a time: with more, drawing the matrix costs less than using it.
 _MANY = 64
 
-# Numbers of the matrix at a time, at least and at most, by type of device; between them
-# about as many as the rows have. On a CPU what fits the cache is fastest: blocks of
-# 2**25 took 1.5 times as long (x86 server core, float32, torch 2.13). Other devices are
-# to have few operations, and no more memory than the rows take.
-_BLOCKS = {"cpu": (2**20, 2**20)}
-_OTHER_BLOCKS = (2**25, 2**27)
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many numbers of the matrix, and of rows, there are at a time.
+
+    Attributes:
+        small: rows by parameters whose lines of the matrix have at most this many
+            numbers wait, and are projected together.
+        together: so many at a time.
+        least: of other parameters, at least so many, if there are.
+        most: and at most so many; between the two, twice as many as the rows have.
+    """
+
+    small: int
+    together: int
+    least: int
+    most: int
 
 
-def _block(device: torch.device) -> tuple[int, int]:
-    return _BLOCKS.get(device.type, _OTHER_BLOCKS)
+# By type of device. On a CPU blocks that fit the cache are the fastest: those of 2**25
+# took 1.5 times as long (x86 server core, float32, torch 2.13). Other devices are to
+# have few operations, and about as much memory as the rows take.
+_SIZES = {"cpu": Sizes(small=2**12, together=2**12, least=2**20, most=2**20)}
+_OTHERS = Sizes(small=2**22, together=2**25, least=2**25, most=2**27)
+
+
+def _sizes(device: torch.device) -> Sizes:
+    return _SIZES.get(device.type, _OTHERS)
