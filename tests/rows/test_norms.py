@@ -324,6 +324,23 @@ def test_rows_of_zero(mlp):
         assert not any(t.any() for t in total.values())
 
 
+@pytest.mark.parametrize("names", [["0.weight"], ["0.bias", "1.weight"], ["2.bias"]])
+def test_autocast_and_some_of_the_parameters(names):
+    """Layers of which none is chosen cast their parameters too."""
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1)),
+        *(nn.Flatten(), nn.Linear(48, 3)),
+    )
+    x, y = torch.randn(5, 2, 4, 4), torch.randn(5, 3)
+    model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        every = per_sample_grad_norms(model, mse, x, y, per_parameter=True)
+        some = {"per_parameter": True, "params": names}
+        found = per_sample_grad_norms(model, mse, x, y, **some)
+    assert_same(found, {name: every[name] for name in names}, rtol=1e-2)
+
+
 def test_autocast():
     """Rows in the parameters' dtype, about those of a loop under autocast."""
     torch.manual_seed(3)

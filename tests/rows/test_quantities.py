@@ -473,6 +473,36 @@ def test_quantities_of_quantities(mlp, chunk_size):
     assert_exact(Cosine(), more["cosine"], known)
 
 
+class Wrong(q.Quantity):
+    """Asks for what cannot be asked for."""
+
+    def __init__(self, wanted):
+        self.wanted = wanted
+
+    def looks(self, call):
+        yield self.wanted
+
+
+class NoYield(q.Quantity):
+    def looks(self, call):
+        return q.Norms()
+
+
+@pytest.mark.parametrize(
+    "quantity, text",
+    [
+        (NoYield(), "with NoYield: its method looks returned Norms.*not a generator"),
+        (Wrong(3), "with Wrong: its method looks yielded 3. Yield an object of"),
+        (Wrong(q.Norms), "with Wrong: its method looks yielded Norms. Yield"),
+        (Wrong({"a": {"b": q.Norms()}}), "its method looks yielded {'a': {'b'"),
+        (Wrong(q.Rows(out={"x": X})), "yielded Rows.out=....*without memory"),
+    ],
+)
+def test_quantities_that_ask_wrongly(mlp, quantity, text):
+    with pytest.raises((TypeError, ValueError), match=text):
+        per_sample(mlp, mse, X, Y, want=quantity)
+
+
 class Largest(q.PerSample):
     """The largest entry of every sample's gradient."""
 
@@ -1040,12 +1070,27 @@ ERRORS = [
     (
         lambda net: q.Gram(other=(X,)),
         {},
-        "per_sample(...) with other=: other holds [Tensor (5, 4)], and the batch "
-        "[Tensor (5, 4), Tensor (5, 3)]. Give a tuple of the same structure, such as "
-        "(inputs, targets).",
+        "per_sample(...) with other=: other holds Tensor (5, 4), torch.float64, cpu, "
+        "and the batch Tensor (5, 4), torch.float64, cpu; Tensor (5, 3), torch.float64, "
+        "cpu. Give a tuple of the same structure, such as (inputs, targets), on the "
+        "same device.",
     ),
     (lambda net: q.Gram(other=({"x": X}, Y)), {}, "Give a tuple of the same structure"),
-    (lambda net: q.Gram(other=(X[0], Y)), {}, "other holds [Tensor (4,), Tensor (5,"),
+    (
+        lambda net: q.Gram(other=(X[0], Y)),
+        {},
+        "other holds Tensor (4,), torch.float64, cpu; T",
+    ),
+    (
+        lambda net: q.Gram(other=(X.float(), Y)),
+        {},
+        "other holds Tensor (5, 4), torch.float32, cpu; Tensor (5, 3), torch.flo",
+    ),
+    (
+        lambda net: q.Gram(other=(X.to("meta"), Y)),
+        {},
+        "other holds Tensor (5, 4), torch.float64, meta; Tensor (5, 3), torch.fl",
+    ),
     (
         lambda net: q.Gram(other=(X, Y[:3])),
         {},

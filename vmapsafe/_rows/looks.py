@@ -31,6 +31,7 @@ from vmapsafe.quantities.protocol import (
     Quantity,
     joined,
 )
+from vmapsafe.quantities.rows import Rows
 from vmapsafe.rules.formulas import Formula
 
 # How some of the samples give their gradients to what takes them; returns their aux.
@@ -108,6 +109,12 @@ def _value(call: CallShape, quantity: Quantity[Any]) -> Round:
                 name,
                 f"its method looks yielded {shown(wanted)}",
                 "Yield an object of vmapsafe.quantities, or a dict of some",
+            )
+        if any([isinstance(one, Rows) and one.out for one in several.values()]):
+            raise VmapSafeValueError(
+                name,
+                "its method looks yielded Rows(out=...)",
+                "Yield Rows(), without memory that the caller keeps",
             )
         begun = {key: one.begin(call) for key, one in several.items()}
         found = yield from _values(call, begun)

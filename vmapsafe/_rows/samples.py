@@ -148,13 +148,13 @@ class Samples:
             VmapSafeValueError: its structure is another, or its batch sizes disagree.
         """
         leaves, tree = tree_flatten(batch)
-        own = [leaf.dim() for leaf in self.tensors]
-        dims = [leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves]
-        if tree != tree_flatten(self.batch)[1] or own != dims:
+        kinds, own = ([_kind(leaf) for leaf in t] for t in (leaves, self.tensors))
+        if tree != tree_flatten(self.batch)[1] or kinds != own:
             raise VmapSafeValueError(
                 f"{self.called} with other=",
-                f"other holds {_kinds(leaves)}, and the batch {_kinds(self.tensors)}",
-                "Give a tuple of the same structure, such as (inputs, targets)",
+                f"other holds {_worded(leaves)}, and the batch {_worded(self.tensors)}",
+                "Give a tuple of the same structure, such as (inputs, targets), on the "
+                "same device",
             )
         size = _batch_size(f"{self.called} with other=", batch)
         if size == 0:
@@ -396,9 +396,24 @@ def _check_keep_batch_dim(called: str, given: object, options: Options) -> None:
         )
 
 
-def _kinds(leaves: Sequence[Any]) -> str:
-    """The shapes of tensors, for an error."""
-    return f"[{', '.join([shown(leaf) for leaf in leaves])}]"
+def _kind(leaf: Any) -> object:
+    """What another batch must have in common, the batch dimension included."""
+    if not isinstance(leaf, Tensor):
+        return None
+    return leaf.dim(), leaf.dtype, leaf.device
+
+
+def _worded(leaves: Sequence[Any]) -> str:
+    """The shapes, dtypes and devices of tensors, for an error."""
+    said = [
+        (
+            f"{shown(leaf)}, {leaf.dtype}, {leaf.device}"
+            if isinstance(leaf, Tensor)
+            else shown(leaf)
+        )
+        for leaf in leaves
+    ]
+    return "; ".join(said)
 
 
 def _has_parameters(module: nn.Module) -> bool:
