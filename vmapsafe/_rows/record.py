@@ -34,7 +34,6 @@ from torch.func import vmap
 
 from vmapsafe._rows.copies import Copies, leaves_of
 from vmapsafe._torch import (
-    autocasts,
     batch_behind,
     below_innermost,
     current_level,
@@ -248,11 +247,7 @@ class Recorder(Copies):
                 arguments[own] = self._plain[name]
             elif parameter is not None:
                 others.append(parameter)
-        if any([is_wrapped(p) for p in others]):
-            return None
-        # Of the others autocast is needed here: under vmap torch's convolution does not
-        # cast its bias (2.13).
-        if not any(names.values()) and not (others and _is_cast(arguments["input"])):
+        if not any(names.values()) or any([is_wrapped(p) for p in others]):
             return None
         self.lacks_a_gradient = self.lacks_a_gradient or any(
             [p.requires_grad for p in others]
@@ -322,10 +317,6 @@ class _KeptCall(Function):
                 if name is not None and rows is not None:
                     ctx.recorder.receive(name, Made(rows.shape[1:]), rows, rows)
         return None, of_input, None, None, None
-
-
-def _is_cast(x: Any) -> bool:
-    return isinstance(x, Tensor) and autocasts(x.device)
 
 
 def _one_by_one(value: Tensor) -> Tensor:

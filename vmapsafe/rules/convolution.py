@@ -34,10 +34,11 @@ from torch import Tensor
 
 from vmapsafe._call import Call, batch_first, batch_size
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
-from vmapsafe._torch import is_plain, multiplies_exactly, unwatched
+from vmapsafe._torch import autocasts, is_plain, multiplies_exactly, unwatched
 from vmapsafe.rules.convolution_regimes import REGIMES
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
+from vmapsafe.rules.precision import HALVES
 
 _backward = torch.ops.aten.convolution_backward.default
 FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)  # by the number of dimensions
@@ -465,10 +466,26 @@ def _keep(
     return ByFormulas(forward, formula.input_gradient, formulas)
 
 
+def _otherwise(
+    function: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """A call that is not kept. Under vmap torch's convolution does not cast its weight
+    to the dtype of autocast, in which layers that are kept give their output (2.13)."""
+    if not autocasts(input.device) or input.dtype not in HALVES:
+        return function(input, *args, **kwargs)
+
+    def cast(value: Any) -> Any:
+        return value.to(input.dtype) if isinstance(value, Tensor) else value
+
+    named = {name: cast(value) for name, value in kwargs.items()}
+    return function(input, *[cast(value) for value in args], **named)
+
+
 def _each(value: Any, dims: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * dims if len(values) == 1 else values
 
 
 for _dims, _function in enumerate(FUNCTIONS, 1):
-    keep_calls(_function, KeptCalls(partial(_keep, _function, _dims)))
+    _kept = partial(_keep, _function, _dims)
+    keep_calls(_function, KeptCalls(_kept, otherwise=partial(_otherwise, _function)))
