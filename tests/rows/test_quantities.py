@@ -1071,8 +1071,8 @@ ERRORS = [
         lambda net: q.Gram(other=(X,)),
         {},
         "per_sample(...) with other=: other holds Tensor (5, 4), torch.float64, cpu, "
-        "and the batch Tensor (5, 4), torch.float64, cpu; Tensor (5, 3), torch.float64, "
-        "cpu. Give a tuple of the same structure, such as (inputs, targets), on the "
+        "and the batch Tensor (5, 4), torch.float64, cpu; Tensor (5, 3), torch.float64,"
+        " cpu. Give a tuple of the same structure, such as (inputs, targets), on the "
         "same device.",
     ),
     (lambda net: q.Gram(other=({"x": X}, Y)), {}, "Give a tuple of the same structure"),
