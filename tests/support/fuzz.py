@@ -635,6 +635,10 @@ LIMITS: tuple[tuple[str, Callable[[Case], bool]], ...] = (
     ("silu_backward", lambda case: case.what not in FIRST_ORDER),
     ("grad_weight needs to be contiguous", lambda case: "Transp" in str(case.net)),
     (
+        "must have the same dtype",
+        lambda case: case.autocast and "Bilinear" in str(case.net),
+    ),
+    (
         "BFloat16",
         lambda case: case.autocast
         and ("Transpose" in str(case.net) or "Standardised" in str(case.net)),

@@ -583,6 +583,8 @@ class Builder:
             (module, after)
             for module, before, after in self.seen
             if before == (self.shape, self.tokens)
+            # In another place it could write over what is read again.
+            and not getattr(module, "inplace", False)
         ]
         if not fitting:
             return None
