@@ -709,7 +709,7 @@ SAVING = [
     ({"function": lambda *args: {}}, ValueError, "the function gave a dict"),
 ]
 for _wanted, _text in {
-    q.Sum(): "Sum adds up the samples of a batch, and there is a file for each sample",
+    q.Sum(): "Sum adds up the samples of a batch, and files hold a row for each sample",
     q.ClippedSum(1.0): "ClippedSum adds up",
     q.Gram(): "Gram pairs the samples of one batch alone, and not those of all batches",
     q.Norms(gather="all"): "Norms has gather='all', and each process writes its own",

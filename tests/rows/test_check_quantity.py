@@ -167,3 +167,25 @@ def l1(rows, losses):
 def test_mistakes_are_found(wrong, expected, said):
     with pytest.raises(AssertionError, match=said):
         check_quantity(wrong(), expected)
+
+
+class SpreadOfNorms(q.Quantity):
+    """The variance of the norms over samples, (): NaN where there are none."""
+
+    def looks(self, call):
+        norms = yield q.Norms()
+        return norms.var(unbiased=False)
+
+
+def test_a_quantity_that_an_empty_batch_does_not_have():
+    def spread(rows, losses):
+        return flat(rows).norm(dim=1).var(unbiased=False)
+
+    assert check_quantity(SpreadOfNorms(), spread)
+    with pytest.raises(AssertionError, match="linear layers and norms"):
+        check_quantity(SpreadOfNorms(), lambda rows, losses: spread(rows, losses) + 1)
+
+
+def test_a_class_is_refused():
+    with pytest.raises(TypeError, match="write SpreadOfNorms"):
+        check_quantity(SpreadOfNorms, lambda rows, losses: losses)

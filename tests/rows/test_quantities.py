@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+import warnings
 import weakref
 
 import pytest
@@ -25,6 +27,7 @@ from vmapsafe.testing import assert_same
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*bounds no sample's influence:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient of the weighted loss:UserWarning"),
 ]
 
 
@@ -483,6 +486,26 @@ class Wrong(q.Quantity):
         yield self.wanted
 
 
+class TooFew(q.PerSample):
+    """Gives a number for all samples of a part."""
+
+    def part(self, call, start, stop):
+        return TooFewPart()
+
+
+class TooFewPart(q.Part):
+    def take(self, grads):
+        self.found = grads.norms()[:1]
+
+    def finished(self):
+        return self.found
+
+
+class NoPart(q.PerSample):
+    def part(self, call, start, stop):
+        """Return nothing."""
+
+
 class NoYield(q.Quantity):
     def looks(self, call):
         return q.Norms()
@@ -491,6 +514,8 @@ class NoYield(q.Quantity):
 @pytest.mark.parametrize(
     "quantity, text",
     [
+        (TooFew(), "with TooFew: its parts gave Tensor .1,. for 5 samples. Return"),
+        (NoPart(), "with NoPart: its method part returned None, a NoneType. Return"),
         (NoYield(), "with NoYield: its method looks returned Norms.*not a generator"),
         (Wrong(3), "with Wrong: its method looks yielded 3. Yield an object of"),
         (Wrong(q.Norms), "with Wrong: its method looks yielded Norms. Yield"),
@@ -501,6 +526,39 @@ class NoYield(q.Quantity):
 def test_quantities_that_ask_wrongly(mlp, quantity, text):
     with pytest.raises((TypeError, ValueError), match=text):
         per_sample(mlp, mse, X, Y, want=quantity)
+
+
+def test_weighted_sums_in_sync_warn():
+    """The sum of the weighted contributions is not the gradient of the weighted loss;
+    that of the Jacobian's rows is."""
+    net, weights = small_mlp().double(), torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0])
+    weights = weights.double()
+    options = {"want": q.WeightedSum(weights), "mode": "sync"}
+    with pytest.warns(UserWarning, match=r"with WeightedSum.*weigh the losses in loss"):
+        per_sample(net, mse, X, Y, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = per_sample(net, mse, X, Y, rows="jacobian", **options)
+
+    def weighed(output, target, weight):
+        return weight.squeeze(0) * mse(output, target)
+
+    want = per_sample(net, weighed, X, Y, weights, want=q.Sum(), mode="sync")
+    assert_same(found, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "x, keep, said",
+    [
+        (torch.randn(3, 2, 2, 6, 6), True, "pass keep_batch_dim=False"),
+        (torch.randn(3, 6, 6), False, "is called with x.i. as it is"),
+    ],
+)
+def test_notes_on_the_batch_dimension(x, keep, said):
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 3))
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        per_sample(net, lambda o: o.sum(), x, want=q.Norms(), keep_batch_dim=keep)
+    assert re.search(said, " ".join(caught.value.__notes__))
 
 
 class Largest(q.PerSample):

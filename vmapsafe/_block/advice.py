@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
 
 from torch import nn
@@ -111,7 +111,12 @@ _SLICE = (
 )
 _OF_ONE = (
     "The model is called with a batch of one, x[i:i+1] with its dimension of size 1. "
-    "Make sure that x has the shape (B, ...) of a batch of the model's inputs."
+    "Make sure that x has the shape (B, ...) of a batch of the model's inputs. If x[i] "
+    "is a batch of its own, pass keep_batch_dim=False."
+)
+_AS_IT_IS = (
+    "With keep_batch_dim=False the model is called with x[i] as it is. Make sure that "
+    "x[i] is a batch of the model's inputs, or leave keep_batch_dim out."
 )
 
 
@@ -141,9 +146,18 @@ def asks_for_randomness(error: BaseException) -> bool:
     return _NO_RANDOMNESS in str(error)
 
 
-def _of_dimensions(frames: Iterable[FrameType]) -> str | None:
+_KEPT = "keep_batch_dim"
+
+
+def _of_dimensions(frames: Sequence[FrameType]) -> str | None:
     """Advice by what gave the model its input: vmap, this package, or neither."""
     names = [frame.f_globals.get("__name__") for frame in frames]
+    for frame, name in zip(frames, names):
+        if name in ("vmapsafe._rows.samples", "vmapsafe._block.batched"):
+            known = frame.f_locals
+            kept = known.get("keep_batch_dim", getattr(known.get("self"), _KEPT, True))
+            if kept is False:
+                return _AS_IT_IS
     if not {"vmapsafe._rows.samples", "vmapsafe._block.batched"}.isdisjoint(names):
         return _OF_ONE
     if current_level() > 0 or HOME_OF_VMAP in names:

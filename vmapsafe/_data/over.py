@@ -292,7 +292,7 @@ _ALONE = "result"  # the name of a result that is a tensor
 def _check_quantity(wanted: object) -> None:
     """Raise where a quantity of a batch is not one of each sample."""
     if isinstance(wanted, Reduces):
-        found = "adds up the samples of a batch, and there is a file for each sample"
+        found = "adds up the samples of a batch, and files hold a row for each sample"
         do = "Add the results up in a loop over the batches, for found in over(...)"
     elif isinstance(wanted, Paired) and wanted.other is None:
         found = "pairs the samples of one batch alone, and not those of all batches"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vmapsafe._draws import Draws
-from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, shown
+from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, shown
 from vmapsafe._rows.chunks import ChunkSize, in_chunks
 from vmapsafe._rows.record import Collector
 from vmapsafe._rows.samples import Samples
@@ -63,6 +63,7 @@ def computed(
         samples.count,
         in_chunks=chunk_size is not None,
         mode=samples.options.meaning,
+        rows=samples.options.rows,
         made_up=samples.size == 0,
     )
     begun = {key: quantity.begin(call) for key, quantity in wanted.items()}
@@ -316,7 +317,7 @@ class _Run:
             return [part.finished() for part in parts]
 
     def _parts(self, stages: Sequence[Stage], start: int, stop: int) -> list[Part]:
-        return [
+        parts = [
             (
                 (_With(stage, self.call) if stage.other is None else _Nothing())
                 if isinstance(stage, Paired)
@@ -324,6 +325,14 @@ class _Run:
             )
             for stage in stages
         ]
+        for stage, part in zip(stages, parts):
+            if not isinstance(part, Part):
+                raise VmapSafeTypeError(
+                    f"{self.call.called} with {type(stage).__name__}",
+                    f"its method part returned {shown(part)}, {a_kind(part)}",
+                    "Return an object of a subclass of vmapsafe.quantities.Part",
+                )
+        return parts
 
     # -- Pairs -------------------------------------------------------------------------
 

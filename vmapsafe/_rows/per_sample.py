@@ -106,7 +106,8 @@ def per_sample(
     r"""Any quantity of the samples' gradients, from one forward and one backward pass.
 
     The gradients are the rows of :func:`per_sample_grads`. Of the quantities only
-    ``Rows`` makes all of them.
+    ``Rows`` makes all of them. With ``chunk_size`` some quantities run the chunks more
+    than once, and say so.
 
     >>> import torch
     >>> import torch.nn.functional as F
@@ -140,8 +141,9 @@ def per_sample(
         randomness: "error", "different" or "same", as in vmap.
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
         keep_batch_dim: True: the model sees each sample as a batch of one. False: it
-            sees x[i] as it is, a batch (N, ...) of its own, of one user or one task
-            say, whose gradient is that of its loss; aux is taken as it is.
+            sees x[i] as it is. x[i] may then be a batch, such as the 8 images of user i
+            with x (users, 8, C, H, W), and there is one gradient for each user. aux is
+            taken as it is.
         num_groups: in "group_norm", the number of groups, or a function of the number
             of channels.
         update_running_stats: in "sync", whether the running statistics are updated.
@@ -545,7 +547,7 @@ def clipped_grad_sum(
     model: nn.Module,
     loss_fn: Callable[..., Tensor],
     *batch: Any,
-    max_grad_norm: float,
+    max_grad_norm: float | Mapping[str, float],
     reduce: Literal["all"] | None = None,
     has_aux: Literal[False] = False,
     **options: Unpack[_Options],
@@ -557,7 +559,7 @@ def clipped_grad_sum(
     model: nn.Module,
     loss_fn: Callable[..., tuple[Tensor, A]],
     *batch: Any,
-    max_grad_norm: float,
+    max_grad_norm: float | Mapping[str, float],
     reduce: Literal["all"] | None = None,
     has_aux: Literal[True],
     **options: Unpack[_Options],
@@ -569,7 +571,7 @@ def clipped_grad_sum(
     model: nn.Module,
     loss_fn: Loss,
     *batch: Any,
-    max_grad_norm: float,
+    max_grad_norm: float | Mapping[str, float],
     reduce: Literal["all"] | None = None,
     mode: ModeName = "eval",
     rows: RowsName = "contribution",
@@ -610,7 +612,8 @@ def clipped_grad_sum(
         loss_fn: of the model's output on a batch of one, and of the rest of the batch.
         *batch: the inputs, then what ``loss_fn`` takes after the output: trees of
             tensors (B, ...).
-        max_grad_norm: the largest norm that a row keeps, above 0.
+        max_grad_norm: the largest norm that a row keeps, above 0; or a dict of norms
+            for groups of parameters, as in :class:`vmapsafe.quantities.ClippedSum`.
         reduce: "all" adds up the sums of all processes of torch.distributed's default
             group, each with its own samples. Every process has to make the call, with
             a model of the same parameters; if one fails, all raise.

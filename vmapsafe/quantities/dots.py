@@ -24,7 +24,7 @@ from vmapsafe.rules.precision import wide
 
 @dataclass(frozen=True, eq=False)
 class Dots(Gathers[Tensor]):
-    r"""The products :math:`\langle g_i, v \rangle` with given vectors, (B,) or (B, K).
+    r"""The inner products of each gradient with given vectors, (B,) or (B, K).
 
     >>> import torch
     >>> from torch import nn
@@ -42,10 +42,11 @@ class Dots(Gathers[Tensor]):
             (*shape) for one vector, (K, *shape) for K of them.
         gather: "all" for those of all processes, as in :class:`Norms`.
 
-    One layer's product with one vector costs about as much as its forward. With the sum
-    of some gradients as the vector, these are influences as in TracIn (Pruthi et al.,
-    https://arxiv.org/abs/2002.08484). The products are in the dtype of the parameters,
-    and in float32 for half precision.
+    They are :math:`\langle g_i, v_k \rangle`, summed over the parameters, in the dtype
+    of the parameters, and in float32 for half precision. One layer's product with one
+    vector costs about as much as its forward. With the sum of some gradients as the
+    vector, these are influences as in TracIn (Pruthi et al.,
+    https://arxiv.org/abs/2002.08484).
     """
 
     vectors: Mapping[str, Tensor]

@@ -13,7 +13,7 @@ from vmapsafe.quantities.protocol import Block, CallShape, Grads, Paired
 
 @dataclass(frozen=True, eq=False)
 class Gram(Paired):
-    r"""The products :math:`\langle g_i, g_j \rangle` of all pairs of samples, (B, B).
+    r"""The inner products :math:`\langle g_i, g_j \rangle` of all pairs, (B, B).
 
     >>> import torch
     >>> from torch import nn
@@ -31,9 +31,9 @@ class Gram(Paired):
             with its own forward, random draws and, in "sync", statistics; it updates
             none.
 
-    With ``chunk_size`` the matrix is put together from blocks, exactly: n chunks take
-    n (n + 1) / 2 forward and backward passes. The products are in the dtype of the
-    parameters, and in float32 for half precision.
+    With ``chunk_size`` the matrix is put together from blocks, without approximation: n
+    chunks take n (n + 1) / 2 forward and backward passes. The products are in the dtype
+    of the parameters, and in float32 for half precision.
     """
 
     other: tuple[Any, ...] | None = None

@@ -69,7 +69,9 @@ class Norms(PerSample[T]):
             to make the call; if one fails, all raise.
 
     The norms are in the dtype of the parameters, and in float32 for half precision. A
-    sample with NaN has the norm NaN, and the others have theirs.
+    sample with NaN has the norm NaN, and the others have theirs. In "sync" they are
+    norms of contributions, which are not independent: a noise scale estimated from them
+    may be off by a large factor, see ``vmapsafe.examples.noise_scale``.
     """
 
     per_parameter: bool

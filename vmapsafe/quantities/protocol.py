@@ -15,9 +15,10 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from vmapsafe._modes import Mode
+from vmapsafe._errors import VmapSafeValueError, shown
+from vmapsafe._modes import Mode, RowsName
 from vmapsafe._processes import gathered, summed
-from vmapsafe._torch import is_plain, tree_map
+from vmapsafe._torch import is_plain, tree_flatten, tree_map
 from vmapsafe.rules.formulas import Formula, Made, can_look, masked
 
 T = TypeVar("T", covariant=True)
@@ -34,8 +35,9 @@ class CallShape:
         count: how many samples run.
         in_chunks: whether they run a few at a time.
         mode: of the block.
-        made_up: whether the caller's batch is empty, and these samples only show which
-            shapes and dtypes the result has.
+        rows: in "sync", what the gradient of a sample is.
+        made_up: whether the caller's batch is empty. Then the library runs samples that
+            it made up, to find the shapes and dtypes of the result.
     """
 
     called: str
@@ -43,15 +45,16 @@ class CallShape:
     count: int
     in_chunks: bool
     mode: Mode
+    rows: RowsName
     made_up: bool
 
 
 class Grads:
     """The gradients of some samples by one parameter, as layers give them.
 
-    They are the rows (n, *shape) of n samples. All but :meth:`rows` come without them,
-    or from a few at a time, where the layer allows it. Nothing that it returns may be
-    written.
+    They are the rows (n, *shape) of n samples. Only :meth:`rows` makes all of them. The
+    other methods make none, or a few at a time, where the layer allows it. Do not write
+    to what a method returns, except :meth:`new_rows`.
 
     >>> import torch
     >>> from vmapsafe.quantities import Grads
@@ -432,6 +435,14 @@ class PerSample(Gathers[T], Collected[T]):
 
     def joined(self, call: CallShape, parts: Sequence[Any]) -> T:
         found: T = joined(call, parts)
+        count = 0 if call.made_up else call.count
+        for leaf in tree_flatten(found)[0]:
+            if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != count:
+                raise VmapSafeValueError(
+                    f"{call.called} with {type(self).__name__}",
+                    f"its parts gave {shown(leaf)} for {count} samples",
+                    "Return (n, ...) from finished, of the n samples of the part",
+                )
         return found
 
 

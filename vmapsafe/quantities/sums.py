@@ -132,8 +132,11 @@ class WeightedSum(Reduces):
         reduce: "all" for the sum over all processes, as in :class:`Summed`. A function
             sees the norms of its own process.
 
-    A weight of exactly 0 leaves its sample out, even if the gradient is not finite.
-    With a function of the norms, and ``chunk_size``, each chunk runs twice.
+    A weight of exactly 0 leaves its sample out, even if the gradient is not finite. In
+    "sync" it leaves out the gradient, and not the sample's part in the statistics. The
+    sum is the gradient of :math:`\sum_i w_i \ell_i`, except in "sync", where only
+    ``rows="jacobian"`` gives that; a warning says so. With a function of the norms, and
+    ``chunk_size``, each chunk runs twice.
     """
 
     weights: Tensor | Callable[[Tensor], Tensor]
@@ -147,6 +150,17 @@ class WeightedSum(Reduces):
             )
 
     def begin(self, call: CallShape) -> Quantity[dict[str, Tensor]]:
+        if call.mode.merges and call.rows != "jacobian":
+            warn_user(
+                worded(
+                    f'{call.called} with WeightedSum(...) in mode "{call.mode.name}"',
+                    "samples share their statistics there, so that the weighted sum of "
+                    f'rows="{call.rows}" is not the gradient of the weighted loss',
+                    'For that pass rows="jacobian", or weigh the losses in loss_fn and '
+                    "use Sum()",
+                ),
+                UserWarning,
+            )
         if not isinstance(self.weights, Tensor):
             return self
         return _Weighted(_checked(call, self.weights, "weights"))
@@ -218,8 +232,10 @@ class ClippedSum(Reduces):
 
     Attributes:
         max_grad_norm: the largest norm that a gradient keeps, above 0; or a dict of one
-            for each group of parameters, whose gradients are clipped apart. Its keys
-            are patterns of names as in ``fnmatch``, and the first that matches counts.
+            for each group of parameters. Its keys are patterns of names as in
+            ``fnmatch``. The parameters whose first matching pattern is the same are one
+            group: their gradients together are clipped to its norm, and each group
+            apart. infinity does not clip.
         reduce: "all" for the sum over all processes, as in :class:`Summed`.
 
     The factor of a gradient that is 0 is 1. Opacus adds 1e-6 to the norm; nothing is
