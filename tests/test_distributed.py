@@ -669,6 +669,7 @@ def contributions_of_all_processes(rank, device):
     wanted = quantities_of(net, **ALL)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*bounds no sample's influence")
+        warnings.filterwarnings("ignore", ".*gradient of the weighted loss")
         found = per_sample(net, loss_fn, *share(rank, x, t), want=wanted, mode="sync")
     for key, quantity in wanted.items():
         assert_exact(quantity, found[key], known)
@@ -701,6 +702,19 @@ def one_without_quantities_leaves_none_waiting(rank, device):
     norms = q.Norms(gather="all")
     found = per_sample(net, F.mse_loss, *mine, want=norms)
     assert_exact(norms, found, known)
+
+
+@check
+def another_order_is_refused(rank, device):
+    """Each process would else take the other's losses for norms."""
+    net, x, t = ready(device)
+    mine = share(rank, x, t)
+    want = {"norms": q.Norms(gather="all"), "losses": q.Losses(gather="all")}
+    for other in (dict(reversed(want.items())), {**want, "sum": q.Sum(reduce="all")}):
+        with pytest.raises(RuntimeError, match="ask for different things; this one fo"):
+            per_sample(net, F.mse_loss, *mine, want=other if rank else want)
+    found = per_sample(net, F.mse_loss, *mine, want=want)
+    assert len(found["norms"]) == len(found["losses"]) == len(x)
 
 
 RED, GAT = {"reduce": "all"}, {"gather": "all"}

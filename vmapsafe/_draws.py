@@ -1,7 +1,13 @@
-"""The state of torch's random generators, so that a draw can be made again."""
+"""The state of random generators, so that a draw can be made again.
+
+These are torch's, and those of Python and numpy, from which a model may draw which of
+its layers to leave out. A torch.Generator of a model's own is not known here.
+"""
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -34,28 +40,33 @@ def check_randomness(called: str, randomness: object) -> None:
 
 
 class Draws:
-    """The state of torch's random generators, for the CPU and for devices.
+    """The state of the random generators, of the host and of devices.
 
-    It is empty with ``randomness="error"``, where vmap does not allow draws.
+    Those of torch are left out with ``randomness="error"``, where vmap does not allow
+    draws.
     """
 
     def __init__(self, randomness: str) -> None:
         self._states: list[tuple[_Note, _PutBack, Any]] = []
-        if randomness == "error" or torch.compiler.is_compiling():
+        self._of_host: list[tuple[_PutBack, Any]] = []
+        if torch.compiler.is_compiling():
             return
-        with below_all():
-            self._states = [(note, back, note()) for note, back in _generators()]
+        self._of_host = [(back, note()) for note, back in _of_host()]
+        if randomness != "error":
+            with below_all():
+                self._states = [(note, back, note()) for note, back in _generators()]
 
     def put_back(self) -> None:
         """Set the generators back: the next draws repeat those made since."""
-        if not self._states:
-            return
-        with below_all():
-            for _, put_back, state in self._states:
-                put_back(state)
+        for put_back, state in self._of_host:
+            put_back(state)
+        if self._states:
+            with below_all():
+                for _, put_back, state in self._states:
+                    put_back(state)
 
     def moved(self) -> bool:
-        """Whether anything was drawn since."""
+        """Whether anything was drawn since from torch's."""
         with below_all():
             return any([not _equal(note(), state) for note, _, state in self._states])
 
@@ -69,6 +80,13 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return torch.equal(a, b)
     return all([torch.equal(*pair) for pair in zip(a, b)])
+
+
+def _of_host() -> Iterator[tuple[_Note, _PutBack]]:
+    yield random.getstate, random.setstate
+    numpy = sys.modules.get("numpy.random")  # nothing draws from it before
+    if numpy is not None:
+        yield numpy.get_state, numpy.set_state
 
 
 def _generators() -> Iterator[tuple[_Note, _PutBack]]:

@@ -6,6 +6,7 @@ process first says whether it has failed, and if one has, all raise.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -78,6 +79,28 @@ def agreed(called: str, device: torch.device, compute: Callable[[], T]) -> T:
             "See their errors",
         )
     return found
+
+
+def check_same(called: str, device: torch.device, asked: str) -> None:
+    """Raise unless all processes ask for the same.
+
+    Args:
+        called: the public function, for errors.
+        device: one that the process group can send from.
+        asked: what this process asks for, in words.
+
+    Raises:
+        VmapSafeRuntimeError: another process asks for something else.
+    """
+    number = zlib.crc32(asked.encode())
+    both = torch.tensor([number, -number], device=device)
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    if int(both[0]) != -int(both[1]):
+        raise VmapSafeRuntimeError(
+            called,
+            f"the processes ask for different things; this one for {asked}",
+            "Ask for the same quantities in the same order in all of them",
+        )
 
 
 def summed(total: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -520,6 +520,19 @@ class HalvesPart(q.Part):
         return torch.stack([*self.norms.values()]).square().sum(0).sqrt()
 
 
+class InSlots(q.PerSample):
+    """The same, with its number in a slot."""
+
+    __slots__ = ("factor",)
+
+    def __init__(self, factor=0.5):
+        super().__init__()
+        object.__setattr__(self, "factor", factor)
+
+    def part(self, call, start, stop):
+        return HalvesPart(self.factor)
+
+
 WANTED = {
     "another vector": (lambda: q.Dots(vectors()), lambda: q.Dots(vectors(1e-9))),
     "another batch": (
@@ -532,6 +545,7 @@ WANTED = {
         lambda: {"a": q.Norms(), "b": q.Sketch(5)},
     ),
     "one's own": (Halves, lambda: Halves(0.25)),
+    "in slots": (InSlots, lambda: InSlots(0.25)),
 }
 
 

@@ -169,21 +169,70 @@ def test_mistakes_are_found(wrong, expected, said):
         check_quantity(wrong(), expected)
 
 
+def spread(norms):
+    return (norms - norms.mean()).square().mean()
+
+
 class SpreadOfNorms(q.Quantity):
     """The variance of the norms over samples, (): NaN where there are none."""
 
     def looks(self, call):
         norms = yield q.Norms()
-        return norms.var(unbiased=False)
+        return spread(norms)
 
 
 def test_a_quantity_that_an_empty_batch_does_not_have():
-    def spread(rows, losses):
-        return flat(rows).norm(dim=1).var(unbiased=False)
+    def expected(rows, losses):
+        return spread(flat(rows).norm(dim=1))
 
-    assert check_quantity(SpreadOfNorms(), spread)
+    assert check_quantity(SpreadOfNorms(), expected)
     with pytest.raises(AssertionError, match="linear layers and norms"):
-        check_quantity(SpreadOfNorms(), lambda rows, losses: spread(rows, losses) + 1)
+        check_quantity(SpreadOfNorms(), lambda rows, losses: expected(rows, losses) + 1)
+
+
+class AddsToWhatItGets(q.Quantity):
+    """Writes to the sum that it looked at, which is its own."""
+
+    def looks(self, call):
+        total = yield q.Sum()
+        for value in total.values():
+            value.mul_(2)
+        again = yield q.Sum()
+        return {name: total[name] + again[name] for name in total}
+
+
+def test_each_quantity_has_memory_of_its_own():
+    def expected(rows, losses):
+        return {name: 3 * row.sum(0) for name, row in rows.items()}
+
+    assert check_quantity(AddsToWhatItGets(), expected)
+
+
+class FirstFew(q.Summed):
+    """Forgets all but the last of a few samples at a time."""
+
+    def part(self, call, start, stop):
+        return FirstFewPart()
+
+
+class FirstFewPart(q.Part):
+    def __init__(self):
+        self.found = {}
+
+    def take(self, grads):
+        for rows in grads.few():
+            self.found[grads.name] = rows.abs().sum(0)
+
+    def finished(self):
+        return self.found
+
+
+def test_a_few_rows_at_a_time_count():
+    def expected(rows, losses):
+        return {name: row.abs().sum(0) for name, row in rows.items()}
+
+    with pytest.raises(AssertionError, match="a large layer"):
+        check_quantity(FirstFew(), expected)
 
 
 def test_a_class_is_refused():

@@ -2,10 +2,12 @@
 
 import copy
 import math
+import random
 import re
 import warnings
 import weakref
 
+import numpy
 import pytest
 import slow
 import torch
@@ -559,6 +561,150 @@ def test_notes_on_the_batch_dimension(x, keep, said):
     with pytest.raises((RuntimeError, ValueError)) as caught:
         per_sample(net, lambda o: o.sum(), x, want=q.Norms(), keep_batch_dim=keep)
     assert re.search(said, " ".join(caught.value.__notes__))
+
+
+class ByLength(nn.Module):
+    """A convolution whose options depend on the length of the input."""
+
+    def __init__(self, option):
+        super().__init__()
+        self.conv, self.last, self.option = (
+            nn.Conv1d(32, 32, 3),
+            nn.Linear(32, 2),
+            option,
+        )
+
+    def forward(self, x):
+        value = 2 if x.size(-1) > 8 else 1
+        options = {self.option: value, "padding": value}
+        x = F.conv1d(x, self.conv.weight, self.conv.bias, **options)
+        return self.last(torch.tanh(x).mean(-1))
+
+
+@pytest.mark.parametrize("option", ["dilation", "stride"])
+def test_gram_of_batches_that_a_layer_treats_differently(option):
+    torch.manual_seed(3)
+    net = ByLength(option).double()
+    a, b = torch.randn(4, 32, 7).double(), torch.randn(3, 32, 9).double()
+
+    def loss(output):
+        return output.square().sum()
+
+    for x, other in ((a, b), (b, a)):
+        rows, others = (flat_rows(slow.rows(net, loss, t)) for t in (x, other))
+        found = per_sample(net, loss, x, want=q.Gram(other=(other,)))
+        sizes = rows.norm(dim=1)[:, None] * others.norm(dim=1)
+        assert_same(found / sizes, rows @ others.T / sizes, rtol=0, atol=1e-12)
+
+
+def flat_rows(rows):
+    return torch.cat([row.flatten(1) for row in rows.values()], 1)
+
+
+@pytest.mark.parametrize("offset", [1e1, 1e3, 1e4])
+def test_norms_where_terms_cancel(offset):
+    """A gradient that is the small difference of large terms at the positions."""
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        *(nn.Conv1d(32, 32, 1, bias=False), nn.InstanceNorm1d(32), nn.Tanh()),
+        *(nn.Flatten(), nn.Linear(192, 5)),
+    ).double()
+    x, y = offset + torch.randn(8, 32, 6).double(), torch.randint(5, (8,))
+    want = {"norms": q.Norms(per_parameter=True), "rows": q.Rows(), "gram": q.Gram()}
+    found = per_sample(net, F.cross_entropy, x, y, want=want)
+    for name, norms in found["norms"].items():
+        assert_same(
+            norms, found["rows"][name].flatten(1).norm(dim=1), rtol=1e-12, atol=0
+        )
+
+
+class LayerDrop(nn.Module):
+    """Leaves a layer out at random, by Python's or numpy's generator."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+        self.draw = draw
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x.tanh()) if self.draw() < 0.5 else x
+
+
+@pytest.mark.parametrize("draw", [random.random, numpy.random.rand])
+@pytest.mark.parametrize("other", [None, (torch.randn(3, 4).double(),)])
+def test_draws_of_python_and_numpy(draw, other):
+    """A chunk that runs again draws what it drew before."""
+    torch.manual_seed(3)
+    random.seed(1)
+    numpy.random.seed(1)
+    x = torch.randn(8, 4).double()
+    want = {"gram": q.Gram(), "rows": q.Rows(), "sum": q.Sum()}
+    want["again"] = q.WeightedSum(torch.ones_like)
+    if other is not None:
+        want["other"] = q.Gram(other=other)
+    net = LayerDrop(draw)
+    found = per_sample(
+        net, lambda o: (o.square() + o).sum(), x, want=want, chunk_size=2
+    )
+    rows = flat_rows(found["rows"])
+    assert_same(found["gram"], rows @ rows.T, rtol=1e-10, atol=1e-10)
+    assert_same(found["again"], found["sum"], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale, weight", [(1e30, 1e-20), (1e-30, 1e20), (1.0, 1e-30)])
+@pytest.mark.parametrize("conv", [False, True])
+def test_weights_out_of_the_usual_range(scale, weight, conv):
+    """Factors that would leave the range of float32, and results that do not."""
+    torch.manual_seed(3)
+    layer = nn.Conv1d(4, 8, 2, bias=False) if conv else nn.Linear(4, 8, bias=False)
+    x = scale * torch.randn(3, 4, *((5,) if conv else ()))
+    weights = weight * torch.tensor([1.0, -2.0, 3.0])
+
+    def loss(output):
+        return (output / scale).sum()
+
+    want = {"rows": q.Rows(), "weighted": q.WeightedSum(weights)}
+    found = per_sample(layer, loss, x, want=want)
+    rows = found["rows"]["weight"].double()
+    expected = torch.tensordot(weights.double(), rows, 1)
+    size = float(expected.abs().max())
+    assert_same(
+        found["weighted"]["weight"].double() / size, expected / size, rtol=0, atol=1e-5
+    )
+
+
+def test_several_norms_to_clip_to_under_vmap(mlp):
+    most = torch.tensor([0.1, 1.0, 1e3]).double()
+
+    def clipped(most):
+        return per_sample(mlp, mse, X, Y, want=q.ClippedSum(most))
+
+    found = vmap(clipped)(most)
+    expected = [clipped(float(one)) for one in most]
+    for name in found:
+        assert_same(found[name], torch.stack([e[name] for e in expected]))
+    with_gradient = clipped(most[1].clone().requires_grad_())
+    assert not any(t.requires_grad for t in with_gradient.values())
+
+
+def test_results_have_memory_of_their_own(mlp):
+    def both(output, target):
+        loss = mse(output, target)
+        return loss, loss
+
+    want = {f"{i} {kind.__name__}": kind() for i in (0, 1) for kind in KINDS}
+    found, aux = per_sample(mlp, both, X, Y, want=want, has_aux=True)
+    before = copy.deepcopy((found, aux))
+    for key in [key for key in found if key.startswith("0")]:
+        for leaf in tree_flatten(found[key])[0]:
+            leaf.fill_(torch.nan)
+    assert_same(aux, before[1])
+    for key in [key for key in found if key.startswith("1")]:
+        assert_same(found[key], before[0][key])
+
+
+KINDS = (q.Losses, q.Norms, q.Sum, q.SumOfSquares, q.Gram, q.Rows)
 
 
 class Largest(q.PerSample):

@@ -144,7 +144,7 @@ def described(value: object) -> str:
         )
     if isinstance(value, Quantity):
         kind = type(value)
-        held = {name: described(v) for name, v in sorted(vars(value).items())}
+        held = {name: described(v) for name, v in sorted(_fields(value).items())}
         return f"{kind.__module__}.{kind.__qualname__} {held}"
     if callable(value):
         name = getattr(value, "__qualname__", type(value).__qualname__)
@@ -178,7 +178,7 @@ def _written(value: object) -> str:
     if isinstance(value, Mapping):
         return "".join([_written(v) for _, v in sorted(value.items(), key=str)])
     if isinstance(value, Quantity):
-        fields = "".join([_written(v) for _, v in sorted(vars(value).items())])
+        fields = "".join([_written(v) for _, v in sorted(_fields(value).items())])
         return fields + "".join([_written_class(kind) for kind in type(value).__mro__])
     module = str(getattr(value, "__module__", ""))
     if module.partition(".")[0] in ("torch", "vmapsafe", "builtins"):
@@ -193,6 +193,18 @@ def _written(value: object) -> str:
         call = getattr(type(value), "__call__")  # noqa: B004
         return _written(call) + _plain(getattr(value, "__dict__", {}))
     return ""
+
+
+def _fields(value: object) -> dict[str, object]:
+    """The attributes of an object, those in slots included."""
+    slots = [n for kind in type(value).__mro__ for n in _slots(kind)]
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {**found, **getattr(value, "__dict__", {})}
+
+
+def _slots(kind: type) -> list[str]:
+    named = vars(kind).get("__slots__", ())
+    return [named] if isinstance(named, str) else list(named)
 
 
 def _written_class(kind: type) -> str:

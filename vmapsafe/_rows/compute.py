@@ -18,7 +18,7 @@ from vmapsafe._block.models import device_of
 from vmapsafe._draws import Draws
 from vmapsafe._errors import VmapSafeRuntimeError
 from vmapsafe._modes import Also, ModeName, NumGroups, Options, RowsName
-from vmapsafe._processes import agreed, check_all_or_none
+from vmapsafe._processes import agreed, check_all_or_none, check_same
 from vmapsafe._rows.chunks import ChunkSize, check_chunk_size
 from vmapsafe._rows.looks import Way, computed
 from vmapsafe._rows.out import check_out
@@ -109,17 +109,22 @@ class Asked:
     def all(self, wanted: Wanted) -> Any:
         """The values of several quantities by their keys, or a pair of them and aux."""
         options = [quantity.across() for quantity in wanted.values()]
-        found, aux = self._agreed(lambda: wanted, options)
+        asked = [(k, type(q).__name__, *q.across()) for k, q in wanted.items()]
+        found, aux = self._agreed(lambda: wanted, options, repr(asked))
         return (found, aux) if self.has_aux else found
 
     def _agreed(
-        self, make: Callable[[], Wanted], options: Sequence[tuple[str, str | None]]
+        self,
+        make: Callable[[], Wanted],
+        options: Sequence[tuple[str, str | None]],
+        asked: str = "",
     ) -> tuple[dict[str, Any], Any]:
         """Compute quantities, of all processes where the caller asks for that.
 
         Args:
             make: makes the quantities.
             options: those that ask for all processes, and their values.
+            asked: what must be the same in all processes.
 
         Returns:
             The values, and the aux of this process.
@@ -144,6 +149,8 @@ class Asked:
         model = self.model  # which is checked later
         is_module = isinstance(model, nn.Module)
         device = device_of(model) if is_module else torch.device("cpu")
+        if asked:
+            check_same(called, device, asked)
         found, aux = agreed(called, device, compute)
         for key, quantity in made.items():
             if quantity.across()[1] is not None:

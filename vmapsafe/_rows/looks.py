@@ -152,7 +152,7 @@ class Feed(Collector):
 
     Args:
         parts: of the quantities.
-        asked: what they will ask of all gradients.
+        asked: what they will ask of all gradients, and how often.
         keep: whether the gradients will be wanted again.
 
     Attributes:
@@ -160,7 +160,7 @@ class Feed(Collector):
     """
 
     def __init__(
-        self, parts: Sequence[Part], asked: frozenset[str], keep: bool
+        self, parts: Sequence[Part], asked: Mapping[str, int], keep: bool
     ) -> None:
         self._parts, self._asked, self._keep = parts, asked, keep
         self.kept: dict[str, Grads] = {}
@@ -170,7 +170,7 @@ class Feed(Collector):
         if current_level() == 0:
             losses = losses.detach()
         for part in self._parts:
-            part.take_losses(losses)
+            part.take_losses(losses.clone())
 
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
         self.take(Grads(name, formula, x, grad, self._asked))
@@ -201,7 +201,12 @@ class _Chunk:
     samples: Samples
     start: int
     stop: int
-    draws: Draws
+    draws: Draws | None
+
+    def draw_again(self) -> None:
+        """Let the next draws be those that these samples made."""
+        assert self.draws is not None
+        self.draws.put_back()
 
 
 @dataclass
@@ -275,7 +280,7 @@ class _Run:
         several = self.looks_again or any([isinstance(s, Paired) for s in stages])
 
         def run(start: int, stop: int) -> None:
-            draws = Draws(self.samples.randomness if several else "error")
+            draws = Draws(self.samples.randomness) if several else None
             chunk = _Chunk(self.samples, start, stop, draws)
             values, aux, kept = self._gradients(chunk, stages, keep)
             found.append(values)
@@ -292,7 +297,7 @@ class _Run:
         return found
 
     def _again(self, chunk: _Chunk, stages: Sequence[Stage], keep: bool) -> list[Any]:
-        chunk.draws.put_back()
+        chunk.draw_again()
         values, _, self._kept = self._gradients(chunk, stages, keep)
         return values
 
@@ -310,10 +315,11 @@ class _Run:
     def _fed(self, stages: Sequence[Stage]) -> list[Any]:
         """What kept gradients give."""
         parts = self._parts(stages, 0, self.samples.count)
-        feed = Feed(parts, _asked(stages), keep=False)
+        asked = _asked(stages)
+        feed = Feed(parts, asked, keep=False)
         with without_autocast(self.samples.device):
             for grads in self._kept.values():
-                feed.take(grads)
+                feed.take(grads.again(asked))
             return [part.finished() for part in parts]
 
     def _parts(self, stages: Sequence[Stage], start: int, stop: int) -> list[Part]:
@@ -387,16 +393,21 @@ class _Run:
         kept_first: bool = False,
     ) -> tuple[Tensor, Kept]:
         """What the samples of a chunk give with those kept, and the chunk's own."""
-        chunk.draws.put_back()
+        chunk.draw_again()
         part = _With(stage, self.call, kept, kept_first)
-        feed = Feed([part], frozenset(), keep)
+        feed = Feed([part], {}, keep)
         self.way(chunk.samples, chunk.samples.part(chunk.start, chunk.stop), feed)
         with without_autocast(self.samples.device):
             return part.finished(), feed.kept
 
 
-def _asked(stages: Sequence[Stage]) -> frozenset[str]:
-    return frozenset([a for s in stages if isinstance(s, Collected) for a in s.asks])
+def _asked(stages: Sequence[Stage]) -> Mapping[str, int]:
+    """How many stages ask for what of each parameter's gradients."""
+    asked: dict[str, int] = {}
+    for stage in stages:
+        for name in stage.asks if isinstance(stage, Collected) else ():
+            asked[name] = asked.get(name, 0) + 1
+    return asked
 
 
 class _With(Part):

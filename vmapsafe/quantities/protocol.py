@@ -72,8 +72,8 @@ class Grads:
         formula: how rows follow from the layer's input and output gradient.
         x: the input, (n, ...).
         grad: the output gradient, (n, ...).
-        asked: which of "norms", "sum" and "squares" will be asked for; one call of the
-            formula gives them together.
+        asked: how often each of "norms", "sum" and "squares" will be asked for. One
+            call of the formula gives them together, each time in memory of its own.
 
     Attributes:
         name: of the parameter.
@@ -86,15 +86,17 @@ class Grads:
         formula: Formula,
         x: Tensor,
         grad: Tensor,
-        asked: Collection[str] = (),
+        asked: Mapping[str, int] | None = None,
     ) -> None:
         self.name, self.shape = name, formula.shape
         self._formula, self._x, self._grad = formula, x, grad
-        self._asked = asked
+        self._asked = dict(asked or {})
         self._known: dict[str, Tensor] = {}
 
     @staticmethod
-    def of_rows(name: str, rows: Tensor, asked: Collection[str] = ()) -> Grads:
+    def of_rows(
+        name: str, rows: Tensor, asked: Mapping[str, int] | None = None
+    ) -> Grads:
         """Of rows (n, *shape) that are made already."""
         return Grads(name, Made(rows.shape[1:]), rows, rows, asked)
 
@@ -118,6 +120,13 @@ class Grads:
         """The rows (some, *shape) of a few samples at a time."""
         for part in self._formula.few(self._x, self._grad):
             yield self._formula.rows(*part)
+
+    def contiguous_rows(self) -> Tensor:
+        """(n, *shape), contiguous."""
+        made = isinstance(self._formula, Made) or torch.compiler.is_compiling()
+        if made or not (is_plain(self._x) and is_plain(self._grad)):
+            return self.rows().contiguous()
+        return self.new_rows()
 
     def new_rows(self) -> Tensor:
         """(n, *shape), contiguous, in memory of their own, which may be written."""
@@ -166,7 +175,7 @@ class Grads:
         the same rows; float32 for half precision."""
         other = self if other is None else other
         formula, one = self._formula, other._formula
-        if type(formula) is not type(one):
+        if formula.options() != one.options():
             return Grads.of_rows(self.name, self.rows()).gram(
                 Grads.of_rows(self.name, other.rows())
             )
@@ -183,6 +192,10 @@ class Grads:
         x, grad = self._x[which], self._grad[which]
         return Grads(self.name, self._formula, x, grad, self._asked)
 
+    def again(self, asked: Mapping[str, int]) -> Grads:
+        """The same, for others who will ask."""
+        return Grads(self.name, self._formula, self._x, self._grad, asked)
+
     def held(self) -> Grads:
         """The same, in as little memory as may be, to be kept for later."""
         rows = self.shape.numel() * len(self)
@@ -193,11 +206,15 @@ class Grads:
         return Grads.of_rows(self.name, self.rows(), self._asked)
 
     def _one(self, name: str) -> Tensor:
+        left = self._asked.get(name, 0)
+        if not left:
+            return self._formula.together(self._x, self._grad, (name,))[name]
         if name not in self._known:
-            asked = self._asked if name in self._asked else (name,)
+            asked = [other for other, count in self._asked.items() if count]
             found = self._formula.together(self._x, self._grad, asked)
             self._known.update(found)
-        return self._known[name]
+        self._asked[name] = left - 1
+        return self._known[name].clone() if left > 1 else self._known.pop(name)
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -280,7 +297,9 @@ class Quantity(ABC, Generic[T]):
     torch.Size([5])
 
     An object may be used in many calls, so what belongs to a call is kept in its parts.
-    :func:`vmapsafe.testing.check_quantity` compares a quantity with the rows.
+    The code also runs under vmap and in torch.compile, so it cannot look at numbers, as
+    ``.item()`` and ``if`` do. :func:`vmapsafe.testing.check_quantity` compares a
+    quantity with the rows.
     """
 
     def begin(self, call: CallShape) -> Quantity[T]:

@@ -171,7 +171,7 @@ class _SketchPart(Part):
 
     def _by_blocks(self, grads: Grads) -> Tensor:
         """By a full matrix, some lines at a time."""
-        rows = flat(grads.rows())
+        rows = flat(grads.contiguous_rows())
         key, lines = self._key(grads.name), rows.size(1)
         sizes = _sizes(rows.device)
         numbers = min(max(sizes.least, 2 * rows.numel()), sizes.most)

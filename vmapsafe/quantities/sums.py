@@ -18,7 +18,7 @@ from vmapsafe._errors import (
     warn_user,
     worded,
 )
-from vmapsafe._torch import current_level
+from vmapsafe._torch import current_level, is_wrapped
 from vmapsafe.quantities.norms import Norms, NormsPart, together
 from vmapsafe.quantities.protocol import (
     CallShape,
@@ -259,7 +259,7 @@ class ClippedSum(Reduces):
     def _groups(self, call: CallShape) -> list[Group]:
         """The norm and the parameters of each group."""
         if not isinstance(self.max_grad_norm, Mapping):
-            return [(self.max_grad_norm, list(call.parameters))]
+            return [(_plain(self.max_grad_norm), list(call.parameters))]
         groups: dict[str, list[str]] = {pattern: [] for pattern in self.max_grad_norm}
         called = f"{call.called} with ClippedSum(...)"
         for name in call.parameters:
@@ -280,9 +280,15 @@ class ClippedSum(Reduces):
                 "Names are those of model.named_parameters(), and patterns those of "
                 "fnmatch; leave it out, or put it first",
             )
-        return [
-            (self.max_grad_norm[pattern], names) for pattern, names in groups.items()
-        ]
+        most = self.max_grad_norm
+        return [(_plain(most[pattern]), names) for pattern, names in groups.items()]
+
+
+def _plain(number: Number) -> Number:
+    """Without derivatives, except under transforms."""
+    if isinstance(number, Tensor) and not current_level():
+        return number.detach()
+    return number
 
 
 def check_max_grad_norm(called: str, given: Any) -> None:
@@ -318,6 +324,8 @@ def _check_number(called: str, what: str, given: Any) -> None:
             f"{what} is {shown(given)}, {a_kind(given)}",
             "Pass one number, the largest norm a row may keep",
         )
+    if isinstance(given, Tensor) and (given.is_meta or is_wrapped(given)):
+        return  # whose number may not be looked at
     if not given > 0:
         raise VmapSafeValueError(
             called,

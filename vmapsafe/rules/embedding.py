@@ -130,7 +130,8 @@ class Weight(Formula):
                 return norms_of(self.rows(x[i : i + 1], grad[i : i + 1]))
 
             # The square of a sum of n rows is at most n times the sum of their squares.
-            parts.append(roots_of(squares, [most * positions], again))
+            bound = [most * positions]
+            parts.append(roots_of(squares, bound, again, positions))
         return torch.cat(parts)
 
     def gram(self, x: Tensor, grad: Tensor, y: Tensor, other: Tensor) -> Tensor:

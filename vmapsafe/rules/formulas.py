@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -58,6 +58,11 @@ class Formula:
     """
 
     shape: torch.Size
+
+    def options(self) -> tuple[object, ...]:
+        """What two formulas have in common if either makes the rows of both."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return type(self), *[v for v in values if not isinstance(v, Tensor)]
 
     def rows(self, x: Tensor, grad: Tensor) -> Tensor:
         """(B, *shape), read-only: they may share memory with ``x`` or ``grad``."""
@@ -425,19 +430,25 @@ def _norms_of_products(a: Tensor, b: Tensor) -> Tensor:
         norm = norms_of(torch.bmm(other, one.mT))
         return norm.double() * of_a * of_b
 
-    return roots_of(squares, most, again)
+    return roots_of(squares, most, again, a.size(2))
 
 
 def roots_of(
-    squares: Tensor, most: Sequence[Tensor], again: Callable[[int], Tensor]
+    squares: Tensor,
+    most: Sequence[Tensor],
+    again: Callable[[int], Tensor],
+    positions: int,
 ) -> Tensor:
     """(B,): the roots of ``squares``, whose upper bounds are the products of ``most``.
 
     Root i is ``again(i)`` if the bound or a factor of it is out of range, or if the
-    square is so much smaller than the bound that rounding errors would count.
+    square is so much smaller than the bound that rounding errors would count. Where the
+    terms at the positions have nothing to do with each other, the square is about the
+    bound divided by their number.
     """
     low, high = _range(squares.dtype)
-    smallest = 2.0**10 * torch.finfo(squares.dtype).eps
+    eps = torch.finfo(squares.dtype).eps
+    smallest = max(2.0**10 * eps, 2.0**-6 / max(1, positions))
     norms = squares.clamp_min(0).sqrt_()
     for i, (square, *bounds) in enumerate(
         zip(squares.tolist(), *[bound.tolist() for bound in most])
@@ -463,9 +474,17 @@ def times(x: Tensor, grad: Tensor, factors: Tensor | None) -> tuple[Tensor, Tens
     x, grad = wide(x), wide(grad)
     if factors is None:
         return x, grad
+    if can_look(factors) and not all([_is_usual(f) for f in factors.tolist()]):
+        x, scale = _scaled_to_one(x)
+        return x, grad * at_samples(scale, grad) * at_samples(factors, grad)
     if x.numel() < grad.numel():
         return x * at_samples(factors, x), grad
     return x, grad * at_samples(factors, grad)
+
+
+def _is_usual(factor: float) -> bool:
+    """Whether a tensor may be multiplied by it that is multiplied by another later."""
+    return factor == 0 or 2.0**-20 < abs(factor) < 2.0**20
 
 
 def at_samples(factors: Tensor, x: Tensor) -> Tensor:
