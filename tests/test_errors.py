@@ -23,7 +23,7 @@ OTHERS = {
     "examples/wrong_labels.py": {"ArgumentTypeError"},
     "rules/formulas.py": {"NotImplementedError"},
     "rules/sync.py": {"AssertionError"},
-    "testing.py": {"AssertionError", "ValueError"},
+    "testing.py": {"TypeError", "AssertionError", "ValueError"},
 }
 
 
