@@ -40,18 +40,23 @@ def check_randomness(called: str, randomness: object) -> None:
 
 
 class Draws:
-    """The state of the random generators, of the host and of devices.
+    """The state of the random generators.
 
     Those of torch are left out with ``randomness="error"``, where vmap does not allow
     draws.
+
+    Args:
+        randomness: as in vmap.
+        of_host: whether to keep those of Python and numpy too, which takes 40 us.
     """
 
-    def __init__(self, randomness: str) -> None:
+    def __init__(self, randomness: str, of_host: bool = False) -> None:
         self._states: list[tuple[_Note, _PutBack, Any]] = []
         self._of_host: list[tuple[_PutBack, Any]] = []
         if torch.compiler.is_compiling():
             return
-        self._of_host = [(back, note()) for note, back in _of_host()]
+        if of_host:
+            self._of_host = [(back, note()) for note, back in _of_host()]
         if randomness != "error":
             with below_all():
                 self._states = [(note, back, note()) for note, back in _generators()]

@@ -391,7 +391,7 @@ def autocasts(device: torch.device) -> bool:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which it is off."""
-    if torch.amp.is_autocast_available(device.type):
+    if autocasts(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -70,7 +70,7 @@ def in_chunks(
     if chunk_size is None:
         run(0, size)
         return
-    draws = Draws(randomness)
+    draws = Draws(randomness, of_host=True)
     if chunk_size != "auto":
         for start in range(0, size, int(chunk_size)):
             if start and randomness == "same":
@@ -83,7 +83,7 @@ def in_chunks(
         if randomness == "same":
             draws.put_back()
         else:
-            draws = Draws(randomness)
+            draws = Draws(randomness, of_host=True)
         free, (used, peak) = _free(device), _used(device)
         if not _fits(run, start, stop):  # its memory is given back when it returns
             draws.put_back()

@@ -262,7 +262,7 @@ class _Run:
         elif at_once:
             found = [self._fed(stages)]
         else:
-            after = Draws(self.samples.randomness)
+            after = Draws(self.samples.randomness, of_host=True)
             found = [self._again(chunk, stages, keep) for chunk in self._chunks]
             after.put_back()
         values: list[Any] = []
@@ -280,7 +280,7 @@ class _Run:
         several = self.looks_again or any([isinstance(s, Paired) for s in stages])
 
         def run(start: int, stop: int) -> None:
-            draws = Draws(self.samples.randomness) if several else None
+            draws = Draws(self.samples.randomness, of_host=True) if several else None
             chunk = _Chunk(self.samples, start, stop, draws)
             values, aux, kept = self._gradients(chunk, stages, keep)
             found.append(values)
@@ -351,7 +351,10 @@ class _Run:
 
     def _own_pairs(self, stage: Paired, diagonal: list[Tensor]) -> Tensor:
         blocks = {(i, i): block for i, block in enumerate(diagonal)}
-        after, kept = Draws(self.samples.randomness), self._kept  # of the last chunk
+        after, kept = (
+            Draws(self.samples.randomness, of_host=True),
+            self._kept,
+        )  # of the last chunk
         for last in reversed(range(1, len(diagonal))):
             following: Kept = {}
             for i, chunk in enumerate(self._chunks[:last]):
@@ -367,18 +370,18 @@ class _Run:
     def _other_pairs(self, stage: Paired, other: Samples) -> Tensor:
         randomness = self.samples.randomness
         step = other.count if self.chunk_size is None else int(self.chunk_size)
-        first, columns = Draws(randomness), []
+        first, columns = Draws(randomness, of_host=True), []
         for start in range(0, other.count, step):
             if randomness == "same":
                 first.put_back()
             stop = min(start + step, other.count)
-            chunk = _Chunk(other, start, stop, Draws(randomness))
+            chunk = _Chunk(other, start, stop, Draws(randomness, of_host=True))
             if len(self._chunks) == 1:  # its gradients were kept
                 block, _ = self._block(chunk, stage, self._kept, kept_first=True)
                 columns.append(block)
                 continue
             _, _, kept = self._gradients(chunk, (), keep=True)
-            after = Draws(randomness)
+            after = Draws(randomness, of_host=True)
             blocks = [self._block(one, stage, kept)[0] for one in self._chunks]
             columns.append(torch.cat(blocks))
             after.put_back()
