@@ -20,7 +20,7 @@ from vmapsafe._errors import VmapSafeRuntimeError
 from vmapsafe._modes import Also, ModeName, NumGroups, Options, RowsName
 from vmapsafe._processes import agreed, check_all_or_none, check_same
 from vmapsafe._rows.chunks import ChunkSize, check_chunk_size
-from vmapsafe._rows.looks import Way, computed
+from vmapsafe._rows.looks import Feed, computed
 from vmapsafe._rows.out import check_out
 from vmapsafe._rows.parameters import Params
 from vmapsafe._rows.record import Unrecordable
@@ -158,13 +158,13 @@ class Asked:
         return found, aux
 
     def _computed(self, wanted: Wanted) -> tuple[dict[str, Any], Any]:
-        samples = self.samples()
+        samples, size = self.samples(), self.chunk_size
         rows = {key: q for key, q in wanted.items() if isinstance(q, Rows)}
         given = [q.out for q in rows.values() if q.out is not None]
         for out in given:
             check_out(self.called, out, samples)
         if len(given) == len(rows):
-            return self._by(recorded_if_possible, samples, wanted)
+            return computed(samples, wanted, size, recorded_if_possible)
         # Derivatives of rows may be wanted. Sometimes only the computed loss tells.
         if (
             samples.options.fast
@@ -174,16 +174,11 @@ class Asked:
         ):
             draws = Draws(samples.randomness)
             try:
-                return self._by(recorded_if_unwatched, samples, wanted)
+                return computed(samples, wanted, size, recorded_if_unwatched)
             except Unrecordable:
                 draws.put_back()
         watched = {key: RowsWithDerivatives() for key, q in rows.items() if not q.out}
-        return self._by(by_vmap, samples, {**wanted, **watched})
-
-    def _by(
-        self, way: Way, samples: Samples, wanted: Wanted
-    ) -> tuple[dict[str, Any], Any]:
-        return computed(samples, wanted, self.chunk_size, way)
+        return computed(samples, {**wanted, **watched}, size, by_vmap)
 
 
 # What an option of a quantity gives without "all".
@@ -193,7 +188,7 @@ _OF_ONE = {"gather": "the values", "reduce": "the sum"}
 # -- The two ways ----------------------------------------------------------------------
 
 
-def recorded_if_possible(samples: Samples, batch: tuple[Any, ...], into: Any) -> Any:
+def recorded_if_possible(samples: Samples, batch: tuple[Any, ...], into: Feed) -> Any:
     """Record the forward; use ``vmap(grad)`` where that cannot be done."""
     if not samples.recordable():
         return by_vmap(samples, batch, into)
@@ -214,7 +209,7 @@ def recorded_if_possible(samples: Samples, batch: tuple[Any, ...], into: Any) ->
     return recorded.aux
 
 
-def recorded_if_unwatched(samples: Samples, batch: tuple[Any, ...], into: Any) -> Any:
+def recorded_if_unwatched(samples: Samples, batch: tuple[Any, ...], into: Feed) -> Any:
     """Record the forward, for rows that carry no derivatives.
 
     Args:
@@ -236,7 +231,7 @@ def recorded_if_unwatched(samples: Samples, batch: tuple[Any, ...], into: Any) -
     return recorded.aux
 
 
-def by_vmap(samples: Samples, batch: tuple[Any, ...], into: Any) -> Any:
+def by_vmap(samples: Samples, batch: tuple[Any, ...], into: Feed) -> Any:
     """Hand on the rows that ``vmap(grad)`` makes."""
     rows, losses, aux = samples.rows(batch)
     into.losses(losses)
