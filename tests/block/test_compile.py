@@ -18,7 +18,9 @@ from torch.func import (
     vmap,
 )
 
-from vmapsafe import batched, per_sample_grads, vmap_safe
+from vmapsafe import batched, per_sample, per_sample_grads
+from vmapsafe import quantities as q
+from vmapsafe import vmap_safe
 
 # torch's own, at its first use
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -150,6 +152,35 @@ def test_per_sample_grads_compiled(net, options):
     y = torch.randn(2, 2)
     function = compiled(lambda x, y: per_sample_grads(net, loss, x, y, **options))
     expected = per_sample_grads(net, loss, X[0], y, **options)
+    torch.testing.assert_close(function(X[0], y), expected)
+
+
+WANTED = {
+    "losses": lambda net: q.Losses(),
+    "norms": lambda net: q.Norms(),
+    "sum": lambda net: q.Sum(),
+    "clipped": lambda net: q.ClippedSum(0.1),
+    "groups": lambda net: q.ClippedSum({"0.*": 0.1, "*": 0.2}),
+    "weighted": lambda net: q.WeightedSum(torch.tensor([0.0, 2.0])),
+    "squares": lambda net: q.SumOfSquares(),
+    "gram": lambda net: q.Gram(),
+    "gram with another": lambda net: q.Gram(other=(X[0], torch.ones(2, 2))),
+    "dots": lambda net: q.Dots(dict(net.named_parameters())),
+    "sketch": lambda net: q.Sketch(6),
+    "kronecker": lambda net: q.Sketch(6, "kronecker"),
+}
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_quantities_compiled(net, name):
+    """Each in one graph."""
+
+    def loss(output, target):
+        return (output - target).square().sum()
+
+    y, want = torch.randn(2, 2), WANTED[name](net)
+    function = compiled(lambda x, y: per_sample(net, loss, x, y, want=want))
+    expected = per_sample(net, loss, X[0], y, want=want)
     torch.testing.assert_close(function(X[0], y), expected)
 
 

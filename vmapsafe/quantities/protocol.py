@@ -161,7 +161,8 @@ class Grads:
             if not len(grad):
                 return grad.new_zeros(self.shape)
             return self._formula.weighted(x, grad, factors[left])
-        if not is_plain(factors):  # a factor of 0 may have a derivative
+        if torch.compiler.is_compiling() or not is_plain(factors):
+            # A factor of 0 may have a derivative.
             left = left | _finite(self._x) & _finite(self._grad)
         x, grad = masked(self._x, left), masked(self._grad, left)
         return self._formula.weighted(x, grad, factors)

@@ -18,7 +18,7 @@ from vmapsafe._errors import (
     warn_user,
     worded,
 )
-from vmapsafe._torch import current_level, is_wrapped
+from vmapsafe._torch import constant_while_compiling, current_level, is_wrapped
 from vmapsafe.quantities.norms import Norms, NormsPart, together
 from vmapsafe.quantities.protocol import (
     CallShape,
@@ -263,7 +263,7 @@ class ClippedSum(Reduces):
         groups: dict[str, list[str]] = {pattern: [] for pattern in self.max_grad_norm}
         called = f"{call.called} with ClippedSum(...)"
         for name in call.parameters:
-            fits = [pattern for pattern in groups if fnmatchcase(name, pattern)]
+            fits = [pattern for pattern in groups if _matches(name, pattern)]
             if not fits:
                 raise VmapSafeValueError(
                     called,
@@ -282,6 +282,11 @@ class ClippedSum(Reduces):
             )
         most = self.max_grad_norm
         return [(_plain(most[pattern]), names) for pattern, names in groups.items()]
+
+
+@constant_while_compiling
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern)
 
 
 def _plain(number: Number) -> Number:
