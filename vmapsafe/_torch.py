@@ -523,6 +523,11 @@ def lies_alone(tensor: Tensor, base: Tensor | None) -> bool:
     return bool(torch._C._storage_Use_Count(storage._cdata) <= known)
 
 
+def without_autograd(tensor: Tensor) -> Tensor:
+    """The tensor without derivatives for plain autograd; transforms keep theirs."""
+    return tensor if current_level() else tensor.detach()
+
+
 def schema_of(operator: Any) -> Any:
     """What an operator takes, writes and returns."""
     return operator._schema

@@ -130,34 +130,30 @@ def check_quantity(
     """
     _refuse_class(quantity)
     compared = 0
-    for name, make in _networks().items():
-        for dtype in (torch.float64, torch.float32):
-            torch.manual_seed(0)
-            model, x = make()
-            model = model.to(dtype).eval()
-            x = x.to(dtype) if x.is_floating_point() else x
-            tolerance = rtol if dtype == torch.float64 else 1e8 * rtol
-            params = {n: p.detach() for n, p in model.named_parameters()}
-            for size in (len(x), 0):
-                given = quantity
-                if not isinstance(given, Quantity):
-                    given = given(params, size)
-                rows, losses = _looped(model, x[:size])
-                wanted = expected(rows, losses)
-                for chunk_size, by_vmap in itertools.product((None, 1, 2, 3), (0, 1)):
-                    how = f"chunk_size={chunk_size}" + ", vmap(grad)" * by_vmap
-                    where = f"{name}, {dtype}, {size} samples, {how}"
-                    call = model, x[:size], given, chunk_size, bool(by_vmap)
-                    try:
-                        found, others = _asked(*call)
-                    except Exception as error:
-                        error.add_note(f"check_quantity: {where}")
-                        raise
-                    _close(found, wanted, tolerance, where)
-                    _close(
-                        others, _others(rows), tolerance, f"{where}, what is beside it"
-                    )
-                    compared += 1
+    dtypes = {torch.float64: rtol, torch.float32: 1e8 * rtol}
+    for (name, make), dtype in itertools.product(_networks().items(), dtypes):
+        torch.manual_seed(0)
+        model, x = make()
+        model = model.to(dtype).eval()
+        x = x.to(dtype) if x.is_floating_point() else x
+        params = {n: p.detach() for n, p in model.named_parameters()}
+        for size in (len(x), 0):
+            one = quantity
+            one = one if isinstance(one, Quantity) else one(params, size)
+            rows, losses = _looped(model, x[:size])
+            wanted = expected(rows, losses), _others(rows)
+            for chunk_size, by_vmap in itertools.product((None, 1, 2, 3), (0, 1)):
+                how = f"chunk_size={chunk_size}" + ", vmap(grad)" * by_vmap
+                where = f"{name}, {dtype}, {size} samples, {how}"
+                try:
+                    found = _asked(model, x[:size], one, chunk_size, bool(by_vmap))
+                except Exception as error:
+                    error.add_note(f"check_quantity: {where}")
+                    raise
+                _close(found[0], wanted[0], dtypes[dtype], where)
+                beside = f"{where}, what is beside it"
+                _close(found[1], wanted[1], dtypes[dtype], beside)
+                compared += 1
     return compared
 
 

@@ -8,7 +8,7 @@ import slow
 import torch
 import torch.nn.functional as F
 from measured import change_regimes, forget_regimes
-from nets import CASES, NETS, SYNC, conv, image, mse, net, problem, small_mlp
+from nets import CASES, NETS, SYNC, conv, image, images, mse, net, problem, small_mlp
 from state import assert_same_state, everything
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -343,14 +343,7 @@ def test_autocast_and_some_of_the_parameters(names):
 
 def test_autocast():
     """Rows in the parameters' dtype, about those of a loop under autocast."""
-    torch.manual_seed(3)
-    model = image(
-        *(conv(2, 2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.GroupNorm(2, 4)),
-        conv(2, 4, 16, 3),
-        channels=16,
-    )
-    x, y = torch.randn(5, 2, 6, 6), torch.randn(5, 3)
-    model(x)
+    model, x, y = images()
     exact = per_sample_grads(model, mse, x, y)
     with torch.autocast("cpu", torch.bfloat16):
         norms = per_sample_grad_norms(model, mse, x, y)

@@ -13,7 +13,7 @@ import slow
 import torch
 import torch.nn.functional as F
 from blocks import MODES
-from nets import CASES, NETS, NORMED, conv, image, mse, net, problem, small_mlp
+from nets import CASES, NETS, NORMED, images, mse, net, problem, small_mlp
 from state import assert_same_state, everything
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
@@ -287,18 +287,6 @@ def test_sums_of_half_precision_take_small_weights():
     found = per_sample(model, mse, x, y, want=quantity)
     assert found["weight"].dtype == torch.float16
     assert_exact(quantity, found, known, 0.01)
-
-
-def images():
-    torch.manual_seed(3)
-    model = image(
-        *(conv(2, 2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.GroupNorm(2, 4)),
-        conv(2, 4, 16, 3),
-        channels=16,
-    )
-    x, y = torch.randn(5, 2, 6, 6), torch.randn(5, 3)
-    model(x)
-    return model, x, y
 
 
 def test_autocast():

@@ -295,3 +295,16 @@ SYNC: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
         (5, 4),
     ),
 }
+
+
+def images() -> tuple[nn.Module, Tensor, Tensor]:
+    """Convolutions and norms of images, and a batch of five, in float32."""
+    torch.manual_seed(3)
+    model = image(
+        *(conv(2, 2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.GroupNorm(2, 4)),
+        conv(2, 4, 16, 3),
+        channels=16,
+    )
+    x, y = torch.randn(5, 2, 6, 6), torch.randn(5, 3)
+    model(x)
+    return model, x, y

@@ -31,12 +31,17 @@ class ByFormula(nn.Module):
         mean = x.mean(dims, keepdim=True)
         var = (x - mean).square().mean(dims, keepdim=True)
         y = ((x - mean) / (var + self.eps).sqrt()).reshape(shape)
-        per_channel = [1, -1] + [1] * (y.dim() - 2)
-        if self.weight is not None:
-            y = y * self.weight.view(per_channel)
-        if self.bias is not None:
-            y = y + self.bias.view(per_channel)
-        return y
+        return affine(y, self.weight, self.bias)
+
+
+def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Each channel times its weight, plus its bias."""
+    per_channel = [1, -1] + [1] * (y.dim() - 2)
+    if weight is not None:
+        y = y * weight.view(per_channel)
+    if bias is not None:
+        y = y + bias.view(per_channel)
+    return y
 
 
 class BySample(nn.Module):
@@ -113,12 +118,7 @@ class Joined(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mean, var = self.meeting.statistics(self.place, x)
         y = (x - mean) / (var + self.eps).sqrt()
-        per_channel = [1, -1] + [1] * (y.dim() - 2)
-        if self.weight is not None:
-            y = y * self.weight.view(per_channel)
-        if self.bias is not None:
-            y = y + self.bias.view(per_channel)
-        return y
+        return affine(y, self.weight, self.bias)
 
 
 def joined(

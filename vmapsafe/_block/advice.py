@@ -146,20 +146,18 @@ def asks_for_randomness(error: BaseException) -> bool:
     return _NO_RANDOMNESS in str(error)
 
 
+# The files whose frames hand slices to a model, and the option that says how.
+_OF_SLICES = ("vmapsafe._rows.samples", "vmapsafe._block.batched")
 _KEPT = "keep_batch_dim"
 
 
 def _of_dimensions(frames: Sequence[FrameType]) -> str | None:
     """Advice by what gave the model its input: vmap, this package, or neither."""
     names = [frame.f_globals.get("__name__") for frame in frames]
-    for frame, name in zip(frames, names):
-        if name in ("vmapsafe._rows.samples", "vmapsafe._block.batched"):
-            known = frame.f_locals
-            kept = known.get("keep_batch_dim", getattr(known.get("self"), _KEPT, True))
-            if kept is False:
-                return _AS_IT_IS
-    if not {"vmapsafe._rows.samples", "vmapsafe._block.batched"}.isdisjoint(names):
-        return _OF_ONE
+    known = [frame.f_locals for frame, n in zip(frames, names) if n in _OF_SLICES]
+    if known:
+        kept = [v.get(_KEPT, getattr(v.get("self"), _KEPT, True)) for v in known]
+        return _AS_IT_IS if False in kept else _OF_ONE
     if current_level() > 0 or HOME_OF_VMAP in names:
         return _SLICE
     return None

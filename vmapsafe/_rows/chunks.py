@@ -70,20 +70,19 @@ def in_chunks(
     if chunk_size is None:
         run(0, size)
         return
-    draws = Draws(randomness, of_host=True)
+    first = Draws(randomness, of_host=True) if randomness == "same" else None
     if chunk_size != "auto":
         for start in range(0, size, int(chunk_size)):
-            if start and randomness == "same":
-                draws.put_back()
+            if first is not None:
+                first.put_back()
             run(start, min(start + int(chunk_size), size))
         return
     start, step, most = 0, _FIRST, size
     while start < size:
         stop = min(start + step, size)
-        if randomness == "same":
-            draws.put_back()
-        else:
-            draws = Draws(randomness, of_host=True)
+        if first is not None:
+            first.put_back()
+        draws = first or Draws(randomness, of_host=True)
         free, (used, peak) = _free(device), _used(device)
         if not _fits(run, start, stop):  # its memory is given back when it returns
             draws.put_back()

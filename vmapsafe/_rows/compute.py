@@ -177,7 +177,9 @@ class Asked:
                 return computed(samples, wanted, size, recorded_if_unwatched)
             except Unrecordable:
                 draws.put_back()
-        watched = {key: RowsWithDerivatives() for key, q in rows.items() if not q.out}
+        watched = {
+            key: RowsWithDerivatives() for key, q in rows.items() if q.out is None
+        }
         return computed(samples, {**wanted, **watched}, size, by_vmap)
 
 

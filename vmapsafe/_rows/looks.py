@@ -21,7 +21,7 @@ from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, show
 from vmapsafe._rows.chunks import ChunkSize, in_chunks
 from vmapsafe._rows.record import Collector
 from vmapsafe._rows.samples import Samples
-from vmapsafe._torch import current_level, without_autocast
+from vmapsafe._torch import current_level, without_autocast, without_autograd
 from vmapsafe.quantities.protocol import (
     CallShape,
     Collected,
@@ -69,7 +69,6 @@ def computed(
     begun = {key: quantity.begin(call) for key, quantity in wanted.items()}
     stages = [s for s in begun.values() if isinstance(s, (Collected, Paired))]
     run = _Run(samples, call, chunk_size, way, looks_again=len(stages) < len(begun))
-    run.check(stages)
     if not run.looks_again:
         return dict(zip(begun, run.look(stages))), run.aux
     looks = _values(call, begun)
@@ -167,10 +166,8 @@ class Feed(Collector):
 
     def losses(self, losses: Tensor) -> None:
         """Hand on the losses (n,)."""
-        if current_level() == 0:
-            losses = losses.detach()
         for part in self._parts:
-            part.take_losses(losses.clone())
+            part.take_losses(without_autograd(losses).clone())
 
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
         self.take(Grads(name, formula, x, grad, self._asked))
@@ -231,48 +228,49 @@ class _Run:
     _chunks: list[_Chunk] = field(default_factory=list)
     _kept: Kept = field(default_factory=dict)
 
-    def check(self, stages: Sequence[Stage]) -> None:
-        """Raise where quantities that pair samples cannot do so."""
-        for stage in stages:
-            if isinstance(stage, Paired) and self.chunk_size == "auto":
-                raise VmapSafeValueError(
-                    f'{self.call.called} with chunk_size="auto"',
-                    f"{type(stage).__name__} pairs samples of two chunks, and how many "
-                    "samples fit into memory is only found for one",
-                    "Pass an int, for samples of which twice as many fit",
-                )
-            self._other(stage)
-
-    def _other(self, stage: Stage) -> Samples | None:
-        """The samples of the batch to pair with, if it is not the call's own."""
-        if not isinstance(stage, Paired) or stage.other is None:
-            return None
-        return self.samples.of_other(stage.other)
-
     def look(self, stages: Sequence[Stage]) -> list[Any]:
         """The values of quantities that need one look."""
-        self.check(stages)
+        others = [self._other(stage) for stage in stages]  # before anything runs
         paired = [stage for stage in stages if isinstance(stage, Paired)]
         size = self.chunk_size
         at_once = size is None or size != "auto" and size >= self.samples.count
         keep = self.looks_again if at_once else bool(paired)
-        keep = keep or any([stage.other is not None for stage in paired])
+        keep = keep or any([other is not None for other in others])
         if not self._chunks:
             found = self._first(stages, keep)
         elif at_once:
             found = [self._fed(stages)]
         else:
-            after = Draws(self.samples.randomness, of_host=True)
+            after = self._draws()
             found = [self._again(chunk, stages, keep) for chunk in self._chunks]
             after.put_back()
         values: list[Any] = []
-        for stage, parts in zip(stages, zip(*found)):
-            if isinstance(stage, Paired):  # which runs chunks again, as they ran before
-                values.append(self._paired(stage, parts))
-                continue
-            with without_autocast(self.samples.device):
-                values.append(stage.joined(self.call, parts))
+        for stage, other, parts in zip(stages, others, zip(*found)):
+            if not isinstance(stage, Paired):
+                with without_autocast(self.samples.device):
+                    values.append(stage.joined(self.call, parts))
+            elif other is None:  # chunks run again, as they ran before
+                values.append(self._own_pairs(stage, parts))
+            else:
+                values.append(self._other_pairs(stage, other))
         return values
+
+    def _other(self, stage: Stage) -> Samples | None:
+        """The samples of the batch to pair with, if it is not the call's own."""
+        if not isinstance(stage, Paired):
+            return None
+        if self.chunk_size == "auto":
+            raise VmapSafeValueError(
+                f'{self.call.called} with chunk_size="auto"',
+                f"{type(stage).__name__} pairs samples of two chunks, and how many "
+                "samples fit into memory is only found for one",
+                "Pass an int, for samples of which twice as many fit",
+            )
+        return None if stage.other is None else self.samples.of_other(stage.other)
+
+    def _draws(self) -> Draws:
+        """Where the random generators stand now."""
+        return Draws(self.samples.randomness, of_host=True)
 
     def _first(self, stages: Sequence[Stage], keep: bool) -> list[list[Any]]:
         found: list[list[Any]] = []
@@ -280,9 +278,10 @@ class _Run:
         several = self.looks_again or any([isinstance(s, Paired) for s in stages])
 
         def run(start: int, stop: int) -> None:
-            draws = Draws(self.samples.randomness, of_host=True) if several else None
+            draws = self._draws() if several else None
             chunk = _Chunk(self.samples, start, stop, draws)
-            values, aux, kept = self._gradients(chunk, stages, keep)
+            parts = self._parts(stages, start, stop)
+            values, aux, kept = self._feed(chunk, parts, keep, _asked(stages))
             found.append(values)
             auxs.append(aux)
             self._chunks.append(chunk)
@@ -298,15 +297,19 @@ class _Run:
 
     def _again(self, chunk: _Chunk, stages: Sequence[Stage], keep: bool) -> list[Any]:
         chunk.draw_again()
-        values, _, self._kept = self._gradients(chunk, stages, keep)
+        parts = self._parts(stages, chunk.start, chunk.stop)
+        values, _, self._kept = self._feed(chunk, parts, keep, _asked(stages))
         return values
 
-    def _gradients(
-        self, chunk: _Chunk, stages: Sequence[Stage], keep: bool
+    def _feed(
+        self,
+        chunk: _Chunk,
+        parts: Sequence[Part],
+        keep: bool,
+        asked: Mapping[str, int] | None = None,
     ) -> tuple[list[Any], Any, Kept]:
-        """What the samples of a chunk give of each quantity, aux, and what is kept."""
-        parts = self._parts(stages, chunk.start, chunk.stop)
-        feed = Feed(parts, _asked(stages), keep)
+        """What the samples of a chunk give to each part, aux, and what is kept."""
+        feed = Feed(parts, asked or {}, keep)
         batch = chunk.samples.part(chunk.start, chunk.stop)
         aux = self.way(chunk.samples, batch, feed)
         with without_autocast(self.samples.device):
@@ -342,19 +345,11 @@ class _Run:
 
     # -- Pairs -------------------------------------------------------------------------
 
-    def _paired(self, stage: Paired, diagonal: Sequence[Tensor]) -> Tensor:
-        """(B, B2, ...), from what the chunks give with themselves."""
-        other = self._other(stage)
-        if other is None:
-            return self._own_pairs(stage, list(diagonal))
-        return self._other_pairs(stage, other)
-
-    def _own_pairs(self, stage: Paired, diagonal: list[Tensor]) -> Tensor:
+    def _own_pairs(self, stage: Paired, diagonal: Sequence[Tensor]) -> Tensor:
+        """(B, B, ...), from what the chunks give with themselves."""
         blocks = {(i, i): block for i, block in enumerate(diagonal)}
-        after, kept = (
-            Draws(self.samples.randomness, of_host=True),
-            self._kept,
-        )  # of the last chunk
+        after = self._draws()
+        kept = self._kept  # of the last chunk
         for last in reversed(range(1, len(diagonal))):
             following: Kept = {}
             for i, chunk in enumerate(self._chunks[:last]):
@@ -368,23 +363,23 @@ class _Run:
         return torch.cat(lines)[:size, :size]
 
     def _other_pairs(self, stage: Paired, other: Samples) -> Tensor:
-        randomness = self.samples.randomness
-        step = other.count if self.chunk_size is None else int(self.chunk_size)
-        first, columns = Draws(randomness, of_host=True), []
-        for start in range(0, other.count, step):
-            if randomness == "same":
-                first.put_back()
-            stop = min(start + step, other.count)
-            chunk = _Chunk(other, start, stop, Draws(randomness, of_host=True))
+        """(B, B2, ...), with the samples of another batch, which runs now."""
+        columns: list[Tensor] = []
+
+        def run(start: int, stop: int) -> None:
+            chunk = _Chunk(other, start, stop, self._draws())
             if len(self._chunks) == 1:  # its gradients were kept
                 block, _ = self._block(chunk, stage, self._kept, kept_first=True)
                 columns.append(block)
-                continue
-            _, _, kept = self._gradients(chunk, (), keep=True)
-            after = Draws(randomness, of_host=True)
+                return
+            _, _, kept = self._feed(chunk, (), keep=True)
+            after = self._draws()
             blocks = [self._block(one, stage, kept)[0] for one in self._chunks]
             columns.append(torch.cat(blocks))
             after.put_back()
+
+        device, randomness = other.device, other.randomness
+        in_chunks(other.count, self.chunk_size, device, randomness, run)
         return torch.cat(columns, 1)[: self.samples.size, : other.size]
 
     def _block(
@@ -398,10 +393,8 @@ class _Run:
         """What the samples of a chunk give with those kept, and the chunk's own."""
         chunk.draw_again()
         part = _With(stage, self.call, kept, kept_first)
-        feed = Feed([part], {}, keep)
-        self.way(chunk.samples, chunk.samples.part(chunk.start, chunk.stop), feed)
-        with without_autocast(self.samples.device):
-            return part.finished(), feed.kept
+        (block,), _, kept = self._feed(chunk, [part], keep)
+        return block, kept
 
 
 def _asked(stages: Sequence[Stage]) -> Mapping[str, int]:

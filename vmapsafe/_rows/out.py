@@ -12,24 +12,6 @@ from vmapsafe._rows.samples import Samples
 from vmapsafe._torch import current_level, dispatch_modes_are_on
 
 
-def check_out_is_dict(called: str, out: object) -> None:
-    """Raise unless it is one.
-
-    Args:
-        called: the public function, for errors.
-        out: what the caller gave.
-
-    Raises:
-        VmapSafeTypeError: ``out`` is not a dict.
-    """
-    if not isinstance(out, Mapping):
-        raise VmapSafeTypeError(
-            f"{called} with out=",
-            f"out is {shown(out)}, not a dict of tensors",
-            "Pass what an earlier call returned",
-        )
-
-
 def check_out(called: str, out: Mapping[str, Tensor], samples: Samples) -> None:
     """Raise unless rows can be written into ``out``.
 
@@ -42,8 +24,13 @@ def check_out(called: str, out: Mapping[str, Tensor], samples: Samples) -> None:
         VmapSafeTypeError: ``out`` is not a dict.
         VmapSafeValueError: they cannot; the text says which tensor and why.
     """
-    check_out_is_dict(called, out)
     called = f"{called} with out="
+    if not isinstance(out, Mapping):
+        raise VmapSafeTypeError(
+            called,
+            f"out is {shown(out)}, not a dict of tensors",
+            "Pass what an earlier call returned",
+        )
     if current_level() > 0:
         raise VmapSafeValueError(
             called,

@@ -13,7 +13,6 @@ from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, show
 from vmapsafe._modes import Also, ModeName, NumGroups, RowsName, check_flag
 from vmapsafe._rows.chunks import ChunkSize
 from vmapsafe._rows.compute import Asked, BlockOptions
-from vmapsafe._rows.out import check_out_is_dict
 from vmapsafe._rows.parameters import Params
 from vmapsafe._rows.samples import Loss
 from vmapsafe._rows.turns import in_turn
@@ -364,8 +363,6 @@ def per_sample_grads(
     block = BlockOptions(
         mode, rows, num_groups, update_running_stats, sync_levels, also, fast
     )
-    if out is not None:
-        check_out_is_dict(_GRADS, out)
     asked = Asked(
         _GRADS,
         model,

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, shown
-from vmapsafe._torch import current_level
+from vmapsafe._torch import without_autograd
 from vmapsafe.quantities.protocol import (
     CallShape,
     Gathers,
     Grads,
-    Looks,
+    OneLook,
     Part,
     PerSample,
     Quantity,
@@ -23,7 +23,7 @@ from vmapsafe.rules.precision import wide
 
 
 @dataclass(frozen=True, eq=False)
-class Dots(Gathers[Tensor]):
+class Dots(Gathers[Tensor], OneLook[Tensor]):
     r"""The inner products of each gradient with given vectors, (B,) or (B, K).
 
     >>> import torch
@@ -63,15 +63,10 @@ class Dots(Gathers[Tensor]):
         many = _checked(call, self.vectors)
         vectors = {}
         for name, value in call.parameters.items():
-            vector = self.vectors[name]
-            vector = vector if current_level() else vector.detach()
+            vector = without_autograd(self.vectors[name])
             vector = vector.to(wide(value.new_empty(0)).dtype)
             vectors[name] = vector if many else vector.unsqueeze(0)
         return _DotsOfCall(vectors, many)
-
-    def looks(self, call: CallShape) -> Looks[Tensor]:
-        found: Tensor = yield self.begin(call)
-        return found
 
 
 def _checked(call: CallShape, vectors: Mapping[str, Tensor]) -> bool:

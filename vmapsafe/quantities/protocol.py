@@ -357,7 +357,15 @@ class Block(ABC):
         """(n, m, ...): what n samples and m others give."""
 
 
-class Paired(Quantity[Tensor]):
+class OneLook(Quantity[T]):
+    """A quantity that looks once, at what :meth:`begin` gives."""
+
+    def looks(self, call: CallShape) -> Looks[T]:
+        found: T = yield self.begin(call)
+        return found
+
+
+class Paired(OneLook[Tensor]):
     """A quantity of all pairs of samples, put together from blocks of some by some.
 
     The number of a pair must not depend on which of the two is the first.
@@ -373,12 +381,8 @@ class Paired(Quantity[Tensor]):
     def block(self, call: CallShape) -> Block:
         """A collector for some pairs."""
 
-    def looks(self, call: CallShape) -> Looks[Tensor]:
-        found: Tensor = yield self
-        return found
 
-
-class Collected(Quantity[T]):
+class Collected(OneLook[T]):
     """A quantity whose parts come from some of the samples each.
 
     Attributes:
@@ -395,10 +399,6 @@ class Collected(Quantity[T]):
     @abstractmethod
     def joined(self, call: CallShape, parts: Sequence[Any]) -> T:
         """The result, from what the parts gave, in the order of the samples."""
-
-    def looks(self, call: CallShape) -> Looks[T]:
-        found: T = yield self
-        return found
 
 
 # -- How parts, and processes, are put together ----------------------------------------

@@ -13,7 +13,7 @@ from vmapsafe.quantities.protocol import (
     CallShape,
     Collected,
     Grads,
-    Looks,
+    OneLook,
     Part,
     Quantity,
     joined,
@@ -21,7 +21,7 @@ from vmapsafe.quantities.protocol import (
 
 
 @dataclass(frozen=True, eq=False)
-class Rows(Quantity[dict[str, Tensor]]):
+class Rows(OneLook[dict[str, Tensor]]):
     """Every sample's gradient, {name: (B, *shape)}: what ``per_sample_grads`` gives.
 
     >>> import torch
@@ -46,10 +46,6 @@ class Rows(Quantity[dict[str, Tensor]]):
         if self.out is None and current_level():  # of which none may be written
             return RowsWithDerivatives()
         return _RowsOfCall(self.out, call)
-
-    def looks(self, call: CallShape) -> Looks[dict[str, Tensor]]:
-        found: dict[str, Tensor] = yield self.begin(call)
-        return found
 
 
 class _RowsOfCall(Collected[dict[str, Tensor]]):

@@ -18,12 +18,13 @@ from vmapsafe._errors import (
     warn_user,
     worded,
 )
-from vmapsafe._torch import constant_while_compiling, current_level, is_wrapped
+from vmapsafe._torch import constant_while_compiling, is_wrapped, without_autograd
 from vmapsafe.quantities.norms import Norms, NormsPart, together
 from vmapsafe.quantities.protocol import (
     CallShape,
     Grads,
     Looks,
+    OneLook,
     Part,
     Quantity,
     Reduces,
@@ -190,8 +191,7 @@ def _checked(call: CallShape, weights: Any, what: str) -> Tensor:
             f"{what} is {weights.dtype}, on {weights.device}",
             f"Give a real tensor on {device}",
         )
-    given: Tensor = weights if current_level() else weights.detach()
-    return given
+    return without_autograd(weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +209,7 @@ class _Weighted(Summed):
 
 
 @dataclass(frozen=True, eq=False)
-class ClippedSum(Reduces):
+class ClippedSum(Reduces, OneLook[dict[str, Tensor]]):
     r"""The sum of the samples' gradients, each clipped to a norm.
 
     With :math:`g_i` the gradient of sample i over all parameters,
@@ -252,10 +252,6 @@ class ClippedSum(Reduces):
         _warn_if_merged(call)
         return _Clipped(self._groups(call))
 
-    def looks(self, call: CallShape) -> Looks[dict[str, Tensor]]:
-        found: dict[str, Tensor] = yield self.begin(call)
-        return found
-
     def _groups(self, call: CallShape) -> list[Group]:
         """The norm and the parameters of each group."""
         if not isinstance(self.max_grad_norm, Mapping):
@@ -290,10 +286,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _plain(number: Number) -> Number:
-    """Without derivatives, except under transforms."""
-    if isinstance(number, Tensor) and not current_level():
-        return number.detach()
-    return number
+    return without_autograd(number) if isinstance(number, Tensor) else number
 
 
 def check_max_grad_norm(called: str, given: Any) -> None:

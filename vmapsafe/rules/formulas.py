@@ -153,7 +153,7 @@ class Formula:
 
 def norms_of(rows: Tensor) -> Tensor:
     """(B,): the norms of rows (B, ...), in float32 for half precision."""
-    rows = wide(rows).unsqueeze(-1).flatten(1)
+    rows = flat(rows)
     if not can_look(rows):
         return _norms_of_scaled(rows)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
@@ -232,9 +232,6 @@ class _Small(Formula):
 
     def norms(self, x: Tensor, grad: Tensor) -> Tensor:
         return norms_of(self.rows(x, grad))
-
-    def squares(self, x: Tensor, grad: Tensor) -> Tensor:
-        return wide(self.rows(x, grad)).square().sum(0)
 
 
 @dataclass(frozen=True)
