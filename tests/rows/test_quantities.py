@@ -645,8 +645,8 @@ def test_draws_of_python_and_numpy(draw, other):
 def test_weights_out_of_the_usual_range(scale, weight, conv):
     """Factors that would leave the range of float32, and results that do not."""
     torch.manual_seed(3)
-    layer = nn.Conv1d(4, 8, 2, bias=False) if conv else nn.Linear(4, 8, bias=False)
-    x = scale * torch.randn(3, 4, *((5,) if conv else ()))
+    layer = nn.Conv1d(8, 2, 2, bias=False) if conv else nn.Linear(8, 2, bias=False)
+    x = scale * torch.randn(3, 8, *((5,) if conv else ()))  # the larger of the two
     weights = weight * torch.tensor([1.0, -2.0, 3.0])
 
     def loss(output):

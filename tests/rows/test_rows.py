@@ -9,6 +9,7 @@ import pytest
 import slow
 import torch
 import torch.nn.functional as F
+from measured import change_regimes
 from nets import small_mlp
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -794,9 +795,19 @@ def test_instance_norm_by_running_statistics_under_autocast(affine):
         torch.testing.assert_close(rough[name], row, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.parametrize("least", [0, 2**20])
 @pytest.mark.parametrize("fast", [True, False])
-def test_group_norm_of_one_value_is_refused(fast):
-    """It is refused as by torch itself, because only the bias would be left."""
+def test_group_norm_of_one_value_is_refused(fast, least, monkeypatch):
+    """It is refused as by torch itself, because only the bias would be left; also where
+    the faster rule takes inputs of every size."""
+    change_regimes(monkeypatch, group_norm=least)
     net = nn.Sequential(nn.GroupNorm(4, 4), nn.Flatten())
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         per_sample_grads(net, lambda y: y.sum(), torch.randn(5, 4, 1, 1), fast=fast)
+    # Without a parameter of the norm, which would be kept.
+    net = nn.Sequential(nn.Conv2d(2, 4, 1), net)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        options = {"params": ["0.weight"], "fast": fast}
+        per_sample_grad_norms(
+            net, lambda y: y.sum(), torch.randn(5, 2, 1, 1), **options
+        )
