@@ -7,7 +7,7 @@ import pytest
 import slow
 import torch
 import torch.nn.functional as F
-from measured import change_regimes, forget_regimes
+from measured import change_regimes, take_regimes_of_a_gpu
 from nets import CASES, NETS, SYNC, conv, image, images, mse, net, problem, small_mlp
 from state import assert_same_state, everything
 from torch import nn
@@ -25,14 +25,13 @@ from vmapsafe.testing import assert_same
 
 # torch's weight norm, under vmap
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-@pytest.mark.parametrize("measured", ["as it is", "nothing", "one by one"])
+@pytest.mark.parametrize("measured", ["as it is", "as a GPU", "one by one"])
 @pytest.mark.parametrize("name,mode", CASES)
 def test_against_the_loop(name, mode, measured, monkeypatch):
     """Norms, norms by parameter, clipped sums and rows into given memory; also on a
-    type of device for which no regimes were measured, and convolutions by a call a
-    sample."""
-    if measured == "nothing":
-        forget_regimes(monkeypatch)
+    with the regimes of a GPU, and convolutions by a call a sample."""
+    if measured == "as a GPU":
+        take_regimes_of_a_gpu(monkeypatch)
     if measured == "one by one":
         one_by_one = {"winners": (), "one_by_one": 0}
         change_regimes(monkeypatch, convolution=one_by_one)

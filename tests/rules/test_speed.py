@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from measured import change_regimes, forget_regimes
+from measured import change_regimes, take_regimes_of_a_gpu
 from operator_rules import TRANSFORMS, X, rows, tensors, watch
 from torch import nn
 from torch.autograd import forward_ad
@@ -281,26 +281,15 @@ def test_missing_kernels_are_found_among_others(net, monkeypatch):
         assert put_in_place == [missing]
 
 
-def test_no_rule_holds_without_an_entry(net, taken, monkeypatch):
-    """A table without the device, or an entry without rows, leaves torch's own."""
-    tables = [
-        rule
-        for rules in operator_rules().values()
-        for rule in rules
-        if isinstance(rule.devices, dict)
-    ]
-    assert len({id(rule.devices) for rule in tables}) == 4
-    assert all(rule.holds_on("cpu") for rule in tables)
+def test_no_algorithm_without_a_winner(net, taken, monkeypatch):
     change_regimes(monkeypatch, convolution={"winners": ()})
     with vmap_safe(net, fast=True):
         rows(net, tensors(net), X)
     assert not taken
-    forget_regimes(monkeypatch)
-    assert not any(rule.holds_on("cpu") for rule in tables)
 
 
-def test_other_devices_and_precisions_are_left_alone(net, taken, monkeypatch):
-    """Devices without regimes, and matrix products that may be rounded."""
+def test_other_precisions_are_left_alone(net, taken, monkeypatch):
+    """Matrix products that may be rounded."""
     net = net.float()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -308,10 +297,18 @@ def test_other_devices_and_precisions_are_left_alone(net, taken, monkeypatch):
             rows(net, tensors(net), X.float())
     finally:
         torch.set_float32_matmul_precision("highest")
-    forget_regimes(monkeypatch)
-    with vmap_safe(net, fast=True):
-        rows(net, tensors(net), X.float())
     assert not taken
+
+
+def test_regimes_of_a_gpu(taken, monkeypatch):
+    """Only a kernel of one position is a product: it needs no copy of the input."""
+    take_regimes_of_a_gpu(monkeypatch)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 2, 1)).double()
+    with vmap_safe(net, fast=False):
+        expected = rows(net, tensors(net), X)
+    with vmap_safe(net):
+        assert_same(rows(net, tensors(net), X), expected)
+    assert [call["weight"].shape[2:].numel() for call in taken] == [1]
 
 
 # -- When rules apply -----------------------------------------------------------------
@@ -412,17 +409,17 @@ assert warnings.filters == filters
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
 
 
-def test_torchs_own_stays_where_no_model_is_on_a_measured_device():
+def test_torchs_own_stays_where_no_rule_holds():
     """A process that only opens blocks on other devices has no cost."""
     program = """
 import torch
 from vmapsafe import vmap_safe
 from vmapsafe._block import operators
-from vmapsafe.rules import convolution
+from vmapsafe.rules import attention
 with vmap_safe(torch.nn.Conv2d(1, 1, 1, device="meta")):
-    assert convolution._backward not in operators._installed
+    assert attention._forward not in operators._installed
 with vmap_safe(torch.nn.Conv2d(1, 1, 1)):
-    assert convolution._backward in operators._installed
+    assert attention._forward in operators._installed
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 

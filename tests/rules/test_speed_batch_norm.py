@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from measured import change_regimes, forget_regimes
+from measured import change_regimes, take_regimes_of_a_gpu
 from operator_rules import TRANSFORMS, X, rows, tensors, watch
 from torch import nn
 
@@ -119,13 +119,17 @@ def test_weights_of_an_ensemble_are_left_to_torch(taken):
     assert not taken
 
 
-def test_other_devices_are_left_alone(taken, monkeypatch):
-    """A type of device that was not measured."""
-    forget_regimes(monkeypatch)
+def test_regimes_of_a_gpu(taken, monkeypatch):
+    """There the fused backward takes small calls too."""
+    take_regimes_of_a_gpu(monkeypatch)
     model = net()
+    with vmap_safe(model, fast=False):
+        expected = rows(model, tensors(model), X)
+    plain = []
+    monkeypatch.setattr(batch_norm_operators, "_by_plain_operations", plain.append)
     with vmap_safe(model):
-        rows(model, tensors(model), X)
-    assert not taken
+        assert_same(rows(model, tensors(model), X), expected)
+    assert len(taken) == 4 and not plain
 
 
 # -- Group norm and instance norm, which become batch norm ----------------------------
@@ -181,7 +185,7 @@ def test_group_norm(name, by_layer_norm):
 
 
 def test_group_norm_that_is_left_to_torch(by_layer_norm, monkeypatch):
-    """Small, without weights, in other dtypes, on other devices, forward alone."""
+    """Small, without weights, in other dtypes, forward alone."""
     layer = nn.GroupNorm(2, 4, affine=False).double()
     x = torch.randn(3, 1, 4, 2, 2, dtype=torch.float64)
     half = nn.GroupNorm(2, 4).bfloat16()
@@ -190,13 +194,17 @@ def test_group_norm_that_is_left_to_torch(by_layer_norm, monkeypatch):
         torch.func.vmap(lambda x: F.group_norm(x, 2, x[0, :, 0, 0], x[0, :, 1, 1]))(x)
         with torch.autocast("cpu", torch.bfloat16):
             torch.func.vmap(half)(x.bfloat16())
-    layer = nn.GroupNorm(2, 4).double()
+    layer = nn.GroupNorm(2, 4).double().requires_grad_(False)
     with vmap_safe(layer):
         torch.func.vmap(layer)(x)
-    forget_regimes(monkeypatch)
+    change_regimes(monkeypatch, group_norm=5)
     with vmap_safe(layer):
         torch.func.vmap(torch.func.grad(lambda x: layer(x).sum()))(x)
     assert not by_layer_norm
+    take_regimes_of_a_gpu(monkeypatch)  # where nothing is small
+    with vmap_safe(layer):
+        torch.func.vmap(torch.func.grad(lambda x: layer(x).sum()))(x)
+    assert by_layer_norm
 
 
 def test_instance_norm_is_batch_norm(taken):

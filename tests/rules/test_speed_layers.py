@@ -6,7 +6,7 @@ import mmap
 import pytest
 import torch
 import torch.nn.functional as F
-from measured import change_regimes, forget_regimes
+from measured import change_regimes, take_regimes_of_a_gpu
 from operator_rules import (
     TRANSFORMS,
     X,
@@ -321,9 +321,7 @@ def test_torchs_own_layer_norm_is_wrong_there(name):
 
 @pytest.mark.parametrize("name", ["grad(vmap(grad))", "jvp(vmap(grad))"])
 def test_layer_norm_is_right_at_every_size(name, monkeypatch):
-    """However small, on devices that were not measured, and in no block of this
-    thread."""
-    forget_regimes(monkeypatch)
+    """However small, and in no block of this thread."""
     params = scattered(normalising())
     expected = TRANSFORMS[name](normalising(plain=True), params, X)
     with only(BACKWARD):
@@ -341,14 +339,17 @@ def test_small_calls_are_left_alone(taken):
     assert taken == ATTENTION
 
 
-def test_other_devices_are_left_alone(taken, every_size, monkeypatch):
-    """A type of device that was not measured."""
-    forget_regimes(monkeypatch)
-    monkeypatch.setattr(memory, "pays", lambda shape, like, writes: False)
+def test_regimes_of_a_gpu(taken, monkeypatch):
+    """Calls of every size are merged, and never by a kernel a slice."""
+    take_regimes_of_a_gpu(monkeypatch)
     net = normalising()
+    with vmap_safe(net, fast=False):
+        expected = rows(net, tensors(net), X)
+    by_kernel = []
+    monkeypatch.setattr(layer_norm, "_rows_by_kernel", by_kernel.append)
     with vmap_safe(net):
-        rows(net, tensors(net), X)
-    assert not taken
+        assert_same(rows(net, tensors(net), X), expected)
+    assert taken == LAYER_NORM | LINEAR and not by_kernel
 
 
 def test_fast_false(taken, every_size):

@@ -51,7 +51,7 @@ def take_every_size(
     )
 
 
-def forget_regimes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a type of device on which nothing was measured."""
+def take_regimes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU has those of "cuda"."""
     for table in REGIMES.values():
         monkeypatch.delitem(table, "cpu")

@@ -2,6 +2,7 @@
 
 The map, bottom up:
 
+``regimes``               from which sizes on a rule is faster, by type of device
 ``precision``             half precision is computed in float32
 ``memory``                large tensors of zeros, whose pages cost nothing until written
 ``products``              products of two matrices

@@ -20,12 +20,12 @@ from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_plain
 from vmapsafe.rules import references
 from vmapsafe.rules.precision import wide
+from vmapsafe.rules.regimes import Regimes
 
 # From this many values per sample and channel, the fused backward by running statistics
-# is faster than separate operations, by type of device. Without an entry torch's own
-# rules run. Measured by bench/thresholds/batch_norm.py on an x86 server core, float32,
-# torch 2.13.
-REGIMES = {"cpu": 128}
+# is faster than separate operations, by type of device. That of the CPU was measured by
+# bench/thresholds/batch_norm.py on an x86 server core, float32, torch 2.13.
+REGIMES = Regimes(cpu=128, cuda=0)
 
 _forward = torch.ops.aten.native_batch_norm.default
 _backward = torch.ops.aten.native_batch_norm_backward.default
@@ -156,8 +156,8 @@ def _by_running_backward(
     """The gradients of the input and, for each slice, of the weight and the bias."""
     x, grad = batch_first(call, "input"), batch_first(call, "grad_out")
     batch, n, channels = x.shape[:3]
-    least = REGIMES.get(x.device.type)
-    if least is not None and 0 < x.numel() >= least * batch * n * channels:
+    least = REGIMES[x.device.type]
+    if 0 < x.numel() >= least * batch * n * channels:
         merged = {
             "grad_out": grad.reshape(1, batch * n * channels, -1).contiguous(),
             "input": x.reshape(1, batch * n * channels, -1),
@@ -347,6 +347,6 @@ for _name, _operator, _accepts, _batched, _reference in (
             accepts=_accepts,
             batched=_batched,
             reference=slice_by_slice(_reference),
-            devices=REGIMES,
+            devices=None,
         )
     )

@@ -67,8 +67,7 @@ def algorithm(call: Call) -> str:
     seen_by = x if call["transposed"] else grad
     positions = seen_by.numel() // (batch_size(call) * outputs)
     shape = (len(kernel), math.prod(kernel), groups, channels, outputs // groups)
-    regime = REGIMES.get(weight.device.type)
-    for winner in regime.winners if regime else ():
+    for winner in REGIMES[weight.device.type].winners:
         if winner.holds(*shape, positions):
             return winner.algorithm
     return "torch"
@@ -301,7 +300,7 @@ register(
         accepts=_accepts,
         batched=_merged,
         reference=slice_by_slice(_by_autograd),
-        devices=REGIMES,
+        devices=None,
     )
 )
 
@@ -353,8 +352,8 @@ class Weight(Products):
         """Whether one convolution for all samples is faster than one for each."""
         if winner in ALGORITHMS:
             return False
-        regime = REGIMES.get(grad.device.type)
-        return not regime or len(grad) * self.shape.numel() < regime.one_by_one
+        regime = REGIMES[grad.device.type]
+        return len(grad) * self.shape.numel() < regime.one_by_one
 
     def _write(self, call: Call, winner: str, out: Tensor) -> None:
         """Write the rows by an algorithm, or by one convolution for each sample."""

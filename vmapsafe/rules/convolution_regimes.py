@@ -1,12 +1,15 @@
 """The fastest algorithm for the weight gradients of each kind of convolution.
 
 bench/thresholds/convolution.py measures the algorithms and proposes the rows. To add
-a type of device, run it there. If a type is not in the table, torch's own rule runs.
+a type of device, run it there.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+
+from vmapsafe.rules.regimes import Regimes
 
 Interval = tuple[float, float]
 ANY: Interval = (0, float("inf"))
@@ -77,9 +80,9 @@ class Regime:
 ONE, MANY = (1, 1), float("inf")
 DEPTHWISE = {"groups": (2, MANY), "channels": ONE, "outputs": ONE}
 
-REGIMES = {
+REGIMES = Regimes(
     # An x86 server core, float32, torch 2.13.
-    "cpu": Regime(
+    cpu=Regime(
         winners=(
             Winner("products", kernel=ONE, groups=ONE, channels=(12, MANY)),
             # The first layer of a network.
@@ -135,4 +138,10 @@ REGIMES = {
         columns=2**19,
         one_by_one=2**23,
     ),
-}
+    # Not measured: a product of matrices that needs no copies, or one convolution.
+    cuda=Regime(
+        winners=(Winner("products", kernel=ONE, groups=ONE),),
+        columns=sys.maxsize,
+        one_by_one=sys.maxsize,
+    ),
+)

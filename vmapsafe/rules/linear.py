@@ -19,11 +19,12 @@ from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
 from vmapsafe.rules.products import linear, product
+from vmapsafe.rules.regimes import Regimes
 
 # From this many numbers in the output of the whole batch, the fused call is faster, by
 # type of device. Measured by bench/thresholds/layers.py on an x86 server core, float32,
 # torch 2.13.
-REGIMES = {"cpu": 2**17}
+REGIMES = Regimes(cpu=2**17, cuda=0)
 
 _addmm = torch.ops.aten.addmm.default
 
@@ -32,7 +33,7 @@ def _adds_a_bias(call: Call) -> bool:
     bias, x, weight = call["self"], call["mat1"], call["mat2"]
     numbers = x.numel() // max(1, len(weight)) * weight.size(-1)
     return (
-        numbers >= REGIMES[x.device.type]
+        numbers >= max(1, REGIMES[x.device.type])
         and call.in_dims["mat1"] is not None
         and call.in_dims["mat2"] is None
         and call.in_dims["self"] is None
@@ -63,7 +64,7 @@ register(
         accepts=_adds_a_bias,
         batched=_fused,
         reference=slice_by_slice(_plain_sum),
-        devices=REGIMES,
+        devices=None,
     )
 )
 
