@@ -8,6 +8,7 @@ import pytest
 from vmapsafe.rules import (
     batch_norm_operators,
     convolution_regimes,
+    formulas,
     group_norm,
     layer_norm,
     linear,
@@ -18,6 +19,7 @@ from vmapsafe.rules.convolution_regimes import Winner
 REGIMES: dict[str, dict[str, Any]] = {
     "batch_norm": batch_norm_operators.REGIMES,
     "convolution": convolution_regimes.REGIMES,
+    "formulas": formulas.REGIMES,
     "group_norm": group_norm.REGIMES,
     "layer_norm": layer_norm.REGIMES,
     "linear": linear.REGIMES,

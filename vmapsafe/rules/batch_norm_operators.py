@@ -164,19 +164,25 @@ def _by_running_backward(
             "save_mean": x.new_empty(0),  # as saved by a forward in eval mode
             "save_invstd": x.new_empty(0),
         }
-        repeated = {
-            name: _repeated(call[name], batch * n)
-            for name in ("weight", "running_mean", "running_var")
-        }
+        names = ("weight", "running_mean", "running_var")
+        given = [name for name in names if call[name] is not None]
+        # Together, in two operations.
+        copies = torch.stack([call[name] for name in given]).repeat(1, batch * n)
+        repeated = dict(zip(given, copies.unbind()))
         found = _backward(*{**call.arguments, **merged, **repeated}.values())
         of_input, of_weight, of_bias = found
         wanted = call["output_mask"]
         return (
             of_input.view(x.shape) if wanted[0] else None,
-            of_weight.view(batch, n, channels).sum(1) if wanted[1] else None,
-            of_bias.view(batch, n, channels).sum(1) if wanted[2] else None,
+            _summed(of_weight.view(batch, n, channels)) if wanted[1] else None,
+            _summed(of_bias.view(batch, n, channels)) if wanted[2] else None,
         )
     return _by_plain_operations(call, grad, x)
+
+
+def _summed(rows: Tensor) -> Tensor:
+    """(B, C): the sums over the batch (B, N, C) of each slice."""
+    return rows.squeeze(1) if rows.size(1) == 1 else rows.sum(1)
 
 
 def _by_plain_operations(
