@@ -60,8 +60,16 @@ def _as_batch(merged: Tensor, like: Tensor) -> Tensor:
     return merged.view(n, *shape[1:]).movedim(1, 0)
 
 
-def _repeated(values: Tensor | None, batch: int) -> Tensor | None:
-    return None if values is None else values.repeat(batch)
+def _repeated(values: dict[str, Tensor | None], batch: int) -> dict[str, Tensor | None]:
+    """The values of the channels, for each of the batch after another."""
+    given = {name: v for name, v in values.items() if v is not None}
+    found: dict[str, Tensor | None] = {**values}
+    if given and all([is_plain(v) for v in given.values()]):  # in two operations
+        copies = torch.stack([*given.values()]).repeat(1, batch)
+        found.update(zip(given, copies.unbind()))
+    else:  # the statistics must not get the weight's derivatives
+        found.update({name: v.repeat(batch) for name, v in given.items()})
+    return found
 
 
 # -- For rows --------------------------------------------------------------------------
@@ -165,10 +173,7 @@ def _by_running_backward(
             "save_invstd": x.new_empty(0),
         }
         names = ("weight", "running_mean", "running_var")
-        given = [name for name in names if call[name] is not None]
-        # Together, in two operations.
-        copies = torch.stack([call[name] for name in given]).repeat(1, batch * n)
-        repeated = dict(zip(given, copies.unbind()))
+        repeated = _repeated({name: call[name] for name in names}, batch * n)
         found = _backward(*{**call.arguments, **merged, **repeated}.values())
         of_input, of_weight, of_bias = found
         wanted = call["output_mask"]
@@ -226,8 +231,7 @@ def _by_own(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     batch, n, channels = x.shape[:3]
     as_channels = {
         "input": _as_channels(x),
-        "weight": _repeated(call["weight"], batch),
-        "bias": _repeated(call["bias"], batch),
+        **_repeated({name: call[name] for name in ("weight", "bias")}, batch),
     }
     y, mean, rstd = _forward(*{**call.arguments, **as_channels}.values())
     return (
@@ -256,7 +260,7 @@ def _by_own_backward(
     as_channels = {
         "grad_out": _as_channels(grad).contiguous(),
         "input": _as_channels(x),
-        "weight": _repeated(call["weight"], batch),
+        **_repeated({"weight": call["weight"]}, batch),
         "save_mean": batch_first(call, "save_mean").flatten(),
         "save_invstd": batch_first(call, "save_invstd").flatten(),
     }
