@@ -170,18 +170,20 @@ class Grads:
 
         A factor of exactly 0 leaves the row out, even if it is not finite.
         """
-        left = factors != 0
         if can_look(factors) and can_look(self._grad):
+            left = factors != 0
             if bool(left.all()):
                 return self._formula.weighted(self._x, self._grad, factors)
             x, grad = self._x[left], self._grad[left]
             if not len(grad):
                 return grad.new_zeros(self.shape)
             return self._formula.weighted(x, grad, factors[left])
+        left_out = factors == 0
         if torch.compiler.is_compiling() or not is_plain(factors):
             # A factor of 0 may have a derivative.
-            left = left | _finite(self._x) & _finite(self._grad)
-        x, grad = masked(self._x, left), masked(self._grad, left)
+            left_out = left_out & ~(_finite(self._x) & _finite(self._grad))
+        x = masked(self._x, left_out)
+        grad = x if self._grad is self._x else masked(self._grad, left_out)
         return self._formula.weighted(x, grad, factors)
 
     def scaled_sum(self, factors: Tensor) -> Tensor:

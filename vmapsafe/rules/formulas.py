@@ -312,7 +312,8 @@ def weighted_sum(rows: Tensor, factors: Tensor | None) -> Tensor:
 
 def _added(total: Tensor | None, rows: Tensor, squared: bool = False) -> Tensor:
     """(...): a total and the sum of rows (n, ...), or of their squares."""
-    if total is None or not is_plain(rows):
+    launches = REGIMES[rows.device.type].launches
+    if total is None or launches or not is_plain(rows):
         found = (rows.square() if squared else rows).sum(0)
         return found if total is None else total + found
     for row in rows.unbind():  # a pass over the cache and without a temporary
@@ -626,6 +627,6 @@ def at_samples(factors: Tensor, x: Tensor) -> Tensor:
     return factors.to(x.dtype).view(-1, *[1 for _ in x.shape[1:]])
 
 
-def masked(x: Tensor, kept: Tensor) -> Tensor:
-    """``x`` with zeros for the samples that are not kept (B,)."""
-    return torch.where(kept.view(-1, *[1 for _ in x.shape[1:]]), x, 0)
+def masked(x: Tensor, left_out: Tensor) -> Tensor:
+    """``x`` with zeros for the samples that are left out (B,)."""
+    return x.masked_fill(left_out.view(-1, *[1 for _ in x.shape[1:]]), 0)
