@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy
 import torch
 import torch.nn.functional as F
-from networks import GROWN, NETWORKS
+from networks import GROWN, NETWORKS, usual_batch
 from torch import nn
 from torch.func import (
     functional_call,
@@ -43,7 +43,7 @@ class Workload:
 
     Args:
         net: a key of ``NETWORKS`` or ``GROWN``.
-        batch: the number of samples, by default that of the table of networks.
+        batch: the number of samples, by default the usual one.
         dtype: float64 to compare answers, float32 to measure time.
         device: the device of the network and the batch.
         precision: "bf16" is autocast, and "tf32" is a setting of the process; see
@@ -60,8 +60,8 @@ class Workload:
         precision="fp32",
         **options,
     ):
-        make, (usual, *shape) = {**NETWORKS, **GROWN}[net]
-        self.net, self.batch = net, batch or usual
+        make, (_, *shape) = {**NETWORKS, **GROWN}[net]
+        self.net, self.batch = net, batch or usual_batch(net, device)
         self.dtype, self.device, self.precision = dtype, device, precision
         self.options = options
         torch.compiler.reset()  # forget what was compiled for an earlier workload
