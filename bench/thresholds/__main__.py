@@ -161,8 +161,9 @@ def entry_code(table, device, proposed):
     key = f'"{vendor()}": ' if table == "products" else f"{device}="
     if "" in proposed:
         return f"    {key}{proposed['']},"
-    lines = [f"    {field}={value}," for field, value in proposed.items()]
-    text = "\n".join([f"{key}Regime(", *lines, "),"])
+    lines = [f"{field}={value}," for field, value in proposed.items()]
+    inside = textwrap.indent("\n".join(lines), "    ")
+    text = f"{key}Regime(\n{inside}\n),"
     missing = FIELDS.get(table, set()) - {*proposed}
     if missing:
         text += f"  # not measured: {', '.join(sorted(missing))}"

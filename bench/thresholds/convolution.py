@@ -311,14 +311,6 @@ def of_rows(batch, **shape):
 
 BENCHES = [
     Bench(
-        name="convolution",
-        cases=lambda device: cases(shapes(), device),
-        contenders=algorithms,
-        table="convolution_regimes",
-        propose=winners,
-        share=6.0,
-    ),
-    Bench(
         name="columns",
         cases=usual_cases,
         contenders=lengths_of_columns,
@@ -331,5 +323,13 @@ BENCHES = [
         contenders=one_or_each,
         table="convolution_regimes",
         propose=from_size(of_rows, "one convolution", "one by one", "one_by_one"),
+    ),
+    Bench(
+        name="convolution",
+        cases=lambda device: cases(shapes(), device),
+        contenders=algorithms,
+        table="convolution_regimes",
+        propose=winners,
+        share=6.0,
     ),
 ]
