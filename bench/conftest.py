@@ -111,7 +111,6 @@ class Replay:
 
 
 REPLAY = Replay()
-X_PLAIN = {"median": "x_plain", "q1": "x_plain_q1", "q3": "x_plain_q3"}
 RUN = pytest.StashKey["Run"]()
 
 
