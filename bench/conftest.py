@@ -67,14 +67,12 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     device = metafunc.config.getoption("device")
+    precisions = ["fp32", "tf32", "bf16"] if device == "cuda" else ["fp32"]
     for marker in metafunc.definition.iter_markers("races"):
+        # In this order the tests of one race follow each other.
+        metafunc.parametrize("precision", precisions)
         metafunc.parametrize(
             ("net", "batch", "contender"), [*parameters(device, *marker.args)]
-        )
-    if "precision" in metafunc.fixturenames:
-        cuda = device == "cuda"
-        metafunc.parametrize(
-            "precision", ["fp32", "tf32", "bf16"] if cuda else ["fp32"]
         )
 
 

@@ -22,6 +22,7 @@ BENCHES = {bench.name: bench for module in MODULES for bench in module.BENCHES}
 # Of entries that several benches fill.
 FIELDS = {
     "convolution_regimes": {"winners", "columns", "one_by_one"},
+    "formulas": {"launches", "piece"},
     "layer_norm": {"batch", "slice"},
 }
 # dtype, and whether convolutions may use TF32
