@@ -21,10 +21,9 @@ STATS = ("median", "q1", "q3", "rounds")
 
 def read(path):
     text = Path(path).read_text()
-    try:
-        saved = json.loads(text)
-    except json.JSONDecodeError:
+    if text.startswith('{"machine"'):
         return read_lines(text)
+    saved = json.loads(text)
     if "benchmarks" not in saved:
         return saved
     return {
