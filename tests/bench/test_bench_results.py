@@ -206,8 +206,9 @@ def test_a_run_that_ended_early_goes_on(tmp_path):
 
     def lines(select, *more):
         """Of the file, and the reasons for skips."""
-        asked = ["-k", f"tiny and ({select})", "--rounds", "3", "--results", str(path)]
-        command = [sys.executable, "-m", "pytest", str(bench), "-q", "-rs", *asked]
+        asked = ["-k", f"tiny and ({select})", "--results", str(path)]
+        asked += ["--rounds", "3", "-q", "-rs", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", str(bench), *asked]
         env = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")}
         found = subprocess.run(
             [*command, *more], capture_output=True, text=True, env=env
