@@ -132,13 +132,12 @@ class Run:
         if key != self.key:
             if time.monotonic() > self.end:
                 return None
-            self.key = key  # the tests of one race follow each other
+            # The tests of one race follow each other. If it fails, all of them do.
+            self.key, self.last = key, {}
             self.last = race(
-                *(
-                    task,
-                    net,
-                    [name for name in names if (*key, name) not in self.known],
-                ),
+                task,
+                net,
+                [name for name in names if (*key, name) not in self.known],
                 rounds=self.option("rounds"),
                 budget=self.option("budget"),
                 memory=not self.option("no_memory"),
@@ -224,6 +223,7 @@ def contend(request, benchmark):
         found = run.race(task, net, batch, precision, names)
         if found is None:
             pytest.skip("no time left, see --limit")
+        assert contender in found, "the race failed as a whole"
         measured = found[contender]
         assert not measured.wrong, measured.wrong
         if measured.refused:

@@ -156,6 +156,7 @@ def _start(task, w, found, runs):
     for name, measured in found.items():
         if measured.refused or measured.wrong:
             continue
+        answer = None  # one answer at a time, besides the loop's, fits into memory
         try:
             run = TASKS[task][name](w)
             # The second call records a CUDA graph, and the third replays it.

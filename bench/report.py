@@ -211,13 +211,14 @@ def precisions(run):
 
 
 def usual(run, task, precision):
-    """{"network, batch": rows}, without networks that only show growth."""
+    """{"network, batch": rows}, without networks and batches that only show growth."""
     found = {}
     for (t, net, batch, p), rows in races(run).items():
-        if (t, p) == (task, precision) and net not in found:
-            # The table's own batch comes first in a run.
+        # Growth is only measured for rows, after the table's own batch.
+        key = net if task == "rows" else (net, batch)
+        if (t, p) == (task, precision) and key not in found:
             if not net.startswith("CNN, "):
-                found[net] = (f"{net}, {batch}", rows)
+                found[key] = (f"{net}, {batch}", rows)
     return dict(found.values())
 
 
