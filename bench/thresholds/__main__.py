@@ -130,11 +130,11 @@ def measure(benches, found, asked):
             except Exception as error:
                 # It may be out of memory. The case is tried again in the next run.
                 first = (str(error).splitlines() or [""])[0]
-                print(f"{bench.name}: {text}: {type(error).__name__}: {first}")
+                why = f"{type(error).__name__}: {first}"
+                print(f"{bench.name}: {text}: {why}", flush=True)
                 continue
             found.add(bench, case, seconds)
-            shown = relative(seconds)
-            print(f"{bench.name}: {text}: {shown}", flush=True)
+            print(f"{bench.name}: {text}: {relative(seconds)}", flush=True)
 
 
 def relative(seconds):
