@@ -129,7 +129,6 @@ ENTRY = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", ENTRY)
 def test_entry(name):
     call, kind, text = ENTRY[name]

@@ -14,8 +14,6 @@ from vmapsafe._rule import operator_rules
 from vmapsafe.rules import batch_norm_operators, group_norm
 from vmapsafe.testing import assert_same
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 RULES = [
     rule
     for operator in (batch_norm_operators._forward, batch_norm_operators._backward)

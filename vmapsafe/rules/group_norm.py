@@ -93,7 +93,9 @@ def _by_other_norms(call: Call) -> Tensor:
     # Three dimensions have only one memory layout, see normalisation.py.
     y = y.reshape(*x.shape[:2], x.shape[2:].numel())
     mean, var = y.new_zeros(x.size(1)), y.new_ones(x.size(1))
-    y = F.batch_norm(y, mean, var, weight, bias, False, 0.0, 0.0)
+    cudnn = torch.backends.cudnn.enabled
+    # F.batch_norm refuses eps=0 in torch 2.11.
+    y = torch.batch_norm(y, weight, bias, mean, var, False, 0.0, 0.0, cudnn)
     return y.reshape(x.shape)
 
 
