@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from . import batch_norm, convolution, group_norm, layers, pieces, products
+from . import batch_norm, convolution, layers, pieces, products
 from .bench import best_times, summary
 
-MODULES = (batch_norm, group_norm, layers, pieces, products, convolution)
+MODULES = (batch_norm, layers, pieces, products, convolution)
 BENCHES = {bench.name: bench for module in MODULES for bench in module.BENCHES}
 # Of entries that several benches fill.
 FIELDS = {

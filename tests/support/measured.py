@@ -9,7 +9,6 @@ from vmapsafe.rules import (
     batch_norm_operators,
     convolution_regimes,
     formulas,
-    group_norm,
     layer_norm,
     linear,
 )
@@ -20,7 +19,6 @@ REGIMES: dict[str, dict[str, Any]] = {
     "batch_norm": batch_norm_operators.REGIMES,
     "convolution": convolution_regimes.REGIMES,
     "formulas": formulas.REGIMES,
-    "group_norm": group_norm.REGIMES,
     "layer_norm": layer_norm.REGIMES,
     "linear": linear.REGIMES,
 }
@@ -47,7 +45,6 @@ def take_every_size(
             "columns": columns,
             "one_by_one": 0,
         },
-        group_norm=0,
         layer_norm={"batch": 0, "slice": 0},
         linear=0,
     )
