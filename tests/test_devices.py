@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blocks import MODES
+from devices import on_fake_cuda
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from vmapsafe import (
     clipped_grad_sum,
@@ -49,6 +51,24 @@ NETS = {
     "convolutions": (convolutions, lambda n: torch.empty(n, 3, 6, 6)),
     "words": (Words, lambda n: torch.zeros(n, 5, dtype=torch.long)),
 }
+
+
+@pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="needs a torch that was built for CUDA"
+)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("in_block", [True, False])
+def test_channels_last_on_cuda(in_block, mode):
+    """There torch's own batch norm asks vmap for the layout, which it refuses."""
+    with FakeTensorMode():
+        layer = on_fake_cuda(nn.BatchNorm2d(4))
+        x = torch.empty(5, 2, 6, 6, 4, device="cuda").movedim(-1, 2)
+        if in_block:
+            with vmap_safe(layer, mode=mode, num_groups=2):
+                assert torch.func.vmap(layer)(x).shape == x.shape
+        else:
+            with pytest.raises(RuntimeError, match="querying is_contiguous"):
+                torch.func.vmap(layer.eval())(x)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")

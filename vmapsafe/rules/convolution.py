@@ -38,6 +38,7 @@ from vmapsafe._torch import autocasts, is_plain, multiplies_exactly, unwatched
 from vmapsafe.rules.convolution_regimes import REGIMES
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
+from vmapsafe.rules.outer_products import batched_product
 from vmapsafe.rules.precision import HALVES
 
 _backward = torch.ops.aten.convolution_backward.default
@@ -151,7 +152,7 @@ def _products(
         with unwatched():
             return _plain_products(call, grads, x, lengths, out, turned)
     seen = _watched_windows(call, x, lengths).reshape(len(grads), -1, grads.size(2))
-    return (grads @ seen.mT).view(-1, *weight.shape)
+    return batched_product(grads, seen.mT).view(-1, *weight.shape)
 
 
 def _plain_products(
@@ -202,9 +203,9 @@ def _plain_products(
         if not last:
             seen = seen.mT
         if turned:
-            result[these] = torch.bmm(seen.mT, grads[these].mT).mT
+            result[these] = batched_product(seen.mT, grads[these].mT).mT
         else:
-            torch.bmm(grads[these], seen, out=result[these])
+            batched_product(grads[these], seen, result[these])
     if last:
         return result.view(-1, outputs, *kernel, channels).movedim(-1, 2)
     return result.view(-1, outputs, channels, *kernel)

@@ -18,6 +18,7 @@ from vmapsafe._call import Call, batch_first
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
+from vmapsafe.rules.outer_products import batched_product
 from vmapsafe.rules.products import linear, product
 from vmapsafe.rules.regimes import Regimes
 
@@ -92,10 +93,7 @@ class Weight(Products):
         return self._products(x, grad, None)
 
     def _products(self, x: Tensor, grad: Tensor, out: Tensor | None) -> Tensor:
-        a, b = self.outputs(grad), self.columns(x)
-        if a.size(2) == 1:  # the outer product, written once
-            return torch.mul(a, b.mT, out=out)
-        return torch.bmm(a, b.mT, out=out)
+        return batched_product(self.outputs(grad), self.columns(x).mT, out)
 
     def tangent(self, x: Tensor, vector: Tensor) -> Tensor:
         return x @ vector.mT
