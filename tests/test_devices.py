@@ -9,17 +9,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blocks import MODES
-from devices import on_fake_cuda
+from devices import no_waiting, on_fake_cuda
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.func import functional_call, grad, vmap
 
 from vmapsafe import (
+    batched,
     clipped_grad_sum,
+    per_sample,
     per_sample_grad_norms,
     per_sample_grads,
     per_sample_sketch,
-    vmap_safe,
 )
+from vmapsafe import quantities as q
+from vmapsafe import vmap_safe
+from vmapsafe.quantities.sketch import KINDS
 
 
 def convolutions():
@@ -96,3 +101,142 @@ def test_nothing_is_made_on_another_device(net, mode, samples):
     assert norms.shape == (samples,) and norms.is_meta
     assert sketch.shape == (samples, 5) and sketch.is_meta
     assert outputs.shape == (samples, 1, 3) and outputs.is_meta
+
+
+# -- What a GPU would have to wait for -------------------------------------------------
+
+
+def quantities(samples, parameters, other):
+    """Every kind of quantity, with tensors as their options where they take some."""
+
+    def like(count):
+        return {n: torch.empty(*count, *p.shape) for n, p in parameters.items()}
+
+    weights, most = torch.empty(samples), torch.empty(())
+    return {
+        "losses": q.Losses(),
+        "norms": q.Norms(),
+        "each norm": q.Norms(per_parameter=True),
+        "sum": q.Sum(),
+        "squares": q.SumOfSquares(),
+        "weighted": q.WeightedSum(weights),
+        "by norms": q.WeightedSum(lambda norms: 1 / (norms + 1)),
+        "clipped": q.ClippedSum(1.0),
+        "clipped by a tensor": q.ClippedSum({"*weight": most, "*": 1.0}),
+        "gram": q.Gram(),
+        "gram with others": q.Gram(other=other),
+        "dots": q.Dots(like(())),
+        "several dots": q.Dots(like((3,))),
+        "rows": q.Rows(),
+        "rows into memory": q.Rows(out=like((samples,))),
+        **{kind: q.Sketch(8, kind) for kind in KINDS},
+        "sketch": q.Sketch(8, per_layer=True),
+    }
+
+
+@pytest.fixture
+def on_meta():
+    """A network with random draws, a batch and another one of a kind."""
+
+    def made(net, samples=4):
+        make, inputs = NETS[net]
+        with torch.device("meta"):
+            model = nn.Sequential(make(), nn.Dropout(0.5), nn.Linear(3, 3))
+            batch, other = [
+                (inputs(n), torch.zeros(n, dtype=torch.long)) for n in (samples, 3)
+            ]
+        return model, batch, other
+
+    return made
+
+
+WAYS = {
+    "at once": {},
+    "in chunks": {"chunk_size": 2},
+    "one draw": {"randomness": "same"},
+    "no fast rules": {"fast": False},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *[{"mode": mode} for mode in MODES],
+        *[{"mode": "sync", "rows": rows} for rows in ("jacobian", "detached")],
+        {"mode": "sync", "update_running_stats": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("net", NETS)
+def test_nothing_waits_for_the_device(net, options, way, on_meta):
+    """In a call of any quantity; the first call of a model may look at its statistics.
+
+    Nothing is copied from the host either, and no shape depends on a number.
+    """
+    model, batch, other = on_meta(net)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    options = {"num_groups": 2, "randomness": "different", **WAYS[way], **options}
+    with torch.device("meta"):
+        wanted = quantities(4, dict(model.named_parameters()), other)
+    with no_waiting():
+        found = per_sample(model, F.cross_entropy, *batch, want=wanted, **options)
+    assert found.keys() == wanted.keys()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("randomness", ["error", "different"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_users_own_vmap_waits_for_nothing(mode, randomness, on_meta):
+    model, batch, _ = on_meta("convolutions")
+    if randomness == "error":
+        model[1].p = 0.0
+        model[1].eval()
+    params = dict(model.named_parameters())
+
+    def loss(params, x, y):
+        return F.cross_entropy(functional_call(model, params, (x[None],)), y[None])
+
+    rows = vmap(grad(loss), (None, 0, 0), randomness=randomness)
+    with no_waiting(), vmap_safe(model, mode=mode, num_groups=2):
+        found = rows(params, *batch)
+        outputs = batched(model, randomness=randomness)(batch[0])
+    assert outputs.shape == (4, 3)
+    assert found["2.weight"].shape == (4, 3, 3)
+
+
+def test_a_tied_state_dict_waits_for_nothing(on_meta):
+    """The two tensors of one parameter are known to be equal by where they are."""
+    model, batch, _ = on_meta("convolutions")
+    model.append(nn.Linear(3, 3, device="meta"))
+    model[3].weight = model[2].weight
+    with no_waiting():
+        norms = per_sample_grad_norms(
+            model,
+            F.cross_entropy,
+            *batch,
+            params=model.state_dict(),
+            randomness="different",
+        )
+    assert norms.shape == (4,)
+
+
+def test_waiting_is_noticed():
+    """What would wait is refused."""
+    x = torch.empty(3, device="meta")
+    for wait in (
+        lambda: x.tolist(),
+        lambda: bool(x[0] > 0),
+        lambda: x[x > 0],
+        lambda: x.nonzero(),
+        lambda: torch.equal(x, x),
+        lambda: x + torch.tensor([1.0, 2.0, 3.0]),
+        lambda: torch.tensor([1.0, 2.0], device="meta"),
+        lambda: x[[0, 1]],
+        lambda: x.cpu(),
+    ):
+        with pytest.raises((AssertionError, RuntimeError)), no_waiting():
+            wait()

@@ -802,3 +802,15 @@ def test_errors(mlp, call, text):
 def test_reduce_without_a_process_group(mlp):
     with pytest.raises(RuntimeError, match="init_process_group first"):
         clipped_grad_sum(mlp, F.cross_entropy, X, Y, max_grad_norm=1.0, reduce="all")
+
+
+def test_clipped_to_a_number_that_nobody_may_look_at(mlp):
+    """Under vmap, as on a GPU, a norm that is not above 0 makes the sum NaN."""
+    most = torch.tensor([0.5, 0.0, -1.0])
+    found = torch.func.vmap(
+        lambda c: clipped_grad_sum(mlp, F.cross_entropy, X, Y, max_grad_norm=c)
+    )(most)
+    expected = clipped_grad_sum(mlp, F.cross_entropy, X, Y, max_grad_norm=0.5)
+    for name, total in found.items():
+        assert_same(total[0], expected[name])
+        assert total[1:].isnan().all()
