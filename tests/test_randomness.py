@@ -241,7 +241,7 @@ def test_same_on_a_gpu(model, monkeypatch, path, chunk_size):
 
 @pytest.fixture
 def captured(monkeypatch):
-    """There torch refuses to give the state of CUDA's generator (read in torch 2.13)."""
+    """There torch does not give the state of CUDA's generator (read in torch 2.13)."""
 
     def refused(*args):
         raise RuntimeError("cannot get the state during capture")

@@ -389,6 +389,13 @@ def autocasts(device: torch.device) -> bool:
     )
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast multiplies a tensor; None where it does not cast."""
+    if tensor.dtype == torch.float64 or not autocasts(tensor.device):
+        return None
+    return torch.get_autocast_dtype(tensor.device.type)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which it is off."""
     if autocasts(device):

@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,13 @@ from torch import Tensor
 
 from vmapsafe._call import Call, batch_first, batch_size
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
-from vmapsafe._torch import autocasts, is_plain, multiplies_exactly, unwatched
+from vmapsafe._torch import (
+    autocast_dtype,
+    autocasts,
+    is_plain,
+    multiplies_exactly,
+    unwatched,
+)
 from vmapsafe.rules.convolution_regimes import REGIMES
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
@@ -311,13 +317,20 @@ register(
 
 @dataclass(frozen=True)
 class Weight(Products):
-    """Rows of ``F.conv1d`` to ``F.conv3d``: x (B, N, C, *S), grad (B, N, O, *L)."""
+    """Rows of ``F.conv1d`` to ``F.conv3d``: x (B, N, C, *S), grad (B, N, O, *L).
+
+    Attributes:
+        autocast: the dtype in which autocast ran the forward; None without it.
+
+    The others are arguments of the call.
+    """
 
     weight: Tensor
     stride: list[int]
     padding: list[int]
     dilation: list[int]
     groups: int
+    autocast: torch.dtype | None = None
 
     def columns(self, x: Tensor) -> Tensor:
         return seen_by_kernel(self._call(x, x), x)
@@ -326,6 +339,8 @@ class Weight(Products):
         return grad.movedim(2, 1).flatten(2)
 
     def rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        if self.autocast is not None:
+            return self.new_rows(x, grad)
         call = self._call(x, grad)
         winner = algorithm(call)
         if winner in ALGORITHMS:
@@ -333,6 +348,9 @@ class Weight(Products):
         return self.new_rows(x, grad)
 
     def write_rows(self, x: Tensor, grad: Tensor, out: Tensor) -> None:
+        if self.autocast is not None:
+            out.copy_(self._rows_by_autocast(x, grad))
+            return
         call = self._call(x, grad)
         winner = algorithm(call)
         if self._is_one_convolution(winner, grad):
@@ -341,6 +359,8 @@ class Weight(Products):
             self._write(call, winner, out)
 
     def new_rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        if self.autocast is not None:
+            return self._rows_by_autocast(x, grad).to(grad.dtype)
         call = self._call(x, grad)
         winner = algorithm(call)
         if self._is_one_convolution(winner, grad):
@@ -348,6 +368,10 @@ class Weight(Products):
         out = grad.new_empty(len(grad), *self.shape)
         self._write(call, winner, out)
         return out
+
+    def _rows_by_autocast(self, x: Tensor, grad: Tensor) -> Tensor:
+        plain, dtype = replace(self, autocast=None), self.autocast
+        return plain.new_rows(x.to(dtype), grad.to(dtype))
 
     def _is_one_convolution(self, winner: str, grad: Tensor) -> bool:
         """Whether one convolution for all samples is faster than one for each."""
@@ -454,7 +478,7 @@ def _keep(
         padding = [width // 2 for width in widths]
     padding = _each(0 if padding == "valid" else padding, dims)
     options = (stride, padding, dilation, groups)
-    formula = Weight(weight.shape, weight, *options)
+    formula = Weight(weight.shape, weight, *options, autocast_dtype(weight))
     formulas: dict[str, Formula] = {"weight": formula}
     if bias is not None:
         formulas["bias"] = Bias(bias.shape, 2)

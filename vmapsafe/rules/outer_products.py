@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vmapsafe._call import Call, expanded
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
-from vmapsafe._torch import autocasts
+from vmapsafe._torch import autocast_dtype
 
 
 def batched_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -43,13 +43,8 @@ def _inner(call: Call) -> int:
 
 def _cast(call: Call) -> tuple[Tensor, Tensor]:
     """The two factors, in the dtype in which autocast multiplies matrices."""
-    device = call["self"].device
-    factors = call["self"], call["mat2"]
-    if autocasts(device):
-        dtype = torch.get_autocast_dtype(device.type)
-        a, b = [t if t.dtype == torch.float64 else t.to(dtype) for t in factors]
-        return a, b
-    return factors
+    a, b = [t.to(autocast_dtype(t) or t.dtype) for t in (call["self"], call["mat2"])]
+    return a, b
 
 
 def _outer(call: Call) -> tuple[Tensor]:
