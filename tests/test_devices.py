@@ -13,6 +13,7 @@ from devices import no_waiting, on_fake_cuda
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmapsafe import (
     batched,
@@ -240,3 +241,82 @@ def test_waiting_is_noticed():
     ):
         with pytest.raises((AssertionError, RuntimeError)), no_waiting():
             wait()
+
+
+# -- TF32 ------------------------------------------------------------------------------
+
+# What a user does, and whether the rows of a convolution may then be matrix products:
+# not if these are less precise than convolutions.
+SWITCHES = {
+    "as torch begins": (lambda b: None, True),
+    "older": (lambda b: setattr(b.cuda.matmul, "allow_tf32", True), True),
+    "older, convolutions exact": (
+        lambda b: (
+            setattr(b.cuda.matmul, "allow_tf32", True),
+            setattr(b.cudnn, "allow_tf32", False),
+        ),
+        False,
+    ),
+    "all exact": (lambda b: setattr(b.cudnn, "allow_tf32", False), True),
+    "newer": (lambda b: setattr(b.cuda.matmul, "fp32_precision", "tf32"), True),
+    "newer, convolutions exact": (
+        lambda b: (
+            setattr(b.cuda.matmul, "fp32_precision", "tf32"),
+            setattr(b.cudnn.conv, "fp32_precision", "ieee"),
+        ),
+        False,
+    ),
+    "newer for all": (lambda b: setattr(b, "fp32_precision", "tf32"), True),
+    "by a function, convolutions exact": (
+        lambda b: (
+            torch.set_float32_matmul_precision("high"),
+            setattr(b.cudnn.conv, "fp32_precision", "ieee"),
+        ),
+        False,
+    ),
+}
+
+
+@pytest.fixture
+def backends():
+    """torch's switches, which are put back."""
+    found = torch.backends
+    places = [found, found.cuda.matmul, found.cudnn, found.cudnn.conv, found.cudnn.rnn]
+    before = [place.fp32_precision for place in places]
+    # torch.testing._internal, which other tests import, forbids it.
+    with getattr(found, "__allow_nonbracketed_mutation")():
+        yield found
+        torch.set_float32_matmul_precision("highest")
+        found.cudnn.allow_tf32 = True
+        for place, value in zip(places, before):
+            place.fp32_precision = value
+
+
+@pytest.mark.parametrize("way", ["rows", "vmap"])
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_rows_of_convolutions_are_as_precise_as_convolutions(switch, way, backends):
+    """On "meta", which has the precision of CUDA, by torch's older and newer switch."""
+    flip, products = SWITCHES[switch]
+    with torch.device("meta"):
+        model, x = nn.Conv2d(3, 4, 1), torch.empty(5, 3, 6, 6)
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            seen.add(operator.overloadpacket)
+            return operator(*args, **(kwargs or {}))
+
+    flip(backends)
+    fresh = torch.empty(5, 4, 3, 1, 1, device="meta")
+    with Watch():
+        if way == "rows":
+            out = {"weight": fresh, "bias": fresh[:, :, 0, 0, 0].clone()}
+            per_sample_grads(model, lambda o: o.square().sum(), x, out=out)
+        else:
+            params = dict(model.named_parameters())
+            with vmap_safe(model):
+                vmap(
+                    grad(lambda p, x: functional_call(model, p, (x,)).sum()), (None, 0)
+                )(params, x[:, None])
+    assert (torch.ops.aten.bmm in seen) == products
+    assert (torch.ops.aten.convolution_backward in seen) != products

@@ -38,6 +38,7 @@ from vmapsafe._torch import (
     autocast_dtype,
     autocasts,
     is_plain,
+    multiplies_as_it_convolves,
     multiplies_exactly,
     unwatched,
 )
@@ -68,7 +69,7 @@ def algorithm(call: Call) -> str:
     weight, groups = call["weight"], call["groups"]
     grad, x = call["grad_output"], call["input"]
     empty = not (grad.numel() and x.numel() and weight.numel())
-    if empty or not products_are_exact(weight):
+    if empty or not _products_are_as_precise(weight):
         return "torch"
     outputs, channels, *kernel = weight.shape
     seen_by = x if call["transposed"] else grad
@@ -80,12 +81,16 @@ def algorithm(call: Call) -> str:
     return "torch"
 
 
-def products_are_exact(weight: Tensor) -> bool:
-    """Whether matrix products have full precision.
+# torch has options for a lower precision of products, and others of convolutions.
 
-    torch has an option for a lower precision, which applies to them and not to
-    convolutions.
-    """
+
+def _products_are_as_precise(weight: Tensor) -> bool:
+    """Whether matrix products are as precise as convolutions."""
+    return weight.dtype != torch.float32 or multiplies_as_it_convolves(weight.device)
+
+
+def _products_are_exact(weight: Tensor) -> bool:
+    """Whether matrix products have full precision."""
     return weight.dtype != torch.float32 or multiplies_exactly(weight.device)
 
 
@@ -390,7 +395,7 @@ class Weight(Products):
             row.copy_(self._ordinary(one_x, one_grad))
 
     def is_one_product(self) -> bool:
-        products = set(self.dilation) == {1} and products_are_exact(self.weight)
+        products = set(self.dilation) == {1} and _products_are_exact(self.weight)
         return self.groups == 1 and products
 
     def tangent(self, x: Tensor, vector: Tensor) -> Tensor:
