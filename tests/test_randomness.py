@@ -7,14 +7,17 @@ from torch import nn
 from torch.func import grad, vmap
 
 from vmapsafe import (
+    VmapSafeRuntimeError,
     batched,
     clipped_grad_sum,
     over,
+    per_sample,
     per_sample_grad_norms,
     per_sample_grads,
     per_sample_sketch,
-    vmap_safe,
 )
+from vmapsafe import quantities as q
+from vmapsafe import vmap_safe
 from vmapsafe._rows import chunks
 
 N = 6
@@ -231,3 +234,58 @@ def test_same_on_a_gpu(model, monkeypatch, path, chunk_size):
         distinct(PATHS[path](model.cuda(), randomness="same", chunk_size=chunk_size))
         == 1
     )
+
+
+# -- While a CUDA graph is captured ----------------------------------------------------
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """There torch does not give the state of CUDA's generator (read in torch 2.13)."""
+
+    def refused(*args):
+        raise RuntimeError("cannot get the state during capture")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", refused)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", refused)
+
+
+@pytest.mark.parametrize("path", ["rows", "norms", "clipped", "sketch", "batched"])
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_captured(path, randomness, model, captured):
+    """All samples at once draw once, for which no state is needed."""
+    found = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        found.append(PATHS[path](model, randomness=randomness, chunk_size=None))
+    assert torch.equal(*found)
+
+
+def test_captured_without_draws(model, captured):
+    """In chunks and with two looks."""
+    model.eval()
+    want = q.WeightedSum(lambda norms: 1 / norms)
+    per_sample(model, total, X, want=want, chunk_size=2)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: norms(model, randomness="same", chunk_size=2),
+        lambda model: rows(model, total_by_torch, randomness="different"),
+        lambda model: per_sample(
+            model,
+            total,
+            X,
+            want=q.WeightedSum(lambda norms: 1 / norms),
+            randomness="different",
+            chunk_size=2,
+        ),
+    ],
+    ids=["the same in chunks", "as before an attempt", "two looks at chunks"],
+)
+def test_captured_draws_cannot_be_made_again(call, model, captured):
+    with pytest.raises(VmapSafeRuntimeError, match="while a CUDA graph is captured"):
+        call(model)

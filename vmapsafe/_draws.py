@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vmapsafe._errors import VmapSafeValueError, shown
+from vmapsafe._errors import VmapSafeRuntimeError, VmapSafeValueError, shown
 from vmapsafe._torch import below_all
 
 Randomness = Literal["error", "different", "same"]
@@ -52,17 +52,32 @@ class Draws:
 
     def __init__(self, randomness: str, of_host: bool = False) -> None:
         self._states: list[tuple[_Note, _PutBack, Any]] = []
+        self._unknown = False
         self._of_host: list[tuple[_PutBack, Any]] = []
         if torch.compiler.is_compiling():
             return
         if of_host:
             self._of_host = [(back, note()) for note, back in _of_host()]
         if randomness != "error":
+            # While a CUDA graph is captured, torch refuses to give or set a state.
+            self._unknown = _captures()
             with below_all():
-                self._states = [(note, back, note()) for note, back in _generators()]
+                kinds = [*_OF_CPU] if self._unknown else [*_OF_CPU, *_of_devices()]
+                self._states = [(note, back, note()) for note, back in kinds]
 
     def put_back(self) -> None:
-        """Set the generators back: the next draws repeat those made since."""
+        """Set the generators back: the next draws repeat those made since.
+
+        Raises:
+            VmapSafeRuntimeError: a CUDA graph is being captured.
+        """
+        if self._unknown:
+            raise VmapSafeRuntimeError(
+                "per-sample gradients",
+                "random numbers would have to be drawn again, and the state of CUDA's "
+                "generator is not at hand while a CUDA graph is captured",
+                'Capture with randomness="error", or all samples at once',
+            )
         for put_back, state in self._of_host:
             put_back(state)
         if self._states:
@@ -94,8 +109,17 @@ def _of_host() -> Iterator[tuple[_Note, _PutBack]]:
         yield numpy.get_state, numpy.set_state
 
 
-def _generators() -> Iterator[tuple[_Note, _PutBack]]:
-    yield torch.get_rng_state, torch.set_rng_state
+_OF_CPU: tuple[tuple[_Note, _PutBack], ...]
+_OF_CPU = ((torch.get_rng_state, torch.set_rng_state),)
+
+
+def _captures() -> bool:
+    """Whether a CUDA graph is being captured."""
+    cuda: Any = torch.cuda
+    return bool(cuda.is_initialized() and cuda.is_current_stream_capturing())
+
+
+def _of_devices() -> Iterator[tuple[_Note, _PutBack]]:
     for kind in (torch.cuda, torch.xpu):
         if kind.is_initialized():
             yield kind.get_rng_state_all, kind.set_rng_state_all

@@ -15,8 +15,8 @@ about each call in this order:
    ``batched`` makes the output.
 4. If none returns True, torch's own code runs.
 
-An :class:`OperatorRule` stands for an operator, ``torch.ops.aten.…``. It is a faster
-batching rule with the same meaning, see ``_block/operators``.
+An :class:`OperatorRule` stands for an operator, ``torch.ops.aten.…``. It is a batching
+rule with the same meaning, mostly a faster one, see ``_block/operators``.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class FunctionRule:
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorRule:
-    """A faster batching rule of an operator, in every mode, not with ``fast=False``.
+    """A batching rule of an operator, in every mode.
 
     Attributes:
         name: a unique name, for tables and test ids.
@@ -71,6 +71,9 @@ class OperatorRule:
         reference: as in :class:`FunctionRule`.
         devices: the types of device on which the rule holds, often a table of what was
             measured on each; None for all. On others torch's own rule runs.
+        speed: whether the rule changes only speed. ``fast=False`` leaves it out.
+        casts: whether ``batched`` casts as autocast does. If not, torch's own rule runs
+            where autocast would cast.
     """
 
     name: str
@@ -79,6 +82,8 @@ class OperatorRule:
     batched: Callable[[Call], tuple[Tensor | None, ...]]
     reference: Callable[[Call], Any]
     devices: Collection[str] | None
+    speed: bool = True
+    casts: bool = False
 
     def holds_on(self, device: str) -> bool:
         """Whether the rule holds on this type of device."""

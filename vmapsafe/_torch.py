@@ -366,9 +366,10 @@ _TAKEN_ON = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerBa
 def unwatched() -> AbstractContextManager[object]:
     """A context for plain tensors in a kernel, see :func:`is_plain`.
 
-    Operations in it go straight to the device, which saves about 10 us each.
+    Operations in it go straight to the device, which saves about 10 us each. Not under
+    a mode that sees all operators, where torch fails with an internal error (2.11).
     """
-    if dispatch_modes_are_on():  # torch 2.11 and 2.12 end in an internal error
+    if dispatch_modes_are_on():
         return nullcontext()
     return torch._C._ExcludeDispatchKeyGuard(_TAKEN_ON)
 
@@ -394,6 +395,13 @@ def autocasts(device: torch.device) -> bool:
     )
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast multiplies a tensor; None where it does not cast."""
+    if tensor.dtype == torch.float64 or not autocasts(tensor.device):
+        return None
+    return torch.get_autocast_dtype(tensor.device.type)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which it is off."""
     if autocasts(device):
@@ -415,11 +423,22 @@ def without_inference_mode() -> Iterator[None]:
 
 def multiplies_exactly(device: torch.device) -> bool:
     """Whether products of float32 matrices there have the precision of float32."""
-    # This is the result of all switches, older and newer. torch's public function
-    # raises if both were used (torch 2.13).
+    return _precision(device, "matmul") in ("none", "ieee")
+
+
+def multiplies_as_it_convolves(device: torch.device) -> bool:
+    """Whether float32 matrices are multiplied there at least as precisely as float32
+    convolutions are computed; on CUDA these are not exact unless told so."""
+    same = _precision(device, "matmul") == _precision(device, "conv")
+    return same or multiplies_exactly(device)
+
+
+def _precision(device: torch.device, of: str) -> str:
+    """The result of all switches, older and newer. torch's public function raises if
+    both were used (torch 2.13)."""
     backend = "mkldnn" if device.type == "cpu" else "cuda"
-    found = torch._C._get_fp32_precision_getter(backend, "matmul")
-    return found in ("none", "ieee")
+    found: str = torch._C._get_fp32_precision_getter(backend, of)
+    return found
 
 
 def wrapped_again(

@@ -1,19 +1,24 @@
 """Batch norm's operators: the same numbers with the rules and without, everywhere."""
 
+import copy
+
 import pytest
 import torch
 from measured import change_regimes, take_regimes_of_a_gpu
 from operator_rules import TRANSFORMS, X, rows, tensors, watch
 from torch import nn
 
-from vmapsafe import per_sample_grads, vmap_safe
+from vmapsafe import per_sample_grads, rules, vmap_safe
 from vmapsafe._rule import operator_rules
-from vmapsafe.rules import batch_norm_operators
+from vmapsafe.rules import batch_norm_operators, normalisation
 from vmapsafe.testing import assert_same
 
 RULES = [
     rule
-    for operator in (batch_norm_operators._forward, batch_norm_operators._backward)
+    for operator in (
+        *(batch_norm_operators._forward, batch_norm_operators._backward),
+        *(batch_norm_operators._cudnn_forward, batch_norm_operators._cudnn_backward),
+    )
     for rule in operator_rules()[operator]
 ]
 MODES = {"eval": "running statistics", "no_running_stats": "statistics of the slice"}
@@ -125,6 +130,131 @@ def test_regimes_of_a_gpu(taken, monkeypatch):
     with vmap_safe(model):
         assert_same(rows(model, tensors(model), X), expected)
     assert len(taken) == 4 and not plain
+
+
+# -- cuDNN's operators, as CUDA has them ----------------------------------------------
+
+
+def statistics_by_hand(x, training, mean, var, eps):
+    if training:
+        over = [d for d in range(x.dim()) if d != 1]
+        mean, var = x.mean(over), x.var(over, unbiased=False)
+    return mean, (var + eps).rsqrt()
+
+
+def along_channels(values, x):
+    return values.view(-1, *[1 for _ in x.shape[2:]])
+
+
+def cudnn_forward(x, weight, bias, mean, var, training, momentum, eps):
+    mean, rstd = statistics_by_hand(x, training, mean, var, eps)
+    by_hand = [along_channels(t, x) for t in (mean, rstd, weight, bias)]
+    y = (x - by_hand[0]) * by_hand[1] * by_hand[2] + by_hand[3]
+    saved = (mean, rstd) if training else (x.new_empty(0), x.new_empty(0))
+    return y, *saved, torch.empty(7, dtype=torch.uint8)
+
+
+def cudnn_backward(x, grad, weight, mean, var, saved, rstd, eps, reserve):
+    over = [d for d in range(x.dim()) if d != 1]
+    along = (x - along_channels(saved, x)) * along_channels(rstd, x)
+    of_weight, of_bias = (grad * along).sum(over), grad.sum(over)
+    count = x.numel() // x.size(1)
+    means = [along_channels(t / count, x) for t in (of_weight, of_bias)]
+    scale = along_channels(weight * rstd, x)
+    return (grad - means[1] - along * means[0]) * scale, of_weight, of_bias
+
+
+@pytest.fixture(scope="module")
+def kernels_of_cudnn():
+    """cuDNN's operators on the CPU, written out."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("cudnn_batch_norm", cudnn_forward, "CPU")
+    library.impl("cudnn_batch_norm_backward", cudnn_backward, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.fixture
+def by_cudnn(kernels_of_cudnn, monkeypatch):
+    """Lets torch choose cuDNN where it does on CUDA (read in torch 2.13)."""
+    native, cudnn = torch.batch_norm, torch.ops.aten.cudnn_batch_norm.default
+
+    def batch_norm(x, weight, bias, *rest):
+        if x.dim() > 2 and weight is not None and bias is not None:
+            return cudnn(x, weight, bias, *rest[:-1])[0]
+        return native(x, weight, bias, *rest)
+
+    return lambda: monkeypatch.setattr(torch, "batch_norm", batch_norm)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_by_cudnn_as_without_it(name, mode, by_cudnn, taken, monkeypatch):
+    """The rules take cuDNN's calls in a user's own vmap; they are torch's numbers."""
+    change_regimes(monkeypatch, batch_norm=9)
+    model = net()
+    with vmap_safe(model, mode=mode, fast=False):
+        expected = TRANSFORMS[name](model, tensors(model), X)
+    by_cudnn()
+    if name == "channels_last":  # as CUDA sees them
+        for module in (normalisation, rules.batch_norm):
+            monkeypatch.setattr(module, "has_several_layouts", lambda x: x.dim() > 3)
+    with vmap_safe(model, mode=mode):
+        actual = TRANSFORMS[name](model, tensors(model), X)
+    assert_same(actual, expected)
+    if mode == "eval" or name in ("vmap(grad)", "chunk_size", "in_dims", "nested vmap"):
+        assert f"cudnn_batch_norm, {MODES[mode]}" in taken
+        by = "native" if mode == "eval" else "cudnn"  # as autograd chooses
+        if name not in NO_BACKWARD:
+            assert f"{by}_batch_norm_backward, {MODES[mode]}" in taken
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("around", ["forward", "backward"])
+def test_half_of_a_call_by_cudnn(around, mode, by_cudnn, taken):
+    """Forward and backward fit each other if only one of them is in a block."""
+    model = net().eval()
+    if mode == "no_running_stats":
+        for layer in (model[1], model[6]):
+            layer.track_running_stats = False
+            layer.running_mean = layer.running_var = None
+    params = tensors(model)
+    leaves = [p.clone().requires_grad_() for p in params.values()]
+
+    def forward(*leaves):
+        named = dict(zip(params, leaves))
+        return torch.func.vmap(
+            lambda x: torch.func.functional_call(model, named, (x,)).square().sum()
+        )(X).sum()
+
+    expected = torch.autograd.grad(forward(*leaves), leaves)
+    by_cudnn()
+    if around == "forward":
+        with vmap_safe(model, mode=mode):
+            loss = forward(*leaves)
+        found = torch.autograd.grad(loss, leaves)
+    else:
+        loss = forward(*leaves)
+        with vmap_safe(model, mode=mode):
+            found = torch.autograd.grad(loss, leaves)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_by_cudnn(mode, by_cudnn, taken):
+    """vmap(grad) equals a loop of plain backwards over the slices."""
+    model = net()
+    expected = []
+    for x in X:
+        alone = copy.deepcopy(model).train(mode != "eval")
+        alone(x).square().sum().backward()
+        expected.append({n: p.grad for n, p in alone.named_parameters()})
+    by_cudnn()
+    with vmap_safe(model, mode=mode):
+        found, _ = rows(model, tensors(model), X)
+    for name, row in found.items():
+        assert_same(row, torch.stack([one[name] for one in expected]))
+    assert [name for name in taken if name.startswith("cudnn")]
 
 
 # -- Instance norm, which becomes batch norm -------------------------------------------

@@ -1,9 +1,9 @@
-"""Faster batching rules replace those of torch's operators while a block is open.
+"""Other batching rules replace those of torch's operators while a block is open.
 
-A rule of an aten operator changes speed, never meaning, so it may hold in the whole
-process: in other threads that compute while a block is open somewhere, and in backward
-on a GPU, which runs in a thread of its own. It does not need a derivative, because
-autograd differentiates the operations it calls.
+A rule of an aten operator changes speed, never meaning, or puts right what torch's own
+gets wrong. So it may hold in the whole process: in other threads that compute while a
+block is open somewhere, and in backward on a GPU, which runs in a thread of its own. It
+does not need a derivative, because autograd differentiates the operations it calls.
 
 The first block of the process registers a kernel, which stays registered. If no block
 is open, or if no rule applies to a call, the kernel passes the call to torch's own
@@ -58,23 +58,26 @@ def install(types_of_device: Callable[[], Collection[str]]) -> None:
 
 @contextmanager
 def only(rule: OperatorRule) -> Iterator[None]:
-    """Use ``rule`` instead of all other rules, whether or not a block is open.
+    """Use ``rule`` instead of all other rules of its operator, without a block.
 
-    Tests use this, one at a time. The rule need not be registered.
+    The rules of other operators hold as in a block: what ``rule`` calls may be batched
+    by a vmap outside. Tests use this, one at a time. The rule need not be registered.
     """
-    global _alone
+    global _instead
+    table = {**operator_rules(), rule.operator: (rule,)}
     with open_blocks.lock:
-        if rule.operator not in _installed:
-            _install(rule.operator)
-    before, _alone = _alone, {rule.operator: (rule,)}
+        for operator in table:
+            if operator not in _installed:
+                _install(operator)
+    before, _instead = _instead, table
     try:
         yield
     finally:
-        _alone = before
+        _instead = before
 
 
 _KEY = "FuncTorchBatched"
-_alone: OperatorTable | None = None
+_instead: OperatorTable | None = None
 _installed: dict[Function, torch.library.Library] = {}
 
 # torch warns so once in a process. The code adds and removes this filter by hand,
@@ -124,7 +127,7 @@ def _kernel(operator: Any) -> Callable[..., Any]:
                     if (
                         rule.holds_on(device)
                         and rule.accepts(call)
-                        and not would_be_cast(tensors)
+                        and (rule.casts or not would_be_cast(tensors))
                     ):
                         with below_vmap():
                             outputs = rule.batched(call)
@@ -136,12 +139,10 @@ def _kernel(operator: Any) -> Callable[..., Any]:
 
 
 def _in_force(operator: Function) -> tuple[OperatorRule, ...]:
-    if _alone is not None:
-        return _alone.get(operator, ())
-    fast = False
-    for block in open_blocks.everywhere():
-        if block.alive:
-            if not block.fast:
-                return ()
-            fast = True
-    return operator_rules().get(operator, ()) if fast else ()
+    if _instead is not None:
+        return _instead.get(operator, ())
+    alive = [block for block in open_blocks.everywhere() if block.alive]
+    rules = operator_rules().get(operator, ()) if alive else ()
+    if all([block.fast for block in alive]):
+        return rules
+    return tuple([rule for rule in rules if not rule.speed])

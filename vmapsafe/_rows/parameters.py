@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, shown
+from vmapsafe._torch import storage_of
 
 T = TypeVar("T")
 Params = Collection[str] | Mapping[str, Tensor] | None
@@ -226,9 +227,7 @@ def _of_state_dict(
             constants[name] = given[name]
         elif other == name:
             values[name] = given[name]
-        elif given[other] is not given[name] and not torch.equal(
-            given[other], given[name]
-        ):
+        elif not _are_equal(given[other], given[name]):
             raise VmapSafeValueError(
                 called,
                 f"params has different values for {other!r} and {name!r}, which "
@@ -242,6 +241,18 @@ def _of_state_dict(
             "Unfreeze some, or name the ones you want with params=",
         )
     return values, constants
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether they hold the same numbers. A state dict has a view for each name, and to
+    compare numbers on a GPU would wait for it."""
+
+    def where(tensor: Tensor) -> object:
+        offset, strides = tensor.storage_offset(), tensor.stride()
+        return storage_of(tensor), tensor.dtype, offset, strides
+
+    known = storage_of(a) is not None and where(a) == where(b)
+    return known or torch.equal(a, b)
 
 
 # -- Names, or a dict of parameters -------------------------------------------------

@@ -212,7 +212,8 @@ class Recorder(Copies):
         self._size = size
         self.uses = {name: 0 for name in values}
         self.lacks_a_gradient = False
-        self.anchor = torch.zeros((), requires_grad=True)
+        first = next(iter(values.values()))
+        self.anchor = first.new_empty((), requires_grad=True)  # nobody reads its number
         self.receive: Callable[[str, Formula, Tensor, Tensor], None]
 
     def begin(self) -> Mapping[str, Tensor]:

@@ -236,7 +236,8 @@ class ClippedSum(Reduces, OneLook[dict[str, Tensor]]):
             for each group of parameters. Its keys are patterns of names as in
             ``fnmatch``. The parameters whose first matching pattern is the same are one
             group: their gradients together are clipped to its norm, and each group
-            apart. infinity does not clip.
+            apart. infinity does not clip. A tensor on another device than the CPU is
+            not looked at, so if its number is not above 0, the sum is NaN.
         reduce: "all" for the sum over all processes, as in :class:`Summed`.
 
     The factor of a gradient that is 0 is 1. Opacus adds 1e-6 to the norm; nothing is
@@ -287,7 +288,10 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _plain(number: Number) -> Number:
-    return without_autograd(number) if isinstance(number, Tensor) else number
+    if not isinstance(number, Tensor):
+        return number
+    number = without_autograd(number)
+    return torch.where(number > 0, number, torch.nan)
 
 
 def check_max_grad_norm(called: str, given: Any) -> None:
@@ -323,8 +327,8 @@ def _check_number(called: str, what: str, given: Any) -> None:
             f"{what} is {shown(given)}, {a_kind(given)}",
             "Pass one number, the largest norm a row may keep",
         )
-    if isinstance(given, Tensor) and (given.is_meta or is_wrapped(given)):
-        return  # whose number may not be looked at
+    if isinstance(given, Tensor) and (given.device.type != "cpu" or is_wrapped(given)):
+        return  # whose number may not be looked at, or only by waiting for the device
     if not given > 0:
         raise VmapSafeValueError(
             called,

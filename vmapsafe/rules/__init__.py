@@ -6,6 +6,7 @@ The map, bottom up:
 ``precision``             half precision is computed in float32
 ``memory``                large tensors of zeros, whose pages cost nothing until written
 ``products``              products of two matrices
+``outer_products``        products of two vectors for each sample
 ``formulas``              rows of a parameter, and quantities of them without the rows
 ``kept_calls``            the table in which layers say what ``_rows`` keeps of a call
 ``references``            slow forms of normalisation, to compare with
@@ -37,6 +38,7 @@ from vmapsafe.rules import instance_norm as instance_norm
 from vmapsafe.rules import layer_norm as layer_norm
 from vmapsafe.rules import layouts as layouts
 from vmapsafe.rules import linear as linear
+from vmapsafe.rules import outer_products as outer_products
 from vmapsafe.rules import random_numbers as random_numbers
 from vmapsafe.rules import rms_norm as rms_norm
 from vmapsafe.rules import sync as sync

@@ -6,11 +6,16 @@ of the input. The rules here run the fused kernel once for all samples. For runn
 statistics it gets all samples as one batch. For statistics of each slice it gets one
 channel for each slice and channel. torch's own rules run if weights or statistics are
 themselves batched, as in an ensemble.
+
+On CUDA ``F.batch_norm`` mostly is ``cudnn_batch_norm``: in float32 and float64, with
+weights, and for inputs of three dimensions or more (read in torch 2.13). Its rules make
+the same call of torch's own kernel, because the merged batch may have more samples than
+cuDNN takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +34,9 @@ REGIMES = Regimes(cpu=128, cuda=0)
 
 _forward = torch.ops.aten.native_batch_norm.default
 _backward = torch.ops.aten.native_batch_norm_backward.default
+
+_cudnn_forward = torch.ops.aten.cudnn_batch_norm.default
+_cudnn_backward = torch.ops.aten.cudnn_batch_norm_backward.default
 
 _CHANNELWISE = ("weight", "bias", "running_mean", "running_var")
 
@@ -275,6 +283,48 @@ def _by_own_backward(
     )
 
 
+# -- By cuDNN ------------------------------------------------------------------------
+
+
+def _native(call: Call) -> Call:
+    """A call of ``cudnn_batch_norm`` as one of ``native_batch_norm``."""
+    names = (*("input", *_CHANNELWISE), "training", "momentum", "eps")
+    arguments = dict(zip(names, call.arguments.values(), strict=True))
+    return Call(_forward, arguments, in_dims=call.in_dims)
+
+
+def _native_backward(call: Call) -> Call:
+    """The same for the backward, which only runs by the statistics of the input."""
+    renamed = {"grad_output": "grad_out", "save_var": "save_invstd"}
+    in_dims = {renamed.get(name, name): dim for name, dim in call.in_dims.items()}
+    arguments = {
+        "grad_out": call["grad_output"],
+        "input": call["input"],
+        "weight": call["weight"],
+        "running_mean": call["running_mean"],
+        "running_var": call["running_var"],
+        "save_mean": call["save_mean"],
+        "save_invstd": call["save_var"],
+        "train": True,
+        "eps": call["epsilon"],
+        "output_mask": [True, True, True],
+    }
+    return Call(_backward, arguments, in_dims=in_dims)
+
+
+def _with_reserve(
+    batched: Callable[[Call], tuple[Tensor, Tensor, Tensor]],
+) -> Callable[[Call], tuple[Tensor, ...]]:
+    """With the memory that cuDNN may reserve for its backward, of which it needs none
+    here."""
+
+    def forward(call: Call) -> tuple[Tensor, ...]:
+        found = batched(_native(call))
+        return *found, found[0].new_empty(len(found[0]), 0, dtype=torch.uint8)
+
+    return forward
+
+
 # -- The slow forms ------------------------------------------------------------------
 
 
@@ -320,6 +370,11 @@ def _plain_backward(call: Call) -> tuple[Tensor | None, ...]:
     )
 
 
+def _plain_with_reserve(call: Call) -> tuple[Tensor, ...]:
+    found = _plain(_native(call))
+    return *found, call["input"].new_empty(0, dtype=torch.uint8)
+
+
 for _name, _operator, _accepts, _batched, _reference in (
     (
         "native_batch_norm, running statistics",
@@ -348,6 +403,27 @@ for _name, _operator, _accepts, _batched, _reference in (
         _backward_by_own,
         _by_own_backward,
         _plain_backward,
+    ),
+    (
+        "cudnn_batch_norm, running statistics",
+        _cudnn_forward,
+        lambda call: _forward_by_running(_native(call)),
+        _with_reserve(_by_running),
+        _plain_with_reserve,
+    ),
+    (
+        "cudnn_batch_norm, statistics of the slice",
+        _cudnn_forward,
+        lambda call: _forward_by_own(_native(call)),
+        _with_reserve(_by_own),
+        _plain_with_reserve,
+    ),
+    (
+        "cudnn_batch_norm_backward, statistics of the slice",
+        _cudnn_backward,
+        lambda call: _backward_by_own(_native_backward(call)),
+        lambda call: _by_own_backward(_native_backward(call)),
+        lambda call: _plain_backward(_native_backward(call)),
     ),
 ):
     register(

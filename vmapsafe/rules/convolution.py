@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,10 +34,18 @@ from torch import Tensor
 
 from vmapsafe._call import Call, batch_first, batch_size
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
-from vmapsafe._torch import autocasts, is_plain, multiplies_exactly, unwatched
+from vmapsafe._torch import (
+    autocast_dtype,
+    autocasts,
+    is_plain,
+    multiplies_as_it_convolves,
+    multiplies_exactly,
+    unwatched,
+)
 from vmapsafe.rules.convolution_regimes import REGIMES
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
+from vmapsafe.rules.outer_products import batched_product
 from vmapsafe.rules.precision import HALVES
 
 _backward = torch.ops.aten.convolution_backward.default
@@ -61,7 +69,7 @@ def algorithm(call: Call) -> str:
     weight, groups = call["weight"], call["groups"]
     grad, x = call["grad_output"], call["input"]
     empty = not (grad.numel() and x.numel() and weight.numel())
-    if empty or not products_are_exact(weight):
+    if empty or not _products_are_as_precise(weight):
         return "torch"
     outputs, channels, *kernel = weight.shape
     seen_by = x if call["transposed"] else grad
@@ -73,12 +81,16 @@ def algorithm(call: Call) -> str:
     return "torch"
 
 
-def products_are_exact(weight: Tensor) -> bool:
-    """Whether matrix products have full precision.
+# torch has options for a lower precision of products, and others of convolutions.
 
-    torch has an option for a lower precision, which applies to them and not to
-    convolutions.
-    """
+
+def _products_are_as_precise(weight: Tensor) -> bool:
+    """Whether matrix products are as precise as convolutions."""
+    return weight.dtype != torch.float32 or multiplies_as_it_convolves(weight.device)
+
+
+def _products_are_exact(weight: Tensor) -> bool:
+    """Whether matrix products have full precision."""
     return weight.dtype != torch.float32 or multiplies_exactly(weight.device)
 
 
@@ -151,7 +163,7 @@ def _products(
         with unwatched():
             return _plain_products(call, grads, x, lengths, out, turned)
     seen = _watched_windows(call, x, lengths).reshape(len(grads), -1, grads.size(2))
-    return (grads @ seen.mT).view(-1, *weight.shape)
+    return batched_product(grads, seen.mT).view(-1, *weight.shape)
 
 
 def _plain_products(
@@ -202,9 +214,9 @@ def _plain_products(
         if not last:
             seen = seen.mT
         if turned:
-            result[these] = torch.bmm(seen.mT, grads[these].mT).mT
+            result[these] = batched_product(seen.mT, grads[these].mT).mT
         else:
-            torch.bmm(grads[these], seen, out=result[these])
+            batched_product(grads[these], seen, result[these])
     if last:
         return result.view(-1, outputs, *kernel, channels).movedim(-1, 2)
     return result.view(-1, outputs, channels, *kernel)
@@ -310,13 +322,20 @@ register(
 
 @dataclass(frozen=True)
 class Weight(Products):
-    """Rows of ``F.conv1d`` to ``F.conv3d``: x (B, N, C, *S), grad (B, N, O, *L)."""
+    """Rows of ``F.conv1d`` to ``F.conv3d``: x (B, N, C, *S), grad (B, N, O, *L).
+
+    Attributes:
+        autocast: the dtype in which autocast ran the forward; None without it.
+
+    The others are arguments of the call.
+    """
 
     weight: Tensor
     stride: list[int]
     padding: list[int]
     dilation: list[int]
     groups: int
+    autocast: torch.dtype | None = None
 
     def columns(self, x: Tensor) -> Tensor:
         return seen_by_kernel(self._call(x, x), x)
@@ -325,6 +344,8 @@ class Weight(Products):
         return grad.movedim(2, 1).flatten(2)
 
     def rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        if self.autocast is not None:
+            return self.new_rows(x, grad)
         call = self._call(x, grad)
         winner = algorithm(call)
         if winner in ALGORITHMS:
@@ -332,6 +353,9 @@ class Weight(Products):
         return self.new_rows(x, grad)
 
     def write_rows(self, x: Tensor, grad: Tensor, out: Tensor) -> None:
+        if self.autocast is not None:
+            out.copy_(self._rows_by_autocast(x, grad))
+            return
         call = self._call(x, grad)
         winner = algorithm(call)
         if self._is_one_convolution(winner, grad):
@@ -340,6 +364,8 @@ class Weight(Products):
             self._write(call, winner, out)
 
     def new_rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        if self.autocast is not None:
+            return self._rows_by_autocast(x, grad).to(grad.dtype)
         call = self._call(x, grad)
         winner = algorithm(call)
         if self._is_one_convolution(winner, grad):
@@ -347,6 +373,10 @@ class Weight(Products):
         out = grad.new_empty(len(grad), *self.shape)
         self._write(call, winner, out)
         return out
+
+    def _rows_by_autocast(self, x: Tensor, grad: Tensor) -> Tensor:
+        plain, dtype = replace(self, autocast=None), self.autocast
+        return plain.new_rows(x.to(dtype), grad.to(dtype))
 
     def _is_one_convolution(self, winner: str, grad: Tensor) -> bool:
         """Whether one convolution for all samples is faster than one for each."""
@@ -365,7 +395,7 @@ class Weight(Products):
             row.copy_(self._ordinary(one_x, one_grad))
 
     def is_one_product(self) -> bool:
-        products = set(self.dilation) == {1} and products_are_exact(self.weight)
+        products = set(self.dilation) == {1} and _products_are_exact(self.weight)
         return self.groups == 1 and products
 
     def tangent(self, x: Tensor, vector: Tensor) -> Tensor:
@@ -453,7 +483,7 @@ def _keep(
         padding = [width // 2 for width in widths]
     padding = _each(0 if padding == "valid" else padding, dims)
     options = (stride, padding, dilation, groups)
-    formula = Weight(weight.shape, weight, *options)
+    formula = Weight(weight.shape, weight, *options, autocast_dtype(weight))
     formulas: dict[str, Formula] = {"weight": formula}
     if bias is not None:
         formulas["bias"] = Bias(bias.shape, 2)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from vmapsafe._call import Call, batch_first
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
+from vmapsafe._torch import autocast_dtype
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
+from vmapsafe.rules.outer_products import batched_product
 from vmapsafe.rules.products import linear, product
 from vmapsafe.rules.regimes import Regimes
 
@@ -74,7 +76,13 @@ register(
 
 @dataclass(frozen=True)
 class Weight(Products):
-    """Rows of ``F.linear``: x (B, ..., C), grad (B, ..., O), weight (O, C)."""
+    """Rows of ``F.linear``: x (B, ..., C), grad (B, ..., O), weight (O, C).
+
+    Attributes:
+        autocast: the dtype in which autocast multiplied in forward; None without it.
+    """
+
+    autocast: torch.dtype | None
 
     def columns(self, x: Tensor) -> Tensor:
         return x.reshape(len(x), math.prod(x.shape[1:-1]), x.size(-1)).mT
@@ -92,10 +100,11 @@ class Weight(Products):
         return self._products(x, grad, None)
 
     def _products(self, x: Tensor, grad: Tensor, out: Tensor | None) -> Tensor:
-        a, b = self.outputs(grad), self.columns(x)
-        if a.size(2) == 1:  # the outer product, written once
-            return torch.mul(a, b.mT, out=out)
-        return torch.bmm(a, b.mT, out=out)
+        a, b = self.outputs(grad), self.columns(x).mT
+        if self.autocast is None or a.size(2) == 1:  # without sums nothing is won
+            return batched_product(a, b, out)
+        found = batched_product(a.to(self.autocast), b.to(self.autocast))
+        return found.to(grad.dtype) if out is None else out.copy_(found)
 
     def tangent(self, x: Tensor, vector: Tensor) -> Tensor:
         return x @ vector.mT
@@ -113,7 +122,8 @@ def _keep(
         return None
     if bias is not None and bias.shape != weight.shape[:1]:  # the bias broadcasts
         return None
-    formulas: dict[str, Formula] = {"weight": Weight(weight.shape)}
+    formulas: dict[str, Formula]
+    formulas = {"weight": Weight(weight.shape, autocast_dtype(weight))}
     if bias is not None:
         formulas["bias"] = Bias(bias.shape, -1)
     return ByFormulas(

@@ -129,8 +129,16 @@ def own_statistics(
 
 
 def has_several_layouts(x: Tensor) -> bool:
-    """Whether torch's batch norm may confuse two memory layouts of ``x``, see above."""
-    return x.dim() > 3 and 1 in x.shape and x.device.type == "cpu"
+    """Whether torch's batch norm may confuse two memory layouts of ``x``, see above, or
+    ask vmap for one.
+
+    It does so on CUDA, for slices with their channels last, and vmap refuses (2.13).
+    """
+    if x.dim() <= 3:
+        return False
+    if x.device.type == "cpu":
+        return 1 in x.shape
+    return x.stride(1) <= x.stride(-1) and bool(batched_levels((x,)))
 
 
 def fused_layer_norm(

@@ -173,15 +173,22 @@ class UpdateRunningStats(Function):
     ) -> Tensor:
         # Blocks around this one would leave these writes out, so hide them.
         with torch.no_grad(), unseen_by_modes():
-            factor = 0.0 if momentum is None else momentum
+            factor: float | Tensor = 0.0 if momentum is None else momentum
             if count is not None:
                 count.add_(1)
-                if momentum is None:
+                if momentum is None and count.device.type == "cpu":
                     factor = 1.0 / float(count)
-            if group is None:
-                getattr(F, kernel)(x, mean, var, None, None, True, factor)
-            else:
+                elif momentum is None:
+                    factor = count.to(mean.dtype).reciprocal()
+            if group is not None:
                 _update_across_processes(wide(x), mean, var, factor, group)
+            elif not isinstance(factor, Tensor):
+                getattr(F, kernel)(x, mean, var, None, None, True, factor)
+            else:  # the kernel takes numbers; to read one would wait for the device
+                own = torch.zeros_like(mean), torch.zeros_like(var)
+                getattr(F, kernel)(x, *own, None, None, True, 1.0)
+                mean.lerp_(own[0], factor)
+                var.lerp_(own[1], factor)
         return x.new_zeros(())
 
     @staticmethod
@@ -244,7 +251,7 @@ def _as_one_batch(x: Any, weight: Any, bias: Any, eps: float, merged: Levels) ->
 
 
 def _update_across_processes(
-    x: Tensor, mean: Tensor, var: Tensor, factor: float, group: Any
+    x: Tensor, mean: Tensor, var: Tensor, factor: float | Tensor, group: Any
 ) -> None:
     dims = [d for d in range(x.dim()) if d != 1]
     total = _with_count(x.sum(dims), x)
