@@ -421,6 +421,7 @@ def without_inference_mode() -> Iterator[None]:
         yield
 
 
+@constant_while_compiling
 def multiplies_exactly(device: torch.device) -> bool:
     """Whether products of float32 matrices there have the precision of float32."""
     return _precision(device, "matmul") in ("none", "ieee")

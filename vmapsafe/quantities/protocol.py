@@ -18,7 +18,7 @@ from torch import Tensor
 from vmapsafe._errors import VmapSafeValueError, shown
 from vmapsafe._modes import Mode, RowsName
 from vmapsafe._processes import gathered, summed
-from vmapsafe._torch import is_plain, tree_flatten, tree_map
+from vmapsafe._torch import constant_while_compiling, is_plain, tree_flatten, tree_map
 from vmapsafe.rules.formulas import Factors, Formula, Made, Small, can_look, masked
 from vmapsafe.rules.precision import HALVES
 
@@ -116,7 +116,7 @@ class Grads:
     @property
     def dtype_of_norms(self) -> torch.dtype:
         """That of the rows; float32 for half precision, and real."""
-        return torch.float32 if self.dtype in HALVES else self.dtype.to_real()
+        return _dtype_of_norms(self.dtype)
 
     def rows(self) -> Tensor:
         """(n, *shape), in the dtype of the parameter."""
@@ -245,6 +245,11 @@ class Grads:
             self._known.update(found)
         self._asked[name] = left - 1
         return self._known[name].clone() if left > 1 else self._known.pop(name)
+
+
+@constant_while_compiling
+def _dtype_of_norms(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in HALVES else dtype.to_real()
 
 
 def _finite(x: Tensor) -> Tensor:
