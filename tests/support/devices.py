@@ -1,4 +1,4 @@
-"""Models on a GPU that is not there, and what a GPU would have to wait for."""
+"""A GPU that is not there: models on it, what it would wait for, its memory."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -68,3 +68,34 @@ def _refused(*args: Any, **kwargs: Any) -> Any:
 
 
 _WAITING = (torch.ops.aten.equal, torch.ops.aten.is_nonzero, torch.ops.aten.item)
+
+
+class RunsOut(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A device that is full when memory is asked for the nth time.
+
+    Args:
+        at: n, from 0.
+        only: the only operator that counts; by default all that take memory do.
+
+    Attributes:
+        seen: the operators that counted.
+    """
+
+    def __init__(self, at: int, only: Any = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.at, self.only = at, only
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(
+        self,
+        operator: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        counts = self.only in (None, operator.overloadpacket)
+        if counts and not operator.is_view:
+            self.seen.append(operator.overloadpacket)
+            if len(self.seen) > self.at:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return operator(*args, **(kwargs or {}))
