@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy
 import torch
 import torch.nn.functional as F
-from networks import GROWN, NETWORKS
+from networks import GROWN, NETWORKS, usual_batch
 from torch import nn
 from torch.func import (
     functional_call,
@@ -43,7 +43,7 @@ class Workload:
 
     Args:
         net: a key of ``NETWORKS`` or ``GROWN``.
-        batch: the number of samples, by default that of the table of networks.
+        batch: the number of samples, by default the usual one.
         dtype: float64 to compare answers, float32 to measure time.
         device: the device of the network and the batch.
         precision: "bf16" is autocast, and "tf32" is a setting of the process; see
@@ -60,8 +60,8 @@ class Workload:
         precision="fp32",
         **options,
     ):
-        make, (usual, *shape) = {**NETWORKS, **GROWN}[net]
-        self.net, self.batch = net, batch or usual
+        make, (_, *shape) = {**NETWORKS, **GROWN}[net]
+        self.net, self.batch = net, batch or usual_batch(net, device)
         self.dtype, self.device, self.precision = dtype, device, precision
         self.options = options
         torch.compiler.reset()  # forget what was compiled for an earlier workload
@@ -191,8 +191,12 @@ def _contiguous_gradient(module, args, out):
 # ----------------------------------------------------------------------- torch's own
 
 
-def by_vmap(w, model=None, compiled=False, then=None):
-    """``vmap(grad)``. ``then`` is applied to the rows, and compiled with them."""
+def by_vmap(w, model=None, then=None, compiled=None):
+    """``vmap(grad)``. ``then`` is applied to the rows, and compiled with them.
+
+    Args:
+        compiled: ``inductor`` or ``cuda_graph``, or None to run it as it is.
+    """
     model = model or w.switched
     params = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -206,8 +210,28 @@ def by_vmap(w, model=None, compiled=False, then=None):
         return then(rows(params, x, y)) if then else rows(params, x, y)
 
     if compiled:
-        call = torch.compile(call)
+        call = compiled(w, call)
     return lambda: call(params, w.x, w.y)
+
+
+def inductor(w, function):
+    return torch.compile(function)
+
+
+def cuda_graph(w, function):
+    """Compiled, with all kernels recorded once and then started at once.
+
+    The answer lies in memory that the next call overwrites.
+    """
+    if w.device != "cuda":
+        raise NotImplementedError("a CUDA graph needs a GPU")
+    compiled = torch.compile(function, mode="reduce-overhead")
+
+    def call(*args):
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*args)
+
+    return call
 
 
 def replaced(w):
@@ -247,27 +271,35 @@ def ours_reused(w):
     return ours(w, fast=True, out=memory)
 
 
-def ours_compiled(w, then=None):
+def ours_compiled(w, compiled):
     """The block is around the compiled call, so that its rules apply when it traces."""
-    compiled = by_vmap(w, w.model, compiled=True, then=then)
+    rows = by_vmap(w, w.model, compiled=compiled)
 
     def run():
         with vmapsafe.vmap_safe(w.model, fast=True):
-            return compiled()
+            return rows()
 
     return run
 
 
-def our_norms(w):
+def our_norms(w, compiled=None):
     reduce = _ours_or_nothing("per_sample_grad_norms")
-    return lambda: reduce(w.model, F.cross_entropy, w.x, w.y, fast=True)
+    return _of_the_batch(w, reduce, compiled, fast=True)
 
 
-def our_clipped_sum(w):
+def our_clipped_sum(w, compiled=None):
     reduce = _ours_or_nothing("clipped_grad_sum")
-    bound = w.max_grad_norm
-    options = {"max_grad_norm": bound, "fast": True}
-    return lambda: reduce(w.model, F.cross_entropy, w.x, w.y, **options)
+    options = {"max_grad_norm": w.max_grad_norm, "fast": True}
+    return _of_the_batch(w, reduce, compiled, **options)
+
+
+def _of_the_batch(w, reduce, compiled, **options):
+    def call(x, y):
+        return reduce(w.model, F.cross_entropy, x, y, **options)
+
+    if compiled:
+        call = compiled(w, call)
+    return lambda: call(w.x, w.y)
 
 
 def _ours_or_nothing(name):
@@ -394,7 +426,7 @@ class Jax:
         bound = w.max_grad_norm if task == "clipped sum" else 1.0
         self.process = subprocess.Popen(
             [python or sys.executable, str(script), w.net, str(batch), task]
-            + [str(bound), w.device, w.precision],
+            + [str(bound), w.device, w.precision, str(torch.get_num_threads())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -509,6 +541,11 @@ def _then_clipped(build):
     return lambda w: _composed(
         lambda rows, bound=w.max_grad_norm: clipped_sum(rows, bound), build(w)
     )
+
+
+def _clipped_by_vmap(w, compiled):
+    bound = w.max_grad_norm
+    return by_vmap(w, then=lambda rows: clipped_sum(rows, bound), compiled=compiled)
 
 
 def _composed(reduce, run):
@@ -638,9 +675,11 @@ ROWS = {
     "vmapsafe": lambda w: ours(w, fast=True),
     "vmapsafe, fast=False": lambda w: ours(w, fast=False),
     "vmapsafe, out=": ours_reused,
-    "vmapsafe, compiled": ours_compiled,
+    "vmapsafe, compiled": lambda w: ours_compiled(w, inductor),
+    "vmapsafe, CUDA graph": lambda w: ours_compiled(w, cuda_graph),
     "vmap(grad)": by_vmap,
-    "vmap(grad), compiled": lambda w: by_vmap(w, compiled=True),
+    "vmap(grad), compiled": lambda w: by_vmap(w, compiled=inductor),
+    "vmap(grad), CUDA graph": lambda w: by_vmap(w, compiled=cuda_graph),
     "vmap(grad), BN replaced": lambda w: by_vmap(w, replaced(w)),
     "Opacus hooks": opacus,
     "Opacus functorch": lambda w: opacus(w, force_functorch=True),
@@ -654,9 +693,12 @@ NORMS = {
     "plain": plain,
     "loop": _then_norms(loop),
     "vmapsafe": our_norms,
+    "vmapsafe, compiled": lambda w: our_norms(w, inductor),
+    "vmapsafe, CUDA graph": lambda w: our_norms(w, cuda_graph),
     "vmapsafe, rows reduced": _then_norms(ROWS["vmapsafe"]),
     "vmap(grad)": _then_norms(by_vmap),
-    "vmap(grad), compiled": lambda w: by_vmap(w, compiled=True, then=norms),
+    "vmap(grad), compiled": lambda w: by_vmap(w, then=norms, compiled=inductor),
+    "vmap(grad), CUDA graph": lambda w: by_vmap(w, then=norms, compiled=cuda_graph),
     "Opacus ghost clipping": ghost_norms,
     "BackPACK BatchL2Grad": batch_l2,
     "JAX plain": lambda w: Jax(w, "plain"),
@@ -667,11 +709,12 @@ CLIPPED = {
     "plain": plain,
     "loop": _then_clipped(loop),
     "vmapsafe": our_clipped_sum,
+    "vmapsafe, compiled": lambda w: our_clipped_sum(w, inductor),
+    "vmapsafe, CUDA graph": lambda w: our_clipped_sum(w, cuda_graph),
     "vmapsafe, rows reduced": _then_clipped(ROWS["vmapsafe"]),
     "vmap(grad)": _then_clipped(by_vmap),
-    "vmap(grad), compiled": lambda w: by_vmap(
-        w, compiled=True, then=lambda rows, c=w.max_grad_norm: clipped_sum(rows, c)
-    ),
+    "vmap(grad), compiled": lambda w: _clipped_by_vmap(w, inductor),
+    "vmap(grad), CUDA graph": lambda w: _clipped_by_vmap(w, cuda_graph),
     "Opacus hooks": _then_clipped(opacus),
     "Opacus ghost clipping": ghost_clipped_sum,
     "BackPACK": _then_clipped(backpack),
@@ -710,5 +753,12 @@ REFERENCES = {
     "forward": forward,
     **{task: found["loop"] for task, found in QUANTITIES.items() if "loop" in found},
 }
+# Their rounding differs, so they are only compared in the precision that is timed.
+COMPILED = tuple(
+    name
+    for table in (ROWS, NORMS, CLIPPED)
+    for name in table
+    if name.endswith((", compiled", ", CUDA graph"))
+)
 YARDSTICKS = ("plain", "floor", "floor, reused", "JAX plain")
 OTHER_MEANING = {"vmap(grad), BN replaced": lambda w: loop(w, replaced(w))}

@@ -26,9 +26,11 @@ STYLES = {
     "vmapsafe, fast=False": ("#d55e00", "v"),
     "vmapsafe, out=": ("#d55e00", "s"),
     "vmapsafe, compiled": ("#d55e00", "*"),
+    "vmapsafe, CUDA graph": ("#d55e00", "d"),
     "vmapsafe, rows reduced": ("#d55e00", "v"),
     "vmap(grad)": ("#0072b2", "D"),
     "vmap(grad), compiled": ("#0072b2", "*"),
+    "vmap(grad), CUDA graph": ("#0072b2", "d"),
     "Opacus hooks": ("#009e73", "P"),
     "Opacus functorch": ("#009e73", "X"),
     "Opacus ghost clipping": ("#009e73", "^"),
@@ -39,8 +41,9 @@ STYLES = {
 }
 DASHES = {"plain": ":", "floor": "--"}
 MAIN = (
-    *("vmapsafe", "vmapsafe, out=", "vmapsafe, compiled", "vmap(grad)", "loop"),
-    *("vmap(grad), compiled", "Opacus hooks", "ExpandedWeights", "BackPACK", "JAX"),
+    *("vmapsafe", "vmapsafe, out=", "vmapsafe, compiled", "vmapsafe, CUDA graph"),
+    *("vmap(grad)", "loop", "vmap(grad), compiled", "vmap(grad), CUDA graph"),
+    *("Opacus hooks", "ExpandedWeights", "BackPACK", "JAX"),
 )
 BEGIN = ".. The part down to the next comment is written by bench/report.py."
 END = ".. The end of that part."
@@ -208,13 +211,14 @@ def precisions(run):
 
 
 def usual(run, task, precision):
-    """{"network, batch": rows}, without networks that only show growth."""
+    """{"network, batch": rows}, without networks and batches that only show growth."""
     found = {}
     for (t, net, batch, p), rows in races(run).items():
-        if (t, p) == (task, precision) and net not in found:
-            # The table's own batch comes first in a run.
+        # Growth is only measured for rows, after the table's own batch.
+        key = net if task == "rows" else (net, batch)
+        if (t, p) == (task, precision) and key not in found:
             if not net.startswith("CNN, "):
-                found[net] = (f"{net}, {batch}", rows)
+                found[key] = (f"{net}, {batch}", rows)
     return dict(found.values())
 
 

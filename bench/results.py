@@ -1,6 +1,8 @@
-"""Saved runs: read what ``pytest bench --benchmark-json`` wrote, and keep the results.
+"""Saved runs: read what ``pytest bench`` wrote, and keep the results.
 
-A kept run has one line per measurement. ``read`` reads both forms, and returns::
+``--results`` adds lines to a file: one for the machine, then one for each measurement,
+as they come. ``--benchmark-json`` is the plugin's own form, written at the end. A kept
+run has one line per measurement. ``read`` reads all of them, and returns::
 
     {"machine": {...}, "date": "2026-01-31", "commit": {...},
      "rows": [{"task", "net", "batch", "precision", "contender", "rounds",
@@ -18,7 +20,10 @@ STATS = ("median", "q1", "q3", "rounds")
 
 
 def read(path):
-    saved = json.loads(Path(path).read_text())
+    text = Path(path).read_text()
+    if text.startswith('{"machine"'):
+        return read_lines(text)
+    saved = json.loads(text)
     if "benchmarks" not in saved:
         return saved
     return {
@@ -35,6 +40,22 @@ def read(path):
         ],
         "refused": saved["refused"],
     }
+
+
+def read_lines(text):
+    """A run made in one or more parts; each part begins with a line for the machine."""
+    runs = []
+    for line in map(json.loads, text.splitlines()):
+        if "machine" in line:
+            runs.append({**line, "rows": [], "refused": []})
+        else:
+            runs[-1]["refused" if "why" in line else "rows"].append(line)
+    return joined(runs)
+
+
+def add_lines(path, lines):
+    with Path(path).open("a") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def write(path, run):

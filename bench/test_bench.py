@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 from contenders import BLOCK, CLIPPED, FORWARD, NORMS, QUANTITIES, ROWS
-from networks import DEPTHS, GROWN, NETWORKS, WIDTHS
+from networks import DEPTHS, NETWORKS, WIDTHS, usual_batch
 
 QUICK = ("BN MLP", "small CNN", "GroupNorm CNN", "conv1d net", "tiny net")
 REDUCED = (
@@ -21,46 +21,47 @@ SOME = (
     *("plain", "floor", "loop", "vmapsafe", "vmapsafe, fast=False", "vmapsafe, out="),
     *("vmap(grad)", "BackPACK", "JAX plain", "JAX"),
 )
-# Up to 3 GB of rows, which fit into the memory of a small machine.
+# By device. On a CPU up to 3 GB of rows, which fit into the memory of a small machine;
+# on a GPU up to 11, since those of JAX go through a file.
 BATCHES = {
-    "small CNN": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
-    "BN MLP": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
-    "ResNet-18": (1, 2, 4, 8, 16, 32, 64),
+    "cpu": {
+        "small CNN": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+        "BN MLP": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+        "ResNet-18": (1, 2, 4, 8, 16, 32, 64),
+    },
+    "cuda": {
+        "small CNN": (1, 4, 16, 64, 256, 512),
+        "BN MLP": (1, 4, 16, 64, 256, 512),
+        "ResNet-18": (1, 4, 16, 64, 256),
+    },
 }
 # Cases in which torch's own way could be faster.
 SWEPT = ("plain", "floor", "vmapsafe", "vmap(grad)")
+SWEPT_NETS = (
+    *("conv1d net", "MobileNetV2", "ViT-like", "GroupNorm CNN"),
+    *("GroupNorm conv1d net", "GroupNorm ResNet-18"),
+)
 SWEEP = {
-    net: (8, 16, 32, 64)
-    for net in (
-        *("conv1d net", "MobileNetV2", "ViT-like", "GroupNorm CNN"),
-        *("GroupNorm conv1d net", "GroupNorm ResNet-18"),
-    )
+    "cpu": dict.fromkeys(SWEPT_NETS, (8, 16, 32, 64)),
+    "cuda": dict.fromkeys(SWEPT_NETS, (16, 64, 512)),
 }
 
 
-def races(sizes, contenders, quick=(), waits=("compiled",)):
+def races(sizes, contenders, quick=(), waits=("compiled", "CUDA graph")):
     """Parameters of a test: (network, batch) by contender.
 
-    Tests of the networks in ``quick`` are marked as quick, except those of contenders
-    in ``waits``, which take long to start.
+    Args:
+        sizes: a function of the device that gives networks and batches.
+        contenders: the names.
+        quick: tests of these networks are marked as quick,
+        waits: except those of contenders with this in their names, which take long to
+            start.
     """
-    return pytest.mark.parametrize(
-        ("net", "batch", "contender"),
-        [
-            pytest.param(
-                *(net, batch, contender),
-                id=f"{net}, {batch}: {contender}",
-                marks=[pytest.mark.quick]
-                * (net in quick and not any(w in contender for w in waits)),
-            )
-            for net, batch in sizes
-            for contender in contenders
-        ],
-    )
+    return pytest.mark.races(sizes, contenders, quick, waits)
 
 
 def usual(nets):
-    return [(net, {**NETWORKS, **GROWN}[net][1][0]) for net in nets]
+    return lambda device: [(net, usual_batch(net, device)) for net in nets]
 
 
 @races(usual(NETWORKS), ROWS, QUICK)
@@ -69,13 +70,19 @@ def test_rows(contend, net, batch, precision, contender):
     contend("rows", net, batch, precision, contender)
 
 
-@races(usual(REDUCED), NORMS, ("small CNN",), ("compiled", "JAX"))
+def reduced(device):
+    """Networks and batches for reductions, which users ask for large batches too."""
+    larger = [("ResNet-18", 512), ("GroupNorm ResNet-18", 512)]
+    return usual(REDUCED)(device) + larger * (device == "cuda")
+
+
+@races(reduced, NORMS, ("small CNN",), ("compiled", "CUDA graph", "JAX"))
 def test_norms(contend, net, batch, precision, contender):
     """The norm of each per-sample gradient, (B,)."""
     contend("norms", net, batch, precision, contender)
 
 
-@races(usual(REDUCED), CLIPPED, ("small CNN",), ("compiled", "JAX"))
+@races(reduced, CLIPPED, ("small CNN",), ("compiled", "CUDA graph", "JAX"))
 def test_clipped_sum(contend, net, batch, precision, contender):
     """The sum of per-sample gradients, half of them scaled down to one norm."""
     contend("clipped sum", net, batch, precision, contender)
@@ -129,11 +136,11 @@ def test_block(contend, net, batch, precision, contender):
 
 def others(batches):
     """Networks and batch sizes that test_rows does not measure."""
-    return [
+    return lambda device: [
         (net, batch)
-        for net, sizes in batches.items()
+        for net, sizes in batches[device].items()
         for batch in sizes
-        if batch != NETWORKS[net][1][0]
+        if batch != usual_batch(net, device)
     ]
 
 

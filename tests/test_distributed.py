@@ -459,7 +459,8 @@ def wrapped_models(rank, device):
             for model in (wrapped, plain)
         ]
         assert_same(*rows)
-    assert_same_state(net, before)
+    # Of torch 2.11 and 2.12, the wrapper's broadcast of buffers counts as writes.
+    assert_same_state(net, before, versions=False)
 
     F.cross_entropy(wrapped(x[:, 0]), y).backward()
     F.cross_entropy(plain(x[:, 0]), y).backward()

@@ -133,7 +133,6 @@ ENTRY = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", ENTRY)
 def test_entry(name):
     call, kind, text = ENTRY[name]
@@ -509,7 +508,7 @@ def test_registering():
     """A name that is taken and an unknown mode are refused; nothing is registered."""
     first = registered()[0]
     before = registered()
-    with pytest.raises(ValueError, match=re.escape(f"a rule named '{first.name}'")):
+    with pytest.raises(ValueError, match=re.escape(f"a rule named {first.name!r}")):
         register(first)
     odd = dataclasses.replace(first, name="odd", modes=("nope",))
     with pytest.raises(ValueError, match=r"register\(...\): unknown mode 'nope'"):

@@ -732,9 +732,6 @@ CONTEXTS = {
 
 
 @pytest.mark.filterwarnings("ignore::vmapsafe.LeftOutWarning")
-# torch's own, at the first jvp.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-@pytest.mark.filterwarnings("ignore::vmapsafe.LeftOutWarning")
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("update", UPDATES)
 def test_hand_made_buffers_are_not_written(update, context):

@@ -41,8 +41,8 @@ def convert(
         >>> from torch import nn
         >>> from vmapsafe import convert
         >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64))
-        >>> convert(net, mode="group_norm")[1]
-        GroupNorm(32, 64, eps=1e-05, affine=True, bias=True)
+        >>> convert(net, mode="group_norm")[1]  # doctest: +ELLIPSIS
+        GroupNorm(32, 64, eps=1e-05, affine=True...)
         >>> vmap = torch.func.vmap
         >>> vmap(convert(net, mode="eval"))(torch.rand(8, 2, 3, 6, 6)).shape
         torch.Size([8, 2, 64, 4, 4])
@@ -118,8 +118,9 @@ def norm_layer(
     Example:
         >>> import torch
         >>> from vmapsafe import norm_layer
-        >>> norm_layer("group_norm", num_groups=32)(64, eps=1e-3)
-        GroupNorm(32, 64, eps=0.001, affine=True, bias=True)
+        >>> build = norm_layer("group_norm", num_groups=32)
+        >>> build(64, eps=1e-3)  # doctest: +ELLIPSIS
+        GroupNorm(32, 64, eps=0.001, affine=True...)
         >>> norm_layer("eval")(64).train()(torch.rand(2, 64, 4, 4)).shape
         torch.Size([2, 64, 4, 4])
 

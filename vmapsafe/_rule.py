@@ -46,7 +46,6 @@ class FunctionRule:
         batched: makes the output, from the tensors that the call sees under vmap.
         reference: makes the same output for the whole batch (``call.in_dims``), batch
             dimension first. It uses neither vmap nor the code of ``batched``.
-        speed: whether the rule changes only speed. ``fast=False`` leaves it out.
     """
 
     name: str
@@ -55,7 +54,6 @@ class FunctionRule:
     accepts: Callable[[Call], bool]
     batched: Callable[[Call], Any]
     reference: Callable[[Call], Any]
-    speed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +95,7 @@ Table = Mapping[Function, tuple[FunctionRule, ...]]
 OperatorTable = Mapping[Function, tuple[OperatorRule, ...]]
 
 _functions: list[FunctionRule] = []
-_tables: dict[tuple[str, bool], Table] = {}
+_tables: dict[str, Table] = {}
 _operators: dict[Function, tuple[OperatorRule, ...]] = {}
 _parameters: dict[Function, Signature] = {}
 
@@ -133,20 +131,20 @@ def registered() -> tuple[Rule, ...]:
     return (*_functions, *[rule for rules in _operators.values() for rule in rules])
 
 
-def table(mode: str, fast: bool) -> Table:
-    """The rules of ``mode`` by function, with those for speed if ``fast``.
+def table(mode: str) -> Table:
+    """The rules of ``mode`` by function.
 
     The table does not change when more rules are registered.
     """
-    if (mode, fast) not in _tables:
+    if mode not in _tables:
         found: dict[Function, tuple[FunctionRule, ...]] = {}
         # A rule for this mode alone comes before one that holds in several.
         for rule in sorted(_functions, key=lambda rule: len(rule.modes)):
-            if mode in rule.modes and (fast or not rule.speed):
+            if mode in rule.modes:
                 for function in rule.functions:
                     found[function] = (*found.get(function, ()), rule)
-        _tables[mode, fast] = found
-    return _tables[mode, fast]
+        _tables[mode] = found
+    return _tables[mode]
 
 
 def operator_rules() -> OperatorTable:

@@ -8,8 +8,8 @@ and names of operators, which rules are for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -73,6 +73,9 @@ def run_while_compiling(function: C) -> C:
     compiler.set_code_exec_strategy(function.__code__, strategy)
     return function
 
+
+# torch.compile of 2.11 looks attributes up in vars(module), and cannot list them.
+LISTS_VARS_WHILE_COMPILING = torch.__version__ >= "2.12"
 
 _whole: list[Callable[..., object]] = []
 
@@ -363,10 +366,9 @@ _TAKEN_ON = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerBa
 def unwatched() -> AbstractContextManager[object]:
     """A context for plain tensors in a kernel, see :func:`is_plain`.
 
-    Operations in it go straight to the device, which saves about 10 us each. Not under
-    a mode that sees all operators, where torch fails with an internal error (2.11).
+    Operations in it go straight to the device, which saves about 10 us each.
     """
-    if dispatch_modes_are_on():
+    if dispatch_modes_are_on():  # torch 2.11 and 2.12 end in an internal error
         return nullcontext()
     return torch._C._ExcludeDispatchKeyGuard(_TAKEN_ON)
 
@@ -404,6 +406,18 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if autocasts(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def without_inference_mode() -> Iterator[None]:
+    """A context for derivatives, which are zeros in inference mode in torch 2.11."""
+    # torch.compile of 2.11 refuses to ask.
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        yield
+        return
+    recorded = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(recorded):
+        yield
 
 
 def multiplies_exactly(device: torch.device) -> bool:

@@ -1,95 +1,61 @@
-"""Find the size from which the fused backward of an eval batch norm wins.
-
-It runs under vmap(grad). For several numbers of values per sample and channel it prints
-two ratios of times: plain operations to the fused kernel, and the better of these to
-torch's own rule. ``REGIMES`` in vmapsafe/rules/batch_norm_operators.py is the size from
-which the first ratio stays above 1. Run it in the folder bench::
-
-    python -m thresholds.batch_norm
-"""
+"""From which size on the fused backward of an eval batch norm wins, under vmap."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
-
 import torch
-import torch.nn.functional as F
-from measuring import seconds_in_turn
-from torch.func import grad, vmap
+from torch.func import vmap
 
-from vmapsafe import vmap_safe
-from vmapsafe.rules.batch_norm_operators import REGIMES
+from vmapsafe._block import operators
+from vmapsafe._rule import operator_rules
+from vmapsafe.rules import batch_norm_operators
 
+from .bench import Bench, entry, from_size, setting
+
+(RULE,) = [
+    rule
+    for rule in operator_rules()[batch_norm_operators._backward]
+    if rule.accepts is batch_norm_operators._backward_by_running
+]
 SIDES = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32)
 
 
-def contenders(batch, channels, side, device):
-    x = torch.randn(batch, 1, channels, side, side, device=device)
-    weight, bias, mean = torch.randn(3, channels, device=device)
-    var = torch.rand(channels, device=device) + 0.5
-    cotangent = torch.randn(x.shape[1:], device=device)
-
-    def loss(weight, bias, x):
-        return (F.batch_norm(x, mean, var, weight, bias) * cotangent).sum()
-
-    rows = vmap(grad(loss, (0, 1, 2)), (None, None, 0))
-    somewhere = torch.nn.Linear(1, 1, device=device)
-
-    def with_threshold(values):
-        def run():
-            REGIMES[device] = values
-            with vmap_safe(somewhere):
-                return rows(weight, bias, x)
-
-        return run
-
-    def torchs_own():
-        with vmap_safe(somewhere, fast=False):
-            return rows(weight, bias, x)
-
-    return {
-        "plain operations": with_threshold(10**9),
-        "fused": with_threshold(0),
-        "torch": torchs_own,
-    }
+def cases(device):
+    batches, most = ((16,), 2**16) if device == "cpu" else ((16, 128, 512), 2**18)
+    for batch in batches:
+        for channels in (64, 256):
+            for side in SIDES:
+                if channels * side**2 <= most:
+                    yield {"batch": batch, "channels": channels, "side": side}
 
 
-def medians(runs, rounds, device):
-    expected = runs["torch"]()
-    for run in runs.values():
-        torch.testing.assert_close(run(), expected, rtol=1e-3, atol=1e-3)
-    times = seconds_in_turn(runs, rounds, 60.0, device)
-    return {name: statistics.median(values) for name, values in times.items()}
+def contenders(device, dtype, batch, channels, side):
+    given = {"device": device, "dtype": dtype}
+    shape = (batch, 1, channels, side, side)
+    grad, x = torch.randn(shape, **given), torch.randn(shape, **given)
+    weight, mean = torch.randn(2, channels, **given)
+    var = torch.rand(channels, **given) + 0.5
+    nothing = torch.empty(0, **given)  # what a forward in eval mode saves
+
+    def one(grad, x):
+        rest = (mean, var, nothing, nothing, False, 1e-5, [True, True, True])
+        return batch_norm_operators._backward(grad, x, weight, *rest)
+
+    def from_values(least):
+        changed = entry(batch_norm_operators.REGIMES, device, least)
+        return lambda: setting(operators.only(RULE), changed)
+
+    def run():
+        return vmap(one)(grad, x)
+
+    return {"plain": (from_values(2**62), run), "fused": (from_values(0), run)}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=41)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    print(
-        f"{'batch x channels':>16} {'values':>7} {'plain/fused':>12} {'ours/torch':>12}"
+BENCHES = [
+    Bench(
+        name="batch norm",
+        cases=cases,
+        contenders=contenders,
+        table="batch_norm_operators",
+        propose=from_size(lambda side, **_: side**2, "plain", "fused"),
     )
-    for batch, channels in ((16, 64), (16, 256)):
-        for side in SIDES:
-            if channels * side**2 > 2**16:
-                continue
-            found = medians(
-                contenders(batch, channels, side, asked.device),
-                asked.rounds,
-                asked.device,
-            )
-            best = min(found["plain operations"], found["fused"])
-            print(
-                f"{batch:>8} x {channels:<5} {side**2:7}"
-                f" {found['plain operations'] / found['fused']:12.2f}"
-                f" {best / found['torch']:12.2f}",
-                flush=True,
-            )
-
-
-if __name__ == "__main__":
-    main()
+]

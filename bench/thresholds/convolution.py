@@ -1,33 +1,29 @@
-"""Find the fastest algorithm for the per-sample weight gradients of a convolution.
+"""The fastest way to the per-sample weight gradients of a convolution, by its shape.
 
 The algorithms of vmapsafe/rules/convolution.py and torch's own batching rule run in
-turn under vmap. The table has one line per shape. Its numbers are times as multiples of
-torch's own. At the end it prints the rows to write into
-vmapsafe/rules/convolution_regimes.py. Run it in the folder bench::
-
-    python -m thresholds.convolution
+turn under vmap. Winners are proposed that cost little for any shape. Two more benches
+are about the rows of a convolution: how many copied windows to keep at a time, and from
+which size on one call for each sample wins over one convolution.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-import statistics
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
-from measuring import now
 from torch.func import vmap
 
 from vmapsafe._block import operators
 from vmapsafe._rule import operator_rules
 from vmapsafe.rules import convolution
-from vmapsafe.rules.convolution_regimes import ANY, REGIMES, Regime, Winner
+from vmapsafe.rules.convolution_regimes import ANY, REGIMES, Winner
+
+from .bench import Bench, best_number, entry, from_size, numbers, setting
 
 (RULE,) = operator_rules()[convolution._backward]
-# For a type of device that has no entry yet.
-_NEW = Regime(winners=(), columns=2**24, one_by_one=2**63)
 FEATURES = [field.name for field in fields(Winner)[1:]]
 
 
@@ -114,65 +110,104 @@ def shapes():
         yield Shape(1, c, o, 4, s, stride=2, transposed=True)
 
 
-def call_of(shape, batch, device, dtype):
-    """A function that computes only the weight gradient, under vmap, several times."""
+# The layers of networks for images, from the first to the last, and of a network for
+# sequences.
+USUAL = (
+    *[Shape(2, c, o, k, s) for c, o, k, s in ((3, 64, 3, 32), (3, 64, 7, 64))],
+    *[Shape(2, c, c, 3, s) for c, s in ((16, 32), (64, 32), (128, 16), (256, 8))],
+    *[Shape(2, c, c, 3, s) for c, s in ((512, 4), (512, 2), (64, 8), (128, 4))],
+    *[Shape(2, c, 2 * c, 3, s, stride=2) for c, s in ((64, 32), (128, 16), (256, 8))],
+    *[Shape(2, c, c, 3, s, groups=c) for c, s in ((32, 32), (144, 16), (576, 4))],
+    *[Shape(1, c, o, k, s) for c, o, k, s in ((2, 32, 7, 512), (64, 128, 3, 64))],
+)
+
+
+def cases(shapes, device):
+    batches, most = ((16,), 2**24) if device == "cpu" else ((64,), 2**27)
+    for shape in shapes:
+        for batch in batches:
+            if shape.numbers(batch) <= most:
+                yield {"batch": batch, **asdict(shape)}
+
+
+def usual_cases(device):
+    for batch in (16,) if device == "cpu" else (16, 128, 512):
+        for shape in USUAL:
+            if shape.numbers(batch) <= (2**26 if device == "cpu" else 2**28):
+                yield {"batch": batch, **asdict(shape)}
+
+
+def tensors(shape, batch, **given):
+    """x (B, 1, C, *S), the gradient of the output, and the weight."""
     torch.manual_seed(0)
     n, groups = shape.dims, shape.groups
-    options = {"device": device, "dtype": dtype}
-    kernel = [shape.kernel] * n
     first, second = shape.outputs, shape.channels // groups
     if shape.transposed:
         first, second = shape.channels, shape.outputs // groups
-    weight = torch.randn(first, second, *kernel, **options)
-    x = torch.randn(batch, 1, shape.channels, *[shape.size] * n, **options)
-    grad = torch.randn(batch, 1, shape.outputs, *[shape.lengths] * n, **options)
-    rest = (
-        *(None, [shape.stride] * n, [shape.padding] * n, [1] * n, shape.transposed),
-        *([0] * n, groups, [False, True, False]),
+    return (
+        torch.randn(batch, 1, shape.channels, *[shape.size] * n, **given),
+        torch.randn(batch, 1, shape.outputs, *[shape.lengths] * n, **given),
+        torch.randn(first, second, *[shape.kernel] * n, **given),
     )
 
-    def call(repeats):
-        def one(grad, x):
-            # All are kept: in a network, too, each result has memory of its own.
-            return tuple(
-                convolution._backward(grad, x, weight, *rest)[1] for _ in range(repeats)
-            )
 
-        return vmap(one)(grad, x)
+def algorithms(device, dtype, batch, **shape):
+    """Each algorithm for all shapes; "torch" is torch's own rule."""
+    shape = Shape(**shape)
+    x, grad, weight = tensors(shape, batch, device=device, dtype=dtype)
+    rest = (
+        *(None, [shape.stride] * shape.dims, [shape.padding] * shape.dims),
+        *([1] * shape.dims, shape.transposed, [0] * shape.dims, shape.groups),
+        [False, True, False],
+    )
 
-    return call
+    def run():
+        return vmap(lambda g, x: convolution._backward(g, x, weight, *rest)[1])(grad, x)
+
+    def only(name):
+        changed = use(device, winners=(Winner(name),))
+        return lambda: setting(operators.only(RULE), changed)
+
+    return {name: (only(name), run) for name in ("torch", *convolution.ALGORITHMS)}
 
 
-def use(algorithm, device):
-    """Use the algorithm for all shapes; "torch" is torch's own rule."""
-    today = REGIMES.get(device, _NEW)
-    REGIMES[device] = replace(today, winners=(Winner(algorithm),))
+def use(device, **changed):
+    return entry(REGIMES, device, replace(REGIMES[device], **changed))
 
 
-def ratios(shape, batch, rounds, device, dtype):
-    """{algorithm: time as a multiple of torch's own}, the best of rounds in turn."""
-    call = call_of(shape, batch, device, dtype)
-    names = ["torch", *convolution.ALGORITHMS]
-    best, repeats, expected = {}, {}, None
-    with operators.only(RULE):
-        for name in names:
-            use(name, device)
-            (result,) = call(1)
-            expected = result if expected is None else expected
-            close = 1e-4 if dtype == torch.float32 else 5e-2
-            largest = float(expected.abs().max())
-            torch.testing.assert_close(result, expected, rtol=1, atol=close * largest)
-            started = now(device)
-            call(1)
-            repeats[name] = min(20, math.ceil(4e-3 / max(1e-4, now(device) - started)))
-        for i in range(rounds):
-            for name in names[:: 1 if i % 2 else -1]:
-                use(name, device)
-                started = now(device)
-                call(repeats[name])
-                taken = (now(device) - started) / repeats[name]
-                best[name] = min(taken, best.get(name, taken))
-    return {name: value / best["torch"] for name, value in best.items()}
+def rows_of(device, dtype, batch, **shape):
+    """A function that makes the rows of a convolution, without vmap."""
+    shape = Shape(**shape)
+    x, grad, weight = tensors(shape, batch, device=device, dtype=dtype)
+    formula = convolution.Weight(
+        *(weight.shape, weight, [shape.stride] * shape.dims),
+        *([shape.padding] * shape.dims, [1] * shape.dims, shape.groups),
+    )
+    return lambda: formula.new_rows(x, grad)
+
+
+def lengths_of_columns(device, dtype, **case):
+    run = rows_of(device, dtype, **case)
+    powers = (15, 17, 19, 21, 23) if device == "cpu" else (19, 21, 23, 25, 27)
+
+    def keeping(most):
+        changed = use(device, winners=(Winner("products"),), columns=most)
+        return lambda: setting(changed)
+
+    return {name: (keeping(most), run) for name, most in numbers(*powers).items()}
+
+
+def one_or_each(device, dtype, **case):
+    run = rows_of(device, dtype, **case)
+
+    def from_numbers(least):
+        changed = use(device, winners=(), one_by_one=least)
+        return lambda: setting(changed)
+
+    return {
+        "one convolution": (from_numbers(sys.maxsize), run),
+        "one by one": (from_numbers(0), run),
+    }
 
 
 # -- From numbers to rows -------------------------------------------------------------
@@ -259,53 +294,42 @@ def show(row):
     return f"Winner({text}),".replace("inf", "MANY")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--largest", type=int, default=2**24, help="the most numbers in a tensor"
-    )
-    parser.add_argument(
-        "--only", default="", help="only shapes whose line contains this"
-    )
-    parser.add_argument(
-        "--least", type=float, default=0.7, help="smallest gain of a row"
-    )
-    parser.add_argument(
-        "--worst", type=float, default=1.03, help="largest loss in a row"
-    )
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    given = REGIMES.get(asked.device, _NEW).winners
-    measured = {}
-    dtype = getattr(torch, asked.dtype)
-    for shape in shapes():
-        if asked.only in str(shape) and shape.numbers(asked.batch) <= asked.largest:
-            found = ratios(shape, asked.batch, asked.rounds, asked.device, dtype)
-            measured[shape] = found
-            numbers = "  ".join(
-                f"{name} {found[name]:.2f}" for name in convolution.ALGORITHMS
-            )
-            taken = in_force(shape, given)
-            print(f"{shape!s:42} {numbers}  now: {taken} {found[taken]:.2f}")
-    new = rows(measured, asked.least, asked.worst)
-    for title, table in (("today", given), ("proposed", new)):
-        left = [
-            times[in_force(shape, table)] / min(times.values())
-            for shape, times in measured.items()
-        ]
-        own = [times[in_force(shape, table)] for shape, times in measured.items()]
-        print(
-            f"{title}: {statistics.geometric_mean(own):.2f} of torch's own time,"
-            f" at most {max(own):.2f};"
-            f" {statistics.geometric_mean(left):.2f} of the fastest one's,"
-            f" at most {max(left):.2f}"
-        )
-    print(*map(show, new), sep="\n")
+def winners(found, device, least=0.7, worst=1.03):
+    """The field of an entry. ``least`` and ``worst`` are as in ``rows``."""
+    measured = {
+        Shape(**{k: v for k, v in case.items() if k != "batch"}): times
+        for case, times in found
+    }
+    lines = [f"    {show(row)}" for row in rows(measured, least, worst)]
+    return {"winners": "\n".join(["(", *lines, ")"]) if lines else "()"}
 
 
-if __name__ == "__main__":
-    main()
+def of_rows(batch, **shape):
+    f = Shape(**shape).features
+    return batch * f["channels"] * f["outputs"] * f["groups"] * f["kernel"]
+
+
+BENCHES = [
+    Bench(
+        name="columns",
+        cases=usual_cases,
+        contenders=lengths_of_columns,
+        table="convolution_regimes",
+        propose=best_number("columns"),
+    ),
+    Bench(
+        name="one convolution",
+        cases=usual_cases,
+        contenders=one_or_each,
+        table="convolution_regimes",
+        propose=from_size(of_rows, "one convolution", "one by one", "one_by_one"),
+    ),
+    Bench(
+        name="convolution",
+        cases=lambda device: cases(shapes(), device),
+        contenders=algorithms,
+        table="convolution_regimes",
+        propose=winners,
+        share=6.0,
+    ),
+]

@@ -1,38 +1,33 @@
-"""Time the speed rules of layer norm, linear layers, embedding and attention.
-
-For each shape it prints the time of vmapsafe's rule as a multiple of the time of
-torch's own. ``REGIMES`` in the files of vmapsafe/rules/ comes from these tables: a rule
-may be used for a shape if all ratios are below 1. Run it in the folder bench::
-
-    python -m thresholds.layers
-"""
+"""Rules of layer norm, linear layers, embedding and attention, and torch's own."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
+import itertools
+import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
-from measuring import now
 from torch.func import vmap
 
 from vmapsafe._block import operators
 from vmapsafe._rule import operator_rules
 from vmapsafe.rules import attention, embedding, layer_norm, linear
 
-BATCHES = (4, 16, 64)
+from .bench import Bench, entry, from_size, setting
+
+# -- Calls -----------------------------------------------------------------------------
 
 
-def layer_norm_forward(batch, tokens, width, device):
-    x = torch.randn(batch, tokens, width, device=device)
-    w, b = torch.randn(2, width, device=device)
+def layer_norm_forward(batch, tokens, width, **given):
+    x = torch.randn(batch, tokens, width, **given)
+    w, b = torch.randn(2, width, **given)
     return vmap(lambda x: layer_norm._forward(x, [width], w, b, 1e-5)[0]), (x,)
 
 
-def layer_norm_backward(batch, tokens, width, device):
-    x, grad = torch.randn(2, batch, tokens, width, device=device)
-    w, b = torch.randn(2, width, device=device)
+def layer_norm_backward(batch, tokens, width, **given):
+    x, grad = torch.randn(2, batch, tokens, width, **given)
+    w, b = torch.randn(2, width, **given)
     _, mean, rstd = torch.native_layer_norm(x, [width], w, b, 1e-5)
 
     def one(grad, x, mean, rstd):
@@ -42,15 +37,15 @@ def layer_norm_backward(batch, tokens, width, device):
     return vmap(one), (grad, x, mean, rstd)
 
 
-def linear_forward(batch, tokens, width, device):
-    x = torch.randn(batch, tokens, width, device=device)
-    w, b = torch.randn(width, width, device=device), torch.randn(width, device=device)
+def linear_forward(batch, tokens, width, **given):
+    x = torch.randn(batch, tokens, width, **given)
+    w, b = torch.randn(width, width, **given), torch.randn(width, **given)
     return vmap(lambda x: linear._addmm(b, x, w)), (x,)
 
 
-def embedding_rows(batch, tokens, width, device):
-    grad = torch.randn(batch, tokens, width, device=device)
-    words = torch.randint(10 * tokens, (batch, tokens), device=device)
+def embedding_rows(batch, tokens, width, **given):
+    grad = torch.randn(batch, tokens, width, **given)
+    words = torch.randint(10 * tokens, (batch, tokens), device=given["device"])
 
     def one(grad, words):
         return embedding._backward(grad, words, 10 * tokens, -1, False)
@@ -58,15 +53,15 @@ def embedding_rows(batch, tokens, width, device):
     return vmap(one), (grad, words)
 
 
-def attention_forward(batch, tokens, width, device):
+def attention_forward(batch, tokens, width, **given):
     heads = max(1, width // 64)
     shape = (3, batch, 1, heads, tokens, width // heads)
-    q, k, v = torch.randn(shape, device=device)
+    q, k, v = torch.randn(shape, **given)
     return vmap(lambda q, k, v: attention._forward(q, k, v)[0]), (q, k, v)
 
 
-def attention_backward(batch, tokens, width, device):
-    _, (q, k, v) = attention_forward(batch, tokens, width, device)
+def attention_backward(batch, tokens, width, **given):
+    _, (q, k, v) = attention_forward(batch, tokens, width, **given)
     parts = [t.flatten(0, 1) for t in (q, k, v)]
     found = [t.unflatten(0, (batch, 1)) for t in attention._forward(*parts)]
 
@@ -76,26 +71,28 @@ def attention_backward(batch, tokens, width, device):
     return vmap(one), (torch.randn_like(q), q, k, v, *found)
 
 
-# name: (operator, function of a shape, tokens, widths)
-FAMILIES = {
+# -- Contenders ------------------------------------------------------------------------
+
+# name: (operator, function of a case that makes a call, its lengths and widths)
+CALLS = {
     "layer norm": (
         layer_norm._forward,
         layer_norm_forward,
-        *((1, 16, 64, 256), (16, 64, 192, 768)),
+        *((1, 4, 16, 64, 256), (16, 64, 192, 768)),
     ),
-    "layer norm backward": (
+    "layer norm, backward": (
         layer_norm._backward,
         layer_norm_backward,
         *((1, 4, 16, 64, 256), (16, 64, 192, 768)),
     ),
     "linear": (linear._addmm, linear_forward, (1, 16, 64, 256), (16, 64, 192, 768)),
-    "embedding, rows": (
+    "embedding": (
         embedding._backward,
         embedding_rows,
         *((4, 32, 256), (16, 64, 256)),
     ),
     "attention": (attention._forward, attention_forward, (8, 64, 256), (64, 256)),
-    "attention backward": (
+    "attention, backward": (
         attention._backward,
         attention_backward,
         *((8, 64, 256), (64, 256)),
@@ -103,64 +100,89 @@ FAMILIES = {
 }
 
 
-def ratio(operator, call, args, rounds, device):
-    """Our time as a multiple of torch's: medians of rounds in turn, of 2 ms each."""
-    rule = operator_rules()[operator][0]
-    rules = {
-        "ours": replace(rule, accepts=lambda call: True, devices=None),
-        "torch": replace(rule, accepts=lambda call: False),
-    }
-    times = {name: [] for name in rules}
-    results, repeat = {}, 1
-    for i in range(-2, rounds):
-        for name in list(rules)[:: 1 if i % 2 else -1]:
-            with operators.only(rules[name]):
-                started = now(device)
-                for _ in range(repeat):
-                    results[name] = call(*args)
-                taken = (now(device) - started) / repeat
-            if i >= 0:
-                times[name].append(taken)
-        if i == -2:
-            compare(results["ours"], results["torch"])
-        if i == -1:
-            repeat = max(1, int(2e-3 / taken))
-    return statistics.median(times["ours"]) / statistics.median(times["torch"])
-
-
-def compare(ours, torchs):
-    pairs = zip(ours, torchs) if isinstance(ours, tuple) else [(ours, torchs)]
-    for one, other in pairs:
-        largest = float(other.abs().max())
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * largest)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", nargs="*", default=list(FAMILIES), choices=FAMILIES)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    layer_norm.REGIMES.setdefault(asked.device, layer_norm.REGIMES["cpu"])
-    # torch warns in every call that its own attention is a loop.
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
-    for name in asked.only:
-        operator, make, lengths, widths = FAMILIES[name]
-        if asked.device != "cpu" and "attention" in name:
+def cases(names, device):
+    batches, most = ((4, 16, 64), 2**23)
+    if device == "cuda":
+        batches, most = (16, 128, 512), 2**26
+    for name in names:
+        _, _, lengths, widths = CALLS[name]
+        if device != "cpu" and "attention" in name:
             continue  # these operators exist only on the CPU
-        for tokens in lengths:
-            for width in widths:
-                row = []
-                for batch in BATCHES:
-                    if batch * tokens * width > 2**23:
-                        continue
-                    torch.manual_seed(0)
-                    call, args = make(batch, tokens, width, asked.device)
-                    found = ratio(operator, call, args, asked.rounds, asked.device)
-                    row.append(f"B={batch}: {found:.2f}")
-                print(f"{name} T={tokens} C={width}".ljust(36), "  ".join(row))
+        for batch, tokens, width in itertools.product(batches, lengths, widths):
+            if batch * tokens * width <= most:
+                yield {"call": name, "batch": batch, "tokens": tokens, "width": width}
 
 
-if __name__ == "__main__":
-    main()
+def ours_and_torchs(device, dtype, call, **case):
+    operator, make, *_ = CALLS[call]
+    function, args = make(**case, device=device, dtype=dtype)
+    rule = operator_rules()[operator][0]
+    refuses = replace(rule, accepts=lambda call: False)
+    accepts = replace(rule, accepts=lambda call: True, devices=None)
+
+    def run():
+        return function(*args)
+
+    return {
+        "torch": (lambda: operators.only(refuses), run),
+        "ours": (lambda: operators.only(accepts), run),
+    }
+
+
+def at_once_and_by_slice(device, dtype, call, **case):
+    """Two ways to the rows: all sums at once, or one call of the kernel for a slice."""
+    function, args = layer_norm_backward(**case, device=device, dtype=dtype)
+    rule = operator_rules()[layer_norm._backward][0]
+
+    def from_numbers(least):
+        regime = layer_norm.Regime(batch=0, slice=least)
+        changed = entry(layer_norm.REGIMES, device, regime)
+        return lambda: setting(operators.only(rule), changed)
+
+    def run():
+        return function(*args)
+
+    return {
+        "at once": (from_numbers(sys.maxsize), run),
+        "by slice": (from_numbers(0), run),
+    }
+
+
+def of_batch(batch, tokens, width, **_):
+    return batch * tokens * width
+
+
+def of_slice(tokens, width, **_):
+    return tokens * width
+
+
+BENCHES = [
+    Bench(
+        name="layer norm, batch",
+        cases=partial(cases, ["layer norm", "layer norm, backward"]),
+        contenders=ours_and_torchs,
+        table="layer_norm",
+        propose=from_size(of_batch, "torch", "ours", "batch"),
+    ),
+    Bench(
+        name="layer norm, slice",
+        cases=partial(cases, ["layer norm, backward"]),
+        contenders=at_once_and_by_slice,
+        table="layer_norm",
+        propose=from_size(of_slice, "at once", "by slice", "slice"),
+    ),
+    Bench(
+        name="linear",
+        cases=partial(cases, ["linear"]),
+        contenders=ours_and_torchs,
+        table="linear",
+        propose=from_size(of_batch, "torch", "ours"),
+    ),
+    # These have no table: their rules hold for all sizes.
+    Bench("embedding", partial(cases, ["embedding"]), ours_and_torchs),
+    Bench(
+        name="attention",
+        cases=partial(cases, ["attention", "attention, backward"]),
+        contenders=ours_and_torchs,
+    ),
+]

@@ -1,22 +1,19 @@
-"""Time products of float32 matrices by oneDNN, as multiples of MKL's time.
+"""Which float32 products oneDNN makes faster than MKL, on a CPU.
 
-``ONEDNN`` in vmapsafe/rules/products.py comes from this table: oneDNN may be used from
-a number of multiplications on if the ratios there are below 1. Run it in the folder
-bench, on a machine that does nothing else: on an AMD core whose other thread was busy
-oneDNN was half as fast, and MKL hardly slower::
-
-    OMP_NUM_THREADS=1 python -m thresholds.products
+Run it on a machine that does nothing else. On an AMD core whose other thread was busy,
+oneDNN was half as fast, and MKL hardly slower.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
+import math
+from contextlib import nullcontext
 
 import torch
-from measuring import cpu_name, now
 
 from vmapsafe.rules import products
+
+from .bench import Bench, between, code
 
 # Rows of both, and how long they are: forwards of linear layers, Gram matrices of rows
 # and of positions, weight gradients.
@@ -28,43 +25,46 @@ SHAPES = (
 )
 
 
-def ratio(rows, others, length, rounds):
-    """oneDNN's time as a multiple of MKL's: medians of rounds in turn, of 2 ms each."""
+def cases(device):
+    if device == "cpu":
+        for rows, others, length in SHAPES:
+            yield {"rows": rows, "others": others, "length": length}
+
+
+def contenders(device, dtype, rows, others, length):
     a, b = torch.randn(rows, length), torch.randn(others, length)
-    calls = {"oneDNN": lambda: products._onednn(a, b, None), "MKL": lambda: a @ b.mT}
-    times = {name: [] for name in calls}
-    largest = float(calls["MKL"]().abs().max())
-    torch.testing.assert_close(
-        calls["oneDNN"](), calls["MKL"](), rtol=1e-3, atol=1e-4 * largest
-    )
-    repeat = 1
-    for i in range(-1, rounds):
-        for name in list(calls)[:: 1 if i % 2 else -1]:
-            started = now("cpu")
-            for _ in range(repeat):
-                calls[name]()
-            taken = (now("cpu") - started) / repeat
-            if i >= 0:
-                times[name].append(taken)
-        if i == -1:
-            repeat = max(1, int(2e-3 / taken))
-    return statistics.median(times["oneDNN"]) / statistics.median(times["MKL"])
+    return {
+        "MKL": (nullcontext, lambda: a @ b.mT),
+        "oneDNN": (nullcontext, lambda: products._onednn(a, b, None)),
+    }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"{cpu_name()}, torch {torch.__version__}, {products._regime()}")
-    print("rows x rows x length     multiplications   oneDNN / MKL")
-    for shape in sorted(SHAPES, key=lambda s: s[0] * s[1] * s[2]):
-        many = shape[0] * shape[1] * shape[2]
-        text = " x ".join(map(str, shape))
-        print(
-            f"{text:24} 2^{many.bit_length() - 1:<15} {ratio(*shape, asked.rounds):.2f}"
+def propose(rows, device):
+    """The two bounds with the least time in all."""
+    ratios = [
+        (
+            case["rows"] * case["others"] * case["length"],
+            case["length"],
+            math.log(times["oneDNN"] / times["MKL"]),
         )
+        for case, times in rows
+    ]
+    sizes = sorted({size for size, _, _ in ratios})
+    totals = {}
+    for least in [*map(between, sizes, sizes[1:]), sizes[-1] + 1]:
+        for longest in sorted({length for _, length, _ in ratios}):
+            inside = [r for s, n, r in ratios if s >= least and n <= longest]
+            totals[least, longest] = sum(inside)
+    least, longest = min(totals, key=totals.get)
+    return {"least": code(least), "longest": code(longest)}
 
 
-if __name__ == "__main__":
-    main()
+BENCHES = [
+    Bench(
+        name="products",
+        cases=cases,
+        contenders=contenders,
+        table="products",
+        propose=propose,
+    )
+]

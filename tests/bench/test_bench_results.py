@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import compare
 import contenders
@@ -115,6 +119,31 @@ def test_a_race_in_a_process_of_its_own():
     assert dict(operators._installed) == before
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("task", ["rows", "norms", "clipped sum"])
+def test_a_cuda_graph_needs_a_gpu(task, monkeypatch):
+    """There it is a mode of torch.compile, which replays what it recorded."""
+    w = contenders.Workload("tiny net", dtype=torch.float64)
+    names = [n for n in contenders.TASKS[task] if n.endswith(", CUDA graph")]
+    assert len(names) == 2
+    for name in names:
+        with pytest.raises(NotImplementedError, match="needs a GPU"):
+            contenders.TASKS[task][name](w)
+    modes = []
+
+    def compile(function, mode):
+        modes.append(mode)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    expected = contenders.REFERENCES[task](w)()
+    w.device = "cuda"
+    for name in names:
+        answer = contenders.TASKS[task][name](w)()
+        assert max(measuring.distances(answer, expected)) < 1e-9
+    assert modes == ["reduce-overhead"] * 2
+
+
 def test_first_line_names_no_path():
     error = ImportError("cannot import name 'a' from 'b' (/home/me/b.py)")
     assert measuring.first_line(error) == (
@@ -156,6 +185,46 @@ def test_what_the_plugin_wrote_reads_like_a_kept_run(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(written))
     (read,) = results.read(tmp_path / "run.json")["rows"]
     assert read == {n: kept[n] for n in (*names, *params, *results.STATS)}
+
+
+def test_lines_read_like_a_kept_run(run, tmp_path):
+    """A run may be made in parts, each of which begins with a line for the machine."""
+    path = tmp_path / "run.jsonl"
+    head = {name: run[name] for name in ("machine", "date", "commit")}
+    results.add_lines(path, [head, *run["rows"][:3]])
+    results.add_lines(path, [head, *run["rows"][3:], *run["refused"]])
+    assert results.read(path) == run
+    path.write_text(json.dumps(head) + "\n")  # ended before its first race
+    assert results.read(path) == {**head, "rows": [], "refused": []}
+
+
+def test_a_run_that_ended_early_goes_on(tmp_path):
+    """Each race is in the file when it ends. No race begins after the limit."""
+    pytest.importorskip("pytest_benchmark")
+    path = tmp_path / "run.jsonl"
+    bench = Path(report.__file__).parent
+
+    def lines(select, *more):
+        """Of the file, and the reasons for skips."""
+        asked = ["-k", f"tiny and ({select})", "--results", str(path)]
+        asked += ["--rounds", "3", "-q", "-rs", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", str(bench), *asked]
+        env = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")}
+        found = subprocess.run(
+            [*command, *more], capture_output=True, text=True, env=env
+        )
+        assert found.returncode == 0, found.stdout
+        return path.read_text().splitlines(), found.stdout
+
+    first, _ = lines("test_block")
+    (_, *rows), refused = results.read(path)["rows"], results.read(path)["refused"]
+    assert [r["contender"] for r in rows] == [*contenders.BLOCK][1:] and not refused
+    assert len(first) == 2 + len(rows)
+
+    second, printed = lines("test_block or test_forward", "--limit", "0")
+    assert second == first
+    assert f"[{len(contenders.BLOCK)}] " in printed and "--results has it" in printed
+    assert f"[{len(contenders.FORWARD)}] " in printed and "see --limit" in printed
 
 
 def test_parts_of_a_run_are_joined(run):

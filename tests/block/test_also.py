@@ -204,7 +204,7 @@ def test_no_tuple_of_classes(name, also, words):
 
 
 @pytest.mark.parametrize("kind", [Norm, Sub, Running, OwnBatchNorm])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_compiled(kind):
     """A model compiled inside a block and around it, under vmap and as a whole."""
     net = built(kind)

@@ -22,9 +22,6 @@ from vmapsafe import batched, per_sample, per_sample_grads
 from vmapsafe import quantities as q
 from vmapsafe import vmap_safe
 
-# torch's own, at its first use
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 
 @pytest.fixture(autouse=True)
 def fresh_cache():

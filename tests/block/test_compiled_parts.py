@@ -14,7 +14,6 @@ from torch.func import functional_call, grad, vmap
 from vmapsafe import BlockError
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::vmapsafe.LeftOutWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]

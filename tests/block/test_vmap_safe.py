@@ -244,8 +244,7 @@ def test_frozen_is_judged_by_the_outermost_module(model):
 
 def test_torchscript_has_its_training_flag_switched(model):
     """In "eval"; the other modes are refused (see test_messages)."""
-    with pytest.warns(DeprecationWarning):
-        scripted = torch.jit.script(model)
+    scripted = torch.jit.script(model)
     layer = dict(scripted.named_modules())["1"]
     count = layer.num_batches_tracked.clone()
     with vmap_safe(scripted):

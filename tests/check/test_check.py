@@ -581,7 +581,6 @@ def test_a_model_on_meta() -> None:
     assert (finding.path, finding.kind) == ("1", "unsupported")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript_is_refused_where_a_block_refuses_it() -> None:
     """In all modes but "eval"; the report names the outer module only."""
     report = check(torch.jit.script(nn.Sequential(nn.Linear(4, 4))))

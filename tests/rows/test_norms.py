@@ -28,13 +28,17 @@ from vmapsafe.testing import assert_same
 
 # torch's weight norm, under vmap
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-@pytest.mark.parametrize("measured", ["as it is", "as a GPU", "one by one"])
+@pytest.mark.parametrize(
+    "measured", ["as it is", "as a GPU", "small pieces", "one by one"]
+)
 @pytest.mark.parametrize("name,mode", CASES)
 def test_against_the_loop(name, mode, measured, monkeypatch):
     """Norms, norms by parameter, clipped sums and rows into given memory; also on a
     with the regimes of a GPU, and convolutions by a call a sample."""
-    if measured == "as a GPU":
+    if measured in ("as a GPU", "small pieces"):
         take_regimes_of_a_gpu(monkeypatch)
+    if measured == "small pieces":
+        change_regimes(monkeypatch, formulas={"piece": 10})
     if measured == "one by one":
         one_by_one = {"winners": (), "one_by_one": 0}
         change_regimes(monkeypatch, convolution=one_by_one)
@@ -697,7 +701,7 @@ class Checkpoints(nn.Module):
 
 def test_checkpoints_raise():
     """As under vmap(grad): backward would run the forward again outside the vmap."""
-    with pytest.raises(RuntimeError, match="don't support saved tensor hooks"):
+    with pytest.raises(RuntimeError, match="torch.utils.checkpoint and save_on_cpu"):
         per_sample_grad_norms(Checkpoints().double(), F.cross_entropy, X, Y)
 
 

@@ -9,7 +9,7 @@ import pytest
 import slow
 import torch
 import torch.nn.functional as F
-from measured import change_regimes
+from measured import change_regimes, take_regimes_of_a_gpu
 from nets import small_mlp
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +23,6 @@ from vmapsafe import (
     per_sample_sketch,
 )
 from vmapsafe._block import vmap_safe as vmap_safe_module
-from vmapsafe.rules import embedding, formulas
 from vmapsafe.testing import assert_same
 
 
@@ -645,16 +644,14 @@ def test_norms_over_the_range_of_numbers(exponent, dtype):
         )
 
 
-def look_nowhere(monkeypatch):
-    for file in (formulas, embedding):
-        monkeypatch.setattr(file, "can_look", lambda x: False)
-
-
+@pytest.mark.parametrize("piece", [1, 2**25])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("exponent", [-22, 0, 19])
-def test_norms_where_numbers_are_not_read(exponent, dtype, monkeypatch):
-    """As on a device whose numbers would have to be waited for."""
-    look_nowhere(monkeypatch)
+def test_norms_where_numbers_are_not_read(exponent, dtype, piece, monkeypatch):
+    """As on a GPU, whose numbers would have to be waited for; by rows and by products
+    of inputs and gradients."""
+    take_regimes_of_a_gpu(monkeypatch)
+    change_regimes(monkeypatch, formulas={"piece": piece})
     test_norms_over_the_range_of_numbers(exponent, dtype)
 
 
@@ -680,7 +677,8 @@ def test_norms_of_rows_that_are_small_differences():
 def test_norms_of_large_times_small(of_input, reads, tokens, monkeypatch):
     """Products of numbers at one end of the range and numbers at the other."""
     if not reads:
-        look_nowhere(monkeypatch)
+        take_regimes_of_a_gpu(monkeypatch)
+        change_regimes(monkeypatch, formulas={"piece": 2**10})
     layer = nn.Linear(64, 64, bias=False)
     nn.init.zeros_(layer.weight)
     x = torch.randn(2, *tokens, 64)
@@ -795,12 +793,9 @@ def test_instance_norm_by_running_statistics_under_autocast(affine):
         torch.testing.assert_close(rough[name], row, rtol=0.1, atol=0.05)
 
 
-@pytest.mark.parametrize("least", [0, 2**20])
 @pytest.mark.parametrize("fast", [True, False])
-def test_group_norm_of_one_value_is_refused(fast, least, monkeypatch):
-    """It is refused as by torch itself, because only the bias would be left; also where
-    the faster rule takes inputs of every size."""
-    change_regimes(monkeypatch, group_norm=least)
+def test_group_norm_of_one_value_is_refused(fast):
+    """It is refused as by torch itself, because only the bias would be left."""
     net = nn.Sequential(nn.GroupNorm(4, 4), nn.Flatten())
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         per_sample_grads(net, lambda y: y.sum(), torch.randn(5, 4, 1, 1), fast=fast)

@@ -348,7 +348,6 @@ def test_kronecker_makes_no_rows(per_layer):
     assert seen.numbers <= 300 * 300
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_whole(mlp, kind, backend):

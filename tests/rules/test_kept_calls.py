@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from measured import change_regimes, take_regimes_of_a_gpu
 from torch import nn
 
 from vmapsafe import per_sample_grad_norms
@@ -108,10 +109,17 @@ def test_kept_calls_equal_autograd(function):
                 )
 
 
+@pytest.mark.parametrize("piece", [None, 10, 2**25])
 @pytest.mark.parametrize("magnitude", [1.0, 1e-120, 1e120])
 @pytest.mark.parametrize("function", KEPT_CALLS, ids=lambda f: f.__name__)
-def test_quantities_without_rows_equal_those_of_rows(function, magnitude):
-    """Also where squares of the input leave the range of float64, and rows do not."""
+def test_quantities_without_rows_equal_those_of_rows(
+    function, magnitude, piece, monkeypatch
+):
+    """Also where squares of the input leave the range of float64, and rows do not; as
+    on a CPU, and as on a GPU with small and large pieces."""
+    if piece:
+        take_regimes_of_a_gpu(monkeypatch)
+        change_regimes(monkeypatch, formulas={"piece": piece})
     kept, signature = KEPT_CALLS[function]
     for given in CALLS[function]():
         arguments = {**signature.bind(given, {})}

@@ -25,12 +25,8 @@ from vmapsafe.testing import assert_same
 MEASURED = convolution.REGIMES["cpu"]
 (RULE,) = operator_rules()[convolution._backward]
 
-# torch's own jvp rules, at their first use
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    # what torch does for padding="same" on one side, which is tested here
-    pytest.mark.filterwarnings("ignore:Using padding='same'"),
-]
+# what torch does for padding="same" on one side, which is tested here
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 
 def force(monkeypatch, algorithm):

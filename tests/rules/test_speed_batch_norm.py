@@ -1,21 +1,17 @@
 """Batch norm's operators: the same numbers with the rules and without, everywhere."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from measured import change_regimes, take_regimes_of_a_gpu
 from operator_rules import TRANSFORMS, X, rows, tensors, watch
 from torch import nn
 
 from vmapsafe import per_sample_grads, rules, vmap_safe
 from vmapsafe._rule import operator_rules
-from vmapsafe.rules import batch_norm_operators, group_norm, normalisation
+from vmapsafe.rules import batch_norm_operators, normalisation
 from vmapsafe.testing import assert_same
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 RULES = [
     rule
@@ -261,79 +257,7 @@ def test_rows_by_cudnn(mode, by_cudnn, taken):
     assert [name for name in taken if name.startswith("cudnn")]
 
 
-# -- Group norm and instance norm, which become batch norm ----------------------------
-
-
-@pytest.fixture
-def by_layer_norm(monkeypatch):
-    """The calls of group norm that were taken apart, however small."""
-    calls = []
-
-    def layer_norm(*args):
-        calls.append(args)
-        return F.layer_norm(*args)
-
-    spied = SimpleNamespace(
-        layer_norm=layer_norm, batch_norm=F.batch_norm, group_norm=F.group_norm
-    )
-    monkeypatch.setattr(group_norm, "F", spied)
-    change_regimes(monkeypatch, group_norm=2)
-    return calls
-
-
-def grouped():
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1),
-        nn.GroupNorm(2, 4),
-        nn.Tanh(),
-        nn.Conv2d(4, 2, 3),
-        nn.Flatten(),
-    ).double()
-
-
-# Beyond one reverse mode torch's own, whose derivatives are right.
-ONE_REVERSE_MODE = {"vmap(grad)", "chunk_size", "in_dims", "channels_last"}
-ONE_REVERSE_MODE |= {"vmap(jacrev)", "nested vmap", "ensemble"}
-
-
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_group_norm(name, by_layer_norm):
-    """fast=True and fast=False give the same, and the rule was there, or was not."""
-    if name == "vmap(hessian)":
-        pytest.skip("differentiates by a layer that is not in this net")
-    if name == "jacrev(vmap(grad))":
-        pytest.skip("of the rows of another shape")
-    model = grouped()
-    with vmap_safe(model, fast=False):
-        expected = TRANSFORMS[name](model, tensors(model), X)
-    assert not by_layer_norm
-    with vmap_safe(model):
-        actual = TRANSFORMS[name](model, tensors(model), X)
-    assert_same(actual, expected)
-    assert bool(by_layer_norm) == (name in ONE_REVERSE_MODE)
-
-
-def test_group_norm_that_is_left_to_torch(by_layer_norm, monkeypatch):
-    """Small, without weights, in other dtypes, forward alone."""
-    layer = nn.GroupNorm(2, 4, affine=False).double()
-    x = torch.randn(3, 1, 4, 2, 2, dtype=torch.float64)
-    half = nn.GroupNorm(2, 4).bfloat16()
-    with vmap_safe(layer), vmap_safe(half):
-        torch.func.vmap(layer)(x)
-        torch.func.vmap(lambda x: F.group_norm(x, 2, x[0, :, 0, 0], x[0, :, 1, 1]))(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            torch.func.vmap(half)(x.bfloat16())
-    layer = nn.GroupNorm(2, 4).double().requires_grad_(False)
-    with vmap_safe(layer):
-        torch.func.vmap(layer)(x)
-    change_regimes(monkeypatch, group_norm=5)
-    with vmap_safe(layer):
-        torch.func.vmap(torch.func.grad(lambda x: layer(x).sum()))(x)
-    assert not by_layer_norm
-    take_regimes_of_a_gpu(monkeypatch)  # where nothing is small
-    with vmap_safe(layer):
-        torch.func.vmap(torch.func.grad(lambda x: layer(x).sum()))(x)
-    assert by_layer_norm
+# -- Instance norm, which becomes batch norm -------------------------------------------
 
 
 def test_instance_norm_is_batch_norm(taken):

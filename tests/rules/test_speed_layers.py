@@ -26,11 +26,8 @@ from vmapsafe._rule import operator_rules
 from vmapsafe.rules import attention, embedding, layer_norm, linear, memory
 from vmapsafe.testing import assert_same
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    # torch's own rule for attention is a loop, and says so
-    pytest.mark.filterwarnings("ignore:There is a performance drop"),
-]
+# torch's own rule for attention is a loop, and says so
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 FILES = (attention, embedding, layer_norm, linear)
 OPERATORS = {

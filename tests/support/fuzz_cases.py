@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from blocks import MODES
 from fuzz_nets import Builder, HandMade
 from fuzz_reference import total_of
-from measured import take_every_size
+from measured import change_regimes, take_every_size, take_regimes_of_a_gpu
 from plain import ModeName
 from torch import Tensor, nn
 from torch.func import (
@@ -166,7 +166,7 @@ class Case:
         if self.autocast:
             self.dtype = torch.float32
         self.fast = rng.random() < 0.7
-        self.regimes = rng.choice(("", "", "products", "turned products"))
+        self.regimes = rng.choice(("", "", "products", "turned products", "gpu"))
         self.num_groups = rng.choice((1, 1, 2, 2, 3, 32, _one_each, _halves))
         dropout = self.what in WITH_DROPOUT and rng.random() < 0.15
         self.randomness = rng.choice(("same", "different")) if dropout else "error"
@@ -891,9 +891,14 @@ class Case:
 
 @contextlib.contextmanager
 def everywhere(algorithm: str) -> Iterator[None]:
-    """No call too small for an algorithm that wins for large ones."""
+    """No call too small for an algorithm that wins for large ones; or the regimes of a
+    GPU, with small pieces."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        take_every_size(monkeypatch, algorithm, columns=8)
+        if algorithm == "gpu":
+            take_regimes_of_a_gpu(monkeypatch)
+            change_regimes(monkeypatch, formulas={"piece": 16})
+        else:
+            take_every_size(monkeypatch, algorithm, columns=8)
         yield
 
 

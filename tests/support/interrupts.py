@@ -355,6 +355,16 @@ def leaves_a_with(frame: FrameType) -> bool:
     return by[0] in ("SWAP", "PUSH_EXC_INFO") or by == ("LOAD_CONST", None)
 
 
+def repeats_inside_a_line(frame: FrameType) -> bool:
+    """Whether a line is seen again because of a loop in it, such as a comprehension.
+
+    What a trace function raises there skips the ``__exit__`` of a ``with`` around the
+    comprehension (Python 3.12.1 and 3.13.0). A real interrupt does not.
+    """
+    opcode = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+    return sys.version_info >= (3, 12) and opcode in ("FOR_ITER", "JUMP_BACKWARD")
+
+
 class Interrupted:
     """Runs a scenario; each ``every``-th line is interrupted, in a fork."""
 
@@ -402,7 +412,8 @@ class Interrupted:
                 return self.trace
             self.count += 1
             if (self.count - self.first) % self.every == 0:
-                self.interrupt(frame)
+                if not repeats_inside_a_line(frame):
+                    self.interrupt(frame)
         return self.trace
 
     def interrupt(self, frame: FrameType) -> None:

@@ -8,7 +8,7 @@ import pytest
 from vmapsafe.rules import (
     batch_norm_operators,
     convolution_regimes,
-    group_norm,
+    formulas,
     layer_norm,
     linear,
 )
@@ -18,7 +18,7 @@ from vmapsafe.rules.convolution_regimes import Winner
 REGIMES: dict[str, dict[str, Any]] = {
     "batch_norm": batch_norm_operators.REGIMES,
     "convolution": convolution_regimes.REGIMES,
-    "group_norm": group_norm.REGIMES,
+    "formulas": formulas.REGIMES,
     "layer_norm": layer_norm.REGIMES,
     "linear": linear.REGIMES,
 }
@@ -45,7 +45,6 @@ def take_every_size(
             "columns": columns,
             "one_by_one": 0,
         },
-        group_norm=0,
         layer_norm={"batch": 0, "slice": 0},
         linear=0,
     )

@@ -15,13 +15,18 @@ _VALUE = "The code asks for the value of a tensor, which differs from slice to s
 
 _NO_RANDOMNESS = "random operation while in randomness error mode"
 
-# (what torch 2.11 to 2.13 say, what to do); the first that fits.
+# (what torch 2.11 to 2.14 say, what to do); the first that fits.
 _ADVICE = (
     (
         _NO_RANDOMNESS,
         'Pass randomness="different" (a draw of its own for each slice) or "same" to '
         "vmap, batched or per_sample_grads; or put the layer in eval mode before the "
         "block.",
+    ),
+    (
+        r"support saved tensor hooks|vmap over _NoopSaveInputs",
+        "Such hooks are what torch.utils.checkpoint and save_on_cpu set. Leave them "
+        "out under vmap, and take a smaller chunk_size to save memory.",
     ),
     (
         r"does not have vmap support",
@@ -35,11 +40,6 @@ _ADVICE = (
         "torch.utils.checkpoint with use_reentrant=True. Give it forward(...), "
         "setup_context and a vmap staticmethod, or use plain torch operations in its "
         "place. Leave a checkpoint out, and take a smaller chunk_size to save memory.",
-    ),
-    (
-        r"support saved tensor hooks",
-        "Such hooks are what torch.utils.checkpoint and save_on_cpu set. Leave them "
-        "out under vmap, and take a smaller chunk_size to save memory.",
     ),
     (
         r"inplace arithmetic",

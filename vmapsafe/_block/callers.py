@@ -23,7 +23,7 @@ from vmapsafe._block.models import process_group
 from vmapsafe._block.open_blocks import Open
 from vmapsafe._block.switched import kept_by_forwards
 from vmapsafe._modes import Mode, NumGroups, RowsName
-from vmapsafe._torch import batched_levels
+from vmapsafe._torch import LISTS_VARS_WHILE_COMPILING, batched_levels
 
 _compiling = torch.compiler.is_compiling
 
@@ -214,8 +214,13 @@ class SiteInBlock:
         return True
 
 
-# The names of parameters and buffers in torch's own classes begin so.
+# The names of parameters and buffers in torch's own classes begin so; and those of
+# layers that vmap can run.
 _PARAMETERS = ("weight", "bias", "running_", "in_proj_", *map("{}_proj_".format, "qkv"))
+_USUAL = (
+    *("weight", "bias", "running_mean", "running_var", "in_proj_weight"),
+    *("in_proj_bias", *map("{}_proj_weight".format, "qkv"), "bias_k", "bias_v"),
+)
 
 
 def _tensors(model: Model) -> list[Tensor]:
@@ -231,11 +236,13 @@ def _tensors(model: Model) -> list[Tensor]:
         given, names = module.__dict__, model.names.get(module, ())
         found += given["_parameters"].values()
         found += before.get(module, given["_buffers"]).values()
+        if _compiling() and not LISTS_VARS_WHILE_COMPILING:
+            found += [given.get(name) for name in (*names, *_USUAL)]
+            continue
         for name, value in given.items():
-            if isinstance(value, Tensor):
-                if name in names or name.startswith(_PARAMETERS):
-                    found.append(value)
-    return [tensor for tensor in found if tensor is not None]
+            if name in names or name.startswith(_PARAMETERS):
+                found.append(value)
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 
 # -- Frames ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -38,6 +38,7 @@ class Model:
         layers: the normalisation layers among them.
         buffered: the modules that own buffers.
         parts: for each module, the classes of ours that its class gets in front.
+        given: the ``vars()`` of these modules.
         scripted: the ``training`` flags of TorchScript layers, which cannot get one.
         computed: of modules with hooks before their forward, the attributes that are
             tensors.
@@ -50,6 +51,7 @@ class Model:
     layers: dict[nn.Module, Layer] = field(default_factory=dict)
     buffered: tuple[nn.Module, ...] = ()
     parts: dict[nn.Module, tuple[type, ...]] = field(default_factory=dict)
+    given: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)
     scripted: dict[nn.Module, bool] = field(default_factory=dict)
     computed: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict)
     names: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)

@@ -229,12 +229,14 @@ def _look_at(root: nn.Module, options: Options) -> Model:
             needed = _parts(module, model, bool(buffered), also)
             if needed:
                 parts[module] = needed
+                model.given[module] = vars(module)
     return Model(
         root,
         paths,
         model.layers,
         tuple(buffered),
         parts,
+        model.given,
         model.scripted,
         model.computed,
         model.names,

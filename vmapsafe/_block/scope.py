@@ -88,7 +88,7 @@ class Scope(TorchFunctionMode):
         self.fast = options.fast
         self.models = models
         self.closed = self.closing = False
-        self.table: Table = table(options.mode, options.fast)
+        self.table: Table = table(options.mode)
         self.covers: dict[nn.Module, Model] = {}
         self.layers: dict[nn.Module, Layer] = {}
         for model in models:

@@ -148,6 +148,8 @@ class Switched(nn.Module):
 def _shown(index: int, name: str) -> property:
     @run_while_compiling
     def get(self: nn.Module) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return _traced(self)[name]
         block = covering(self)
         if block is not None:
             layer = block.layers.get(self)
@@ -166,6 +168,18 @@ def _shown(index: int, name: str) -> property:
         self.__dict__[name] = value
 
     return property(get, put)
+
+
+def _traced(module: nn.Module) -> dict[str, Any]:
+    """``vars(module)``, which torch.compile would look up as a property again.
+
+    Only that of torch 2.11 sees the properties; later ones look at ``__class__``.
+    """
+    for block in open_blocks.everywhere():
+        for model in block.models:
+            if module in model.given:
+                return model.given[module]
+    raise AttributeError
 
 
 class ShowsFlags(Switched):

@@ -22,7 +22,12 @@ from vmapsafe._check.watch import Outcome, Watch, same_values, tensors_of
 from vmapsafe._draws import Draws, Randomness
 from vmapsafe._errors import VmapSafeValueError
 from vmapsafe._modes import ModeName, Options
-from vmapsafe._torch import tree_flatten, tree_map, tree_unflatten
+from vmapsafe._torch import (
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+    without_inference_mode,
+)
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,8 @@ def _in_block(
             return _loss(_called(net, params, _batch_of_one(slices, dims), tree))
 
         in_dims = (None, *dims)
-        return vmap(grad(loss), in_dims, randomness=randomness)(params, *leaves)
+        with without_inference_mode():
+            return vmap(grad(loss), in_dims, randomness=randomness)(params, *leaves)
 
     runs: dict[str, Callable[[nn.Module], object]] = {
         ALONE: lambda net: _called(net, None, one, tree),

@@ -184,6 +184,8 @@ class Feed(Collector):
 
     def take(self, grads: Grads, watched: bool = True) -> None:
         """Hand on the gradients by one parameter."""
+        if self._keep or len(self._parts) > 1:
+            grads = grads.shared()
         if self._keep:
             grads = self.kept[grads.name] = grads.held()
         for part in self._parts:

@@ -855,7 +855,7 @@ def per_sample_sketch(
 
     def sketch() -> q.Sketch:
         check_sketch(_SKETCH, k, kind, seed)
-        return q.Sketch(k, kind, seed, gather=gather)
+        return q.Sketch(k=k, kind=kind, seed=seed, gather=gather)
 
     return asked.one(sketch, "gather", gather)
 

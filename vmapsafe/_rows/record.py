@@ -316,7 +316,8 @@ class _KeptCall(Function):
             of_input, *made = call.backward(grad, x, saved, wanted)
             for name, rows in zip(names.values(), made):
                 if name is not None and rows is not None:
-                    ctx.recorder.receive(name, Made(rows.shape[1:]), rows, rows)
+                    made = Made(rows.shape[1:], own=rows.is_contiguous())
+                    ctx.recorder.receive(name, made, rows, rows)
         return None, of_input, None, None, None
 
 

@@ -31,6 +31,7 @@ from vmapsafe._torch import (
     tree_flatten,
     tree_map,
     under,
+    without_inference_mode,
 )
 
 Loss = Callable[..., Any]
@@ -189,7 +190,8 @@ class Samples:
     def rows(self, batch: tuple[Any, ...]) -> tuple[dict[str, Tensor], Tensor, Any]:
         """The rows, losses and aux by ``vmap(grad)``; derivatives pass through."""
         derive = self._by_jacobian if self.options.rows == "jacobian" else self._by_grad
-        rows, (losses, aux) = self._in_block(self.options, derive, batch)
+        with without_inference_mode():
+            rows, (losses, aux) = self._in_block(self.options, derive, batch)
         return rows, losses, aux
 
     def _in_block(

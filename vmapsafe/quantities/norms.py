@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, overload
 
@@ -10,7 +12,14 @@ from torch import Tensor
 
 from vmapsafe._modes import check_flag
 from vmapsafe.quantities.protocol import All, CallShape, Grads, Part, PerSample
-from vmapsafe.rules.formulas import norms_of
+from vmapsafe.rules.formulas import (
+    Factors,
+    flat,
+    joined,
+    multiplied,
+    norms_of,
+    wide_norms,
+)
 
 T = TypeVar("T", covariant=True)
 
@@ -104,30 +113,56 @@ class Norms(PerSample[T]):
         object.__setattr__(self, "gather", gather)
 
     def part(self, call: CallShape, start: int, stop: int) -> Part:
-        return NormsPart(call, self.per_parameter)
+        return _ByParameter(call) if self.per_parameter else NormsPart()
+
+
+class _ByParameter(Part):
+    def __init__(self, call: CallShape) -> None:
+        self._names = list(call.parameters)
+        self._norms: dict[str, Tensor] = {}
+
+    def take(self, grads: Grads) -> None:
+        self._norms[grads.name] = grads.norms()
+
+    def finished(self) -> dict[str, Tensor]:
+        return {name: self._norms[name] for name in self._names}
 
 
 class NormsPart(Part):
-    """Collects the norms of some samples.
+    """Collects the norms of some samples, over parameters that are known at the end.
 
-    Args:
-        call: the samples.
-        per_parameter: whether there is one for each parameter.
+    Small rows wait for each other, and so do factors of norms: this takes few
+    operations.
     """
 
-    def __init__(self, call: CallShape, per_parameter: bool = False) -> None:
-        self._names, self._per_parameter = list(call.parameters), per_parameter
-        self.norms: dict[str, Tensor] = {}
+    def __init__(self) -> None:
+        self._factors: dict[str, Factors] = {}
+        self._small: dict[str, Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def take(self, grads: Grads) -> None:
-        self.norms[grads.name] = grads.norms()
+        if grads.are_small():
+            self._small[grads.name] = flat(grads.rows())
+        else:
+            self._factors[grads.name] = grads.factors()
+        self._dtypes[grads.name] = grads.dtype_of_norms
 
     def finished(self) -> Any:
-        if self._per_parameter:
-            return {name: self.norms[name] for name in self._names}
-        return together(self.norms.values())
+        norms, _ = self.over(list(self._dtypes))
+        return norms
 
-
-def together(norms: Any) -> Tensor:
-    """(B,): the norm over several parameters, from those of each (B,)."""
-    return norms_of(torch.stack(list(norms), 1))
+    def over(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """(B,): the norms over these parameters; and their small rows (B, numbers), one
+        after another, in the order of the names."""
+        factors = [self._factors[name] for name in names if name in self._factors]
+        small = [self._small[name] for name in names if name in self._small]
+        norms = [multiplied(factors)] if factors else []
+        rows = torch.cat(small, 1) if small else None
+        if rows is not None:
+            norms.append(wide_norms(rows).unsqueeze(0))
+        each = joined(norms)
+        dtypes = {self._dtypes[name] for name in names}
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        if each.dtype == dtype:
+            return norms_of(each.mT), rows
+        return torch.linalg.vector_norm(each, dim=0).to(dtype), rows

@@ -19,7 +19,8 @@ from vmapsafe._errors import VmapSafeValueError, shown
 from vmapsafe._modes import Mode, RowsName
 from vmapsafe._processes import gathered, summed
 from vmapsafe._torch import is_plain, tree_flatten, tree_map
-from vmapsafe.rules.formulas import Formula, Made, can_look, masked
+from vmapsafe.rules.formulas import Factors, Formula, Made, Small, can_look, masked
+from vmapsafe.rules.precision import HALVES
 
 T = TypeVar("T", covariant=True)
 All = Literal["all"] | None
@@ -112,6 +113,11 @@ class Grads:
         """Of the rows."""
         return self._grad.dtype
 
+    @property
+    def dtype_of_norms(self) -> torch.dtype:
+        """That of the rows; float32 for half precision, and real."""
+        return torch.float32 if self.dtype in HALVES else self.dtype.to_real()
+
     def rows(self) -> Tensor:
         """(n, *shape), in the dtype of the parameter."""
         return self._formula.rows(self._x, self._grad)
@@ -140,6 +146,17 @@ class Grads:
         """(n,): the Euclidean norm of each row; float32 for half precision."""
         return self._one("norms")
 
+    def factors(self) -> Factors:
+        """The norms as products, which may wait to be multiplied out."""
+        if can_look(self._grad) or sum(self._asked.values()) > 1:
+            return Factors((self.norms(),))
+        return self._formula.factors(self._x, self._grad)
+
+    def are_small(self) -> bool:
+        """Whether rows are few numbers, which a formula does not make faster."""
+        numbers = self.shape.numel()
+        return isinstance(self._formula, Small) and numbers <= 2**14
+
     def sum(self) -> Tensor:
         """(*shape): the sum of the rows, in the dtype of the parameter."""
         return self._one("sum")
@@ -153,19 +170,25 @@ class Grads:
 
         A factor of exactly 0 leaves the row out, even if it is not finite.
         """
-        left = factors != 0
         if can_look(factors) and can_look(self._grad):
+            left = factors != 0
             if bool(left.all()):
                 return self._formula.weighted(self._x, self._grad, factors)
             x, grad = self._x[left], self._grad[left]
             if not len(grad):
                 return grad.new_zeros(self.shape)
             return self._formula.weighted(x, grad, factors[left])
+        left_out = factors == 0
         if torch.compiler.is_compiling() or not is_plain(factors):
             # A factor of 0 may have a derivative.
-            left = left | _finite(self._x) & _finite(self._grad)
-        x, grad = masked(self._x, left), masked(self._grad, left)
+            left_out = left_out & ~(_finite(self._x) & _finite(self._grad))
+        x = masked(self._x, left_out)
+        grad = x if self._grad is self._x else masked(self._grad, left_out)
         return self._formula.weighted(x, grad, factors)
+
+    def scaled_sum(self, factors: Tensor) -> Tensor:
+        """The same for finite gradients, or factors that are not 0."""
+        return self._formula.weighted(self._x, self._grad, factors)
 
     def dots(self, vectors: Tensor) -> Tensor:
         """(n, K): products with vectors (K, *shape); float32 for half precision."""
@@ -196,6 +219,12 @@ class Grads:
     def again(self, asked: Mapping[str, int]) -> Grads:
         """The same, for others who will ask."""
         return Grads(self.name, self._formula, self._x, self._grad, asked)
+
+    def shared(self) -> Grads:
+        """The same for several: nobody may write the memory of rows that are made."""
+        if not isinstance(self._formula, Made) or not self._formula.own:
+            return self
+        return Grads.of_rows(self.name, self._x, self._asked)
 
     def held(self) -> Grads:
         """The same, in as little memory as may be, to be kept for later."""

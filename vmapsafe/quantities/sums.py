@@ -19,7 +19,7 @@ from vmapsafe._errors import (
     worded,
 )
 from vmapsafe._torch import constant_while_compiling, is_wrapped, without_autograd
-from vmapsafe.quantities.norms import Norms, NormsPart, together
+from vmapsafe.quantities.norms import Norms, NormsPart
 from vmapsafe.quantities.protocol import (
     CallShape,
     Grads,
@@ -30,6 +30,7 @@ from vmapsafe.quantities.protocol import (
     Reduces,
     Summed,
 )
+from vmapsafe.rules.formulas import weighted_sum
 
 Number = float | Tensor
 Group = tuple[Number, list[str]]  # the norm, and the names of parameters
@@ -358,27 +359,33 @@ class _Clipped(Summed):
         return _ClippedPart(call, self.groups)
 
 
-class _ClippedPart(NormsPart):
+class _ClippedPart(Part):
     """Keeps what the rows come from until the norms of all parameters are known."""
 
-    def __init__(self, call: CallShape, groups: list[tuple[Number, list[str]]]) -> None:
-        super().__init__(call)
-        self._call, self._groups = call, groups
+    def __init__(self, call: CallShape, groups: list[Group]) -> None:
+        self._names, self._groups = list(call.parameters), groups
+        self._norms = NormsPart()
         self._grads: dict[str, Grads] = {}
 
     def take(self, grads: Grads) -> None:
         held = grads.held()
-        super().take(held)
+        self._norms.take(held)
         self._grads[grads.name] = held
 
     def finished(self) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
         for most, names in self._groups:
-            norms = together([self.norms[name] for name in names])
+            norms, small = self._norms.over(names)
             factors = (most / norms).clamp(max=1)
             factors = torch.where(norms.isfinite(), factors, torch.nan)
-            if self._call.made_up:
-                factors = torch.zeros_like(factors)
+            total = None if small is None else weighted_sum(small, factors)
+            start = 0
             for name in names:
-                sums[name] = self._grads.pop(name).weighted_sum(factors)
+                grads = self._grads.pop(name)
+                if total is not None and grads.are_small():
+                    stop = start + grads.shape.numel()
+                    sums[name] = total[start:stop].view(grads.shape).to(grads.dtype)
+                    start = stop
+                else:
+                    sums[name] = grads.scaled_sum(factors)
         return {name: sums[name] for name in self._names}

@@ -68,8 +68,16 @@ def _as_batch(merged: Tensor, like: Tensor) -> Tensor:
     return merged.view(n, *shape[1:]).movedim(1, 0)
 
 
-def _repeated(values: Tensor | None, batch: int) -> Tensor | None:
-    return None if values is None else values.repeat(batch)
+def _repeated(values: dict[str, Tensor | None], batch: int) -> dict[str, Tensor | None]:
+    """The values of the channels, for each of the batch after another."""
+    given = {name: v for name, v in values.items() if v is not None}
+    found: dict[str, Tensor | None] = {**values}
+    if given and all([is_plain(v) for v in given.values()]):  # in two operations
+        copies = torch.stack([*given.values()]).repeat(1, batch)
+        found.update(zip(given, copies.unbind()))
+    else:  # the statistics must not get the weight's derivatives
+        found.update({name: v.repeat(batch) for name, v in given.items()})
+    return found
 
 
 # -- For rows --------------------------------------------------------------------------
@@ -172,19 +180,22 @@ def _by_running_backward(
             "save_mean": x.new_empty(0),  # as saved by a forward in eval mode
             "save_invstd": x.new_empty(0),
         }
-        repeated = {
-            name: _repeated(call[name], batch * n)
-            for name in ("weight", "running_mean", "running_var")
-        }
+        names = ("weight", "running_mean", "running_var")
+        repeated = _repeated({name: call[name] for name in names}, batch * n)
         found = _backward(*{**call.arguments, **merged, **repeated}.values())
         of_input, of_weight, of_bias = found
         wanted = call["output_mask"]
         return (
             of_input.view(x.shape) if wanted[0] else None,
-            of_weight.view(batch, n, channels).sum(1) if wanted[1] else None,
-            of_bias.view(batch, n, channels).sum(1) if wanted[2] else None,
+            _summed(of_weight.view(batch, n, channels)) if wanted[1] else None,
+            _summed(of_bias.view(batch, n, channels)) if wanted[2] else None,
         )
     return _by_plain_operations(call, grad, x)
+
+
+def _summed(rows: Tensor) -> Tensor:
+    """(B, C): the sums over the batch (B, N, C) of each slice."""
+    return rows.squeeze(1) if rows.size(1) == 1 else rows.sum(1)
 
 
 def _by_plain_operations(
@@ -228,8 +239,7 @@ def _by_own(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     batch, n, channels = x.shape[:3]
     as_channels = {
         "input": _as_channels(x),
-        "weight": _repeated(call["weight"], batch),
-        "bias": _repeated(call["bias"], batch),
+        **_repeated({name: call[name] for name in ("weight", "bias")}, batch),
     }
     y, mean, rstd = _forward(*{**call.arguments, **as_channels}.values())
     return (
@@ -258,7 +268,7 @@ def _by_own_backward(
     as_channels = {
         "grad_out": _as_channels(grad).contiguous(),
         "input": _as_channels(x),
-        "weight": _repeated(call["weight"], batch),
+        **_repeated({"weight": call["weight"]}, batch),
         "save_mean": batch_first(call, "save_mean").flatten(),
         "save_invstd": batch_first(call, "save_invstd").flatten(),
     }

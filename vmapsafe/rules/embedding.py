@@ -21,15 +21,17 @@ from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_plain
 from vmapsafe.rules import memory
 from vmapsafe.rules.formulas import (
+    Factors,
     Formula,
     at_samples,
-    can_look,
+    joined,
     norms_of,
     roots_of,
+    scaled_to_one,
 )
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
 from vmapsafe.rules.precision import wide
-from vmapsafe.rules.products import product
+from vmapsafe.rules.products import is_exact, product
 
 DEVICES = ("cpu",)  # the system provides memory of zeros only there
 
@@ -111,20 +113,16 @@ class Weight(Formula):
         flat = out.view(-1, self.shape[1]).zero_()
         flat.index_add_(0, index, self._seen(x, grad).flatten(0, -2))
 
-    def norms(self, x: Tensor, grad: Tensor) -> Tensor:
+    def _norms_by_looks(self, x: Tensor, grad: Tensor) -> Tensor:
         positions = x[:1].numel()
-        if positions**2 >= self.shape.numel() or not can_look(grad):
-            return super().norms(x, grad)
+        if positions**2 >= self.shape.numel():
+            return super()._norms_by_looks(x, grad)
         if not positions:
             return wide(grad).new_zeros(len(grad))
         parts = []
         for some_x, some_grad in self.few(x, grad, positions**2):
-            index = some_x.flatten(1) if some_x.dim() > 1 else some_x.unsqueeze(1)
-            seen = wide(self._seen(some_x, some_grad)).reshape(*index.shape, -1)
-            same = index.unsqueeze(1) == index.unsqueeze(2)
-            products = torch.bmm(seen, seen.mT)
+            products, squares = self._products(some_x, self._seen(some_x, some_grad))
             most = products.diagonal(dim1=1, dim2=2).sum(1)
-            squares = torch.where(same, products, 0).flatten(1).sum(1)
 
             def again(i: int, x: Tensor = some_x, grad: Tensor = some_grad) -> Tensor:
                 return norms_of(self.rows(x[i : i + 1], grad[i : i + 1]))
@@ -132,7 +130,24 @@ class Weight(Formula):
             # The square of a sum of n rows is at most n times the sum of their squares.
             bound = [most * positions]
             parts.append(roots_of(squares, bound, again, positions))
-        return torch.cat(parts)
+        return joined(parts)
+
+    def factors(self, x: Tensor, grad: Tensor) -> Factors:
+        positions = x[:1].numel()
+        if positions**2 >= self.shape.numel() or not positions or not is_exact(grad):
+            return super().factors(x, grad)
+        seen, largest = scaled_to_one(wide(self._seen(x, grad)))
+        parts = [self._products(*p)[1] for p in self.few(x, seen, positions**2)]
+        return Factors((largest,), joined(parts))
+
+    def _products(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, T), the products of the gradients at two places, and (B,), the squared
+        norms: the sums of those at two places of one word."""
+        index = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+        seen = wide(seen).reshape(*index.shape, -1)
+        products = torch.bmm(seen, seen.mT)
+        same = index.unsqueeze(1) == index.unsqueeze(2)
+        return products, torch.where(same, products, 0).flatten(1).sum(1)
 
     def gram(self, x: Tensor, grad: Tensor, y: Tensor, other: Tensor) -> Tensor:
         size, of_other = len(grad), len(other)
@@ -148,7 +163,7 @@ class Weight(Formula):
             same = some_x.reshape(-1, 1) == words
             found = torch.where(same, product(mine, seen), 0)
             parts.append(found.reshape(-1, many, of_other, others).sum((1, 3)))
-        return torch.cat(parts)
+        return joined(parts)
 
     def dots(self, x: Tensor, grad: Tensor, vectors: Tensor) -> Tensor:
         seen = wide(self._seen(x, grad))

@@ -31,8 +31,9 @@ section 3.2).
 
 Squares may be out of the range of a dtype although the rows are not. The sum of
 products may also be the small difference of large numbers. Both show in the numbers
-themselves. The norms of such samples are computed again from rows, each divided by its
-largest entry.
+themselves. Where Python code may read these, as on a CPU, the norms of such samples are
+computed again from rows, each divided by its largest entry. Elsewhere squares are
+always kept within a range, by a wider dtype or by such a division.
 """
 
 from __future__ import annotations
@@ -46,7 +47,64 @@ from torch import Tensor
 
 from vmapsafe._torch import is_plain
 from vmapsafe.rules.precision import wide
-from vmapsafe.rules.products import product
+from vmapsafe.rules.products import is_exact, product
+from vmapsafe.rules.regimes import Regimes
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How rows are made that are dropped after use.
+
+    Attributes:
+        piece: how many of their numbers to make at a time.
+        launches: whether each operation costs a launch, and reading a number waits for
+            all operations before it. Then rows that are one piece are made in any case,
+            and Python code does not read numbers.
+    """
+
+    piece: int
+    launches: bool
+
+
+# On a CPU a piece is to fit the cache (measured on an x86 server core); on a GPU it is
+# to take little memory beside the activations.
+REGIMES = Regimes(
+    cpu=Regime(piece=2**19, launches=False), cuda=Regime(piece=2**25, launches=True)
+)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Norms (B,) as products, which may be multiplied out for many parameters at once.
+
+    Attributes:
+        each: tensors (B,) whose product is the norm, or the norm without ``root``.
+        root: a tensor (B,) whose root is one more factor. It may be below 0 by rounding
+            errors.
+    """
+
+    each: tuple[Tensor, ...]
+    root: Tensor | None = None
+
+
+def multiplied(many: Sequence[Factors]) -> Tensor:
+    """(len(many), B): the norms, in the order of the kinds of products."""
+    kinds: dict[tuple[int, bool], list[Factors]] = {}
+    for factors in many:
+        kind = len(factors.each), factors.root is None
+        kinds.setdefault(kind, []).append(factors)
+    found = []
+    for alike in kinds.values():
+        first, *rest = [torch.stack(one) for one in zip(*[f.each for f in alike])]
+        roots = [f.root for f in alike if f.root is not None]
+        if rest or roots:
+            first = in_wider_range(first)
+        for one in rest:
+            first = first * one
+        if roots:
+            first = first * torch.stack(roots).clamp_min(0).sqrt()
+        found.append(first)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -79,9 +137,18 @@ class Formula:
         return out
 
     def norms(self, x: Tensor, grad: Tensor) -> Tensor:
-        """(B,): the norms of the rows."""
-        parts = [norms_of(self.rows(*part)) for part in self.few(x, grad)]
-        return torch.cat(parts)
+        """(B,): the norms of the rows, in float32 for half precision."""
+        if can_look(grad):
+            return self._norms_by_looks(x, grad)
+        return multiplied([self.factors(x, grad)])[0].to(wide(grad).dtype)
+
+    def _norms_by_looks(self, x: Tensor, grad: Tensor) -> Tensor:
+        return joined([norms_of(self.rows(*part)) for part in self.few(x, grad)])
+
+    def factors(self, x: Tensor, grad: Tensor) -> Factors:
+        """The same, without a look at the numbers; in a wider dtype, perhaps."""
+        parts = [wide_norms(self.rows(*part)) for part in self.few(x, grad)]
+        return Factors((joined(parts),))
 
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor | None) -> Tensor:
         """(*shape): the sum of the rows, each times its number in ``factors`` (B,)."""
@@ -107,7 +174,7 @@ class Formula:
         """(B, K): the products of the rows with ``vectors`` (K, *shape)."""
         wanted = flat(vectors)
         parts = [product(flat(self.rows(*p)), wanted) for p in self.few(x, grad)]
-        return torch.cat(parts)
+        return joined(parts)
 
     def projected(self, x: Tensor, grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """(B, M * N): left^T R right for each row R, as a matrix (shape[0], rest), from
@@ -116,7 +183,7 @@ class Formula:
         for part in self.few(x, grad):
             rows = wide(self.rows(*part)).flatten(2)
             parts.append((left.mT @ (rows @ right)).flatten(1))
-        return torch.cat(parts)
+        return joined(parts)
 
     def together(
         self, x: Tensor, grad: Tensor, asked: Collection[str]
@@ -140,22 +207,32 @@ class Formula:
                 sums["squares"] = _added(sums.get("squares"), rows, squared=True)
         if "sum" in asked:
             sums["sum"] = sums["sum"].to(grad.dtype)
-        return {**sums, "norms": torch.cat(norms)} if norms else sums
+        return {**sums, "norms": joined(norms)} if norms else sums
 
     def few(
         self, x: Tensor, grad: Tensor, numbers: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """A few samples at a time, so that ``numbers`` for each fit in the cache."""
-        step = max(1, _CACHED // max(1, numbers or self.shape.numel()))
+        """A few samples at a time, with ``numbers`` for each; by default those of its
+        row."""
+        step = max(1, _piece(grad) // max(1, numbers or self.shape.numel()))
         for i in range(0, len(grad), step):
             yield x[i : i + step], grad[i : i + step]
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Some samples after others."""
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+
+
+def _piece(x: Tensor) -> int:
+    return REGIMES[x.device.type].piece
+
+
 def norms_of(rows: Tensor) -> Tensor:
     """(B,): the norms of rows (B, ...), in float32 for half precision."""
-    rows = flat(rows)
     if not can_look(rows):
-        return _norms_of_scaled(rows)
+        return wide_norms(rows).to(wide(rows).dtype)
+    rows = flat(rows)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     low, high = _range(norms.dtype)
     again = [i for i, n in enumerate(norms.tolist()) if not low < n * n < high]
@@ -164,19 +241,43 @@ def norms_of(rows: Tensor) -> Tensor:
     return norms
 
 
+def wide_norms(rows: Tensor) -> Tensor:
+    """The same before it is rounded: in a wider dtype, perhaps."""
+    if can_look(rows):
+        return norms_of(rows)
+    if rows.is_complex():
+        rows = torch.view_as_real(rows.resolve_conj())
+    if not _has_wider_range(rows):
+        return _norms_of_scaled(flat(rows))
+    norms: Tensor = torch.linalg.vector_norm(
+        rows.unsqueeze(-1).flatten(1), dim=1, dtype=torch.float64
+    )
+    return norms
+
+
+def in_wider_range(x: Tensor) -> Tensor:
+    """``x`` in a dtype that holds squares of its numbers, if there is one."""
+    return x.double() if _has_wider_range(x) else x
+
+
+def _has_wider_range(x: Tensor) -> bool:
+    return x.dtype != torch.float64 and x.device.type != "mps"
+
+
 def _norms_of_scaled(rows: Tensor) -> Tensor:
-    rows, scale = _scaled_to_one(rows)
+    rows, scale = scaled_to_one(rows)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms * scale
 
 
-def _scaled_to_one(x: Tensor) -> tuple[Tensor, Tensor]:
+def scaled_to_one(x: Tensor) -> tuple[Tensor, Tensor]:
     """(B, ...) and (B,): samples divided by their largest entries, and those."""
-    flat = x.detach().unsqueeze(-1).flatten(1)
-    if flat.size(1) == 0:
-        return x, flat.new_ones(len(flat))
-    scale = flat.abs().amax(1)
-    scale = torch.where((scale > 0) & scale.isfinite(), scale, 1)
+    values = x.detach().unsqueeze(-1)
+    if values[:1].numel() == 0:
+        return x, values.new_ones(len(values))
+    numbers, dims = torch.finfo(x.dtype), [*range(1, values.dim())]
+    scale = torch.linalg.vector_norm(values, float("inf"), dims)
+    scale = scale.clamp(numbers.tiny, numbers.max)
     return x / at_samples(scale, x), scale
 
 
@@ -189,10 +290,11 @@ def _range(dtype: torch.dtype) -> tuple[float, float]:
 def can_look(x: Tensor) -> bool:
     """Whether Python code may read the numbers of ``x``.
 
-    They must be on the CPU, where reading is cheap, and outside transforms, autograd
+    They must be on a device where reading is cheap, and outside transforms, autograd
     and compilers.
     """
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and is_plain(x)
+    launches = REGIMES[x.device.type].launches
+    return not launches and not torch.compiler.is_compiling() and is_plain(x)
 
 
 def weighted_sum(rows: Tensor, factors: Tensor | None) -> Tensor:
@@ -200,13 +302,18 @@ def weighted_sum(rows: Tensor, factors: Tensor | None) -> Tensor:
     numbers = wide(rows)  # a factor may be below the range of half precision
     if factors is None:
         return numbers.sum(0).to(rows.dtype)
-    total: Tensor = torch.tensordot(factors.to(numbers.dtype), numbers, 1)
+    factors = factors.to(numbers.dtype)
+    if is_exact(numbers):
+        total: Tensor = torch.tensordot(factors, numbers, 1)
+    else:
+        total = (numbers * at_samples(factors, numbers)).sum(0)
     return total.to(rows.dtype)
 
 
 def _added(total: Tensor | None, rows: Tensor, squared: bool = False) -> Tensor:
     """(...): a total and the sum of rows (n, ...), or of their squares."""
-    if total is None or not is_plain(rows):
+    launches = REGIMES[rows.device.type].launches
+    if total is None or launches or not is_plain(rows):
         found = (rows.square() if squared else rows).sum(0)
         return found if total is None else total + found
     for row in rows.unbind():  # a pass over the cache and without a temporary
@@ -222,7 +329,7 @@ def flat(rows: Tensor) -> Tensor:
     return wide(rows).unsqueeze(-1).flatten(1)
 
 
-class _Small(Formula):
+class Small(Formula):
     """A formula whose rows take less memory than the output gradient."""
 
     def few(
@@ -230,12 +337,9 @@ class _Small(Formula):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         yield x, grad
 
-    def norms(self, x: Tensor, grad: Tensor) -> Tensor:
-        return norms_of(self.rows(x, grad))
-
 
 @dataclass(frozen=True)
-class Bias(_Small):
+class Bias(Small):
     """Rows of a bias: one number for each channel, added at every position.
 
     ``dim`` is the dimension of the channels.
@@ -244,19 +348,40 @@ class Bias(_Small):
     dim: int
 
     def rows(self, x: Tensor, grad: Tensor) -> Tensor:
-        dims = [d for d in range(1, grad.dim()) if d != self.dim % grad.dim()]
+        dims = self._summed(grad)
         return grad.sum(dims) if dims else grad
+
+    def new_rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        dims = self._summed(grad)
+        if dims:
+            return grad.sum(dims)
+        return grad.clone(memory_format=torch.contiguous_format)
+
+    def write_rows(self, x: Tensor, grad: Tensor, out: Tensor) -> None:
+        dims = self._summed(grad)
+        if dims:
+            torch.sum(grad, dims, out=out)
+        else:
+            out.copy_(grad)
+
+    def _summed(self, grad: Tensor) -> list[int]:
+        return [d for d in range(1, grad.dim()) if d != self.dim % grad.dim()]
 
 
 @dataclass(frozen=True)
-class Made(_Small):
-    """Rows that are already made. They are passed as ``x``, instead of the input."""
+class Made(Small):
+    """Rows that are already made. They are passed as ``x``, instead of the input.
+
+    ``own`` says that they are contiguous and that nothing else uses their memory.
+    """
+
+    own: bool = False
 
     def rows(self, x: Tensor, grad: Tensor) -> Tensor:
         return x
 
     def new_rows(self, x: Tensor, grad: Tensor) -> Tensor:
-        return x.clone(memory_format=torch.contiguous_format)
+        return x if self.own else x.clone(memory_format=torch.contiguous_format)
 
 
 class Products(Formula):
@@ -278,21 +403,44 @@ class Products(Formula):
         """Whether a row is one product of matrices, as without groups."""
         return True
 
-    def norms(self, x: Tensor, grad: Tensor) -> Tensor:
-        positions, numbers = self._positions(grad), self.shape.numel()
+    def _norms_by_looks(self, x: Tensor, grad: Tensor) -> Tensor:
+        positions = self._positions(grad)
         if not self.is_one_product():
-            return super().norms(x, grad)
-        if not positions or not numbers:
+            return super()._norms_by_looks(x, grad)
+        if not positions or not self.shape.numel():
             return wide(grad).new_zeros(len(grad))
         if positions == 1:
             return norms_of(self.columns(x)) * norms_of(self.outputs(grad))
-        if self._rows_are_cheaper(positions):
-            return super().norms(x, grad)
+        if self._rows_are_cheaper(positions) or not is_exact(grad):
+            return super()._norms_by_looks(x, grad)
         parts = []
         for some_x, some_grad in self.few(x, grad, positions * self._sides()):
             a, b = wide(self.columns(some_x)), wide(self.outputs(some_grad))
             parts.append(_norms_of_products(a, b))
-        return torch.cat(parts)
+        return joined(parts)
+
+    def factors(self, x: Tensor, grad: Tensor) -> Factors:
+        positions, numbers = self._positions(grad), self.shape.numel()
+        if not self.is_one_product():
+            return super().factors(x, grad)
+        if not positions or not numbers:
+            return Factors((wide(grad).new_zeros(len(grad)),))
+        if positions == 1:
+            return Factors(
+                (wide_norms(self.columns(x)), wide_norms(self.outputs(grad)))
+            )
+        regime = REGIMES[grad.device.type]
+        are_a_piece = regime.launches and len(grad) * numbers <= regime.piece
+        if self._rows_are_cheaper(positions) or are_a_piece or not is_exact(grad):
+            return super().factors(x, grad)
+        (x, of_x), (grad, of_grad) = scaled_to_one(wide(x)), scaled_to_one(wide(grad))
+        parts = []
+        for some_x, some_grad in self.few(x, grad, positions * self._sides()):
+            a, b = self.columns(some_x), self.outputs(some_grad)
+            products, others = torch.bmm(a.mT, a), torch.bmm(b.mT, b)
+            rows = products.flatten(1).unsqueeze(1)
+            parts.append(torch.bmm(rows, others.flatten(1).unsqueeze(2)).flatten())
+        return Factors((of_x, of_grad), joined(parts))
 
     def squares(self, x: Tensor, grad: Tensor) -> Tensor:
         if self._positions(grad) != 1 or not self.is_one_product():
@@ -309,7 +457,7 @@ class Products(Formula):
         by_pairs = size * many * of_other * others * self._sides()
         by_rows = numbers * (size * many + size * of_other)
         by_rows += 0 if same else numbers * of_other * others
-        fits = many * of_other * others < _CACHED
+        fits = many * of_other * others < _piece(grad)
         if not self.is_one_product() or by_pairs >= by_rows or not fits:
             return super().gram(x, grad, y, other)
         a, b = self._balanced_sides(x, grad)
@@ -320,12 +468,12 @@ class Products(Formula):
             return product(a[:, 0], c[:, 0]) * product(b[:, 0], d[:, 0])
         parts = []
         c, d = c.flatten(0, 1), d.flatten(0, 1)
-        step = max(1, _CACHED // (many * len(c)))
+        step = max(1, _piece(a) // (many * len(c)))
         for i in range(0, size, step):
             ones, twos = a[i : i + step].flatten(0, 1), b[i : i + step].flatten(0, 1)
             found = product(ones, c) * product(twos, d)
             parts.append(found.reshape(-1, many, of_other, others).sum((1, 3)))
-        return torch.cat(parts)
+        return joined(parts)
 
     def dots(self, x: Tensor, grad: Tensor, vectors: Tensor) -> Tensor:
         positions = self._positions(grad)
@@ -389,7 +537,7 @@ def balanced(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         most = [*_largest(x), *_largest(grad)]
         if all([low < number < high or number == 0 for number in most]):
             return x, grad
-    x, scale = _scaled_to_one(x)
+    x, scale = scaled_to_one(x)
     return x, grad * at_samples(scale, grad)
 
 
@@ -413,17 +561,12 @@ def _cancel(a: Tensor, b: Tensor) -> bool:
 
 def _norms_of_products(a: Tensor, b: Tensor) -> Tensor:
     """(B,): the norms of b_i a_i^T, from a (B, C, T) and b (B, O, T)."""
-    if not can_look(a):
-        (a, of_a), (b, of_b) = _scaled_to_one(a), _scaled_to_one(b)
-        squares = (torch.bmm(a.mT, a) * torch.bmm(b.mT, b)).flatten(1).sum(1)
-        found = squares.clamp_min(0).sqrt().double() * of_a * of_b
-        return found.to(a.dtype)
     products, others = torch.bmm(a.mT, a), torch.bmm(b.mT, b)
     most = [p.diagonal(dim1=1, dim2=2).sum(1) for p in (products, others)]
     squares = products.mul_(others).flatten(1).sum(1)
 
     def again(i: int) -> Tensor:
-        (one, of_a), (other, of_b) = (_scaled_to_one(t[i : i + 1]) for t in (a, b))
+        (one, of_a), (other, of_b) = (scaled_to_one(t[i : i + 1]) for t in (a, b))
         norm = norms_of(torch.bmm(other, one.mT))
         return norm.double() * of_a * of_b
 
@@ -459,10 +602,6 @@ def roots_of(
     return norms
 
 
-# The largest number of entries to work on at a time. Measured on a CPU.
-_CACHED = 2**19
-
-
 def times(x: Tensor, grad: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     """``x`` and ``grad``, the smaller of the two multiplied by the factors.
 
@@ -472,7 +611,7 @@ def times(x: Tensor, grad: Tensor, factors: Tensor | None) -> tuple[Tensor, Tens
     if factors is None:
         return x, grad
     if can_look(factors) and not all([_is_usual(f) for f in factors.tolist()]):
-        x, scale = _scaled_to_one(x)
+        x, scale = scaled_to_one(x)
         return x, grad * at_samples(scale, grad) * at_samples(factors, grad)
     if x.numel() < grad.numel():
         return x * at_samples(factors, x), grad
@@ -488,6 +627,6 @@ def at_samples(factors: Tensor, x: Tensor) -> Tensor:
     return factors.to(x.dtype).view(-1, *[1 for _ in x.shape[1:]])
 
 
-def masked(x: Tensor, kept: Tensor) -> Tensor:
-    """``x`` with zeros for the samples that are not kept (B,)."""
-    return torch.where(kept.view(-1, *[1 for _ in x.shape[1:]]), x, 0)
+def masked(x: Tensor, left_out: Tensor) -> Tensor:
+    """``x`` with zeros for the samples that are left out (B,)."""
+    return x.masked_fill(left_out.view(-1, *[1 for _ in x.shape[1:]]), 0)

@@ -1,10 +1,10 @@
-"""Group norm: right under every transform, faster under vmap, and its rows.
+"""Group norm: right under every transform, and its rows.
 
 torch (2.13) splits the backward of group norm into many operations if a derivative of
 it may follow, which is always so in torch.func.grad. It does this before any batching
-rule sees the backward. The faster form here is layer norm over each group, followed by
-batch norm with mean 0 and variance 1 for the affine map of each channel. It is the same
-function, and torch does not split its backward.
+rule sees the backward. Layer norm over each group, with batch norm for the affine map
+of each channel, is the same function, and torch does not split its backward. It was
+tried, and was slower in whole networks (x86 server core, torch 2.13).
 """
 
 from __future__ import annotations
@@ -21,10 +21,6 @@ from vmapsafe._rule import FunctionRule, register, slice_by_slice
 from vmapsafe._torch import (
     autocasts,
     batched_levels,
-    beyond_reverse_mode,
-    current_level,
-    innermost,
-    is_differentiated,
 )
 from vmapsafe.rules import references
 from vmapsafe.rules.kept_calls import ByKernel, KeptCalls, keep_calls
@@ -36,12 +32,6 @@ from vmapsafe.rules.normalisation import (
     specimen,
     torchs_own_fails,
 )
-from vmapsafe.rules.regimes import Regimes
-
-# From this many values per sample and channel, layer norm and batch norm are faster, by
-# type of device. That of the CPU was measured on an x86 server core, float32, torch
-# 2.13.
-REGIMES = Regimes(cpu=256, cuda=0)
 
 _NAMES = ("input", "num_groups", "weight", "bias", "eps")
 
@@ -62,39 +52,6 @@ def by_groups(
     # torch's group norm queries the memory layout, which vmap refuses to answer.
     y = fused_layer_norm(grouped, grouped.shape[2:], None, None, eps)
     return scaled_and_shifted(y.reshape(x.shape), weight, bias)
-
-
-# -- For speed -------------------------------------------------------------------------
-
-
-def _is_worth(call: Call) -> bool:
-    x, weight, bias = call["input"], call["weight"], call["bias"]
-    return (
-        weight is not None
-        and bias is not None
-        and x.dtype == weight.dtype == bias.dtype
-        and x.dim() > 2
-        and x.numel() > call["num_groups"]  # torch refuses one value for each
-        and x.shape[2:].numel() >= REGIMES[x.device.type]
-        and not autocasts(x.device)
-        and not has_own_weights(call)  # _keep and _otherwise below handle it
-        and not beyond_reverse_mode(x, weight, bias)
-    )
-
-
-def _by_other_norms(call: Call) -> Tensor:
-    x, groups, weight, bias, eps = [call[name] for name in _NAMES]
-    if innermost(x).numel() == 0:  # an empty batch loses its shape in vmap (torch 2.13)
-        return torch.clone(x)
-    if current_level() == 0 or not is_differentiated(x):  # torch's forward is fused
-        return by_groups(x, groups, weight, bias, eps)
-    grouped = x.reshape(x.size(0), groups, x.shape[1:].numel() // groups)
-    y = F.layer_norm(grouped, grouped.shape[2:], None, None, eps)
-    # Three dimensions have only one memory layout, see normalisation.py.
-    y = y.reshape(*x.shape[:2], x.shape[2:].numel())
-    mean, var = y.new_zeros(x.size(1)), y.new_ones(x.size(1))
-    y = F.batch_norm(y, mean, var, weight, bias, False, 0.0, 0.0)
-    return y.reshape(x.shape)
 
 
 # -- Where torch's own fails -----------------------------------------------------------
@@ -119,17 +76,6 @@ def _plain(call: Call) -> Tensor:
     return references.group_norm(call, call["num_groups"])
 
 
-register(
-    FunctionRule(
-        name="group_norm, by layer norm and batch norm",
-        functions=(F.group_norm,),
-        modes=MODES,
-        accepts=_is_worth,
-        batched=_by_other_norms,
-        reference=slice_by_slice(_plain),
-        speed=True,
-    )
-)
 register(
     FunctionRule(
         name="group_norm, where torch's own fails",

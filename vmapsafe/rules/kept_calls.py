@@ -49,7 +49,8 @@ class ByKernel:
         forward: takes the input (B, N, ...). It returns the output, followed by the
             tensors that backward needs.
         backward: takes the output gradient, the input, those tensors, and for the input
-            and each parameter whether its gradient is wanted. It returns the gradients.
+            and each parameter whether its gradient is wanted. It returns the gradients,
+            each in memory of its own.
     """
 
     forward: Callable[[Tensor], Sequence[Tensor]]

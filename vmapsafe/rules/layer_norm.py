@@ -346,18 +346,15 @@ def _keep(
             rest = shape, mean, rstd, weight, bias, mask
             of_input = _backward(grad, x, *rest)[0]
         if wanted[1]:
-            of_weight = (wide(x) - mean).mul_(rstd).mul_(grad)
-            of_weight = _summed(of_weight, positions).to(x.dtype)
+            y = torch.native_layer_norm(wide(x), shape, None, None, eps)[0]
+            y.mul_(grad)
+            of_weight = (y.sum(positions) if positions else y).to(x.dtype)
         if wanted[2]:
-            of_bias = _summed(wide(grad), positions).to(x.dtype)
+            of_bias = wide(grad).sum(positions) if positions else grad.clone()
+            of_bias = of_bias.to(x.dtype)
         return of_input, of_weight, of_bias
 
     return ByKernel(forward, backward)
-
-
-def _summed(values: Tensor, positions: list[int]) -> Tensor:
-    """The sums over the positions, in memory of their own."""
-    return values.sum(positions) if positions else values.clone()
 
 
 keep_calls(F.layer_norm, KeptCalls(_keep))

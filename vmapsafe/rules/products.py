@@ -45,6 +45,14 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return _onednn(a, b, None)
 
 
+def is_exact(x: Tensor) -> bool:
+    """Whether products of matrices like ``x`` have full precision.
+
+    torch has options for a lower one of float32, of which half precision is made.
+    """
+    return x.dtype == torch.float64 or multiplies_exactly(x.device)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., O): what ``F.linear`` gives of x (..., C) and weight (O, C)."""
     if _onednn_wins(x, weight) and not autocasts(x.device):
