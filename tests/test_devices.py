@@ -320,3 +320,22 @@ def test_rows_of_convolutions_are_as_precise_as_convolutions(switch, way, backen
                 )(params, x[:, None])
     assert (torch.ops.aten.bmm in seen) == products
     assert (torch.ops.aten.convolution_backward in seen) != products
+
+
+# -- Autocast --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_device_without_autocast(mode, on_meta):
+    """Autocast of another device is on around the call."""
+    model, (x, y), _ = on_meta("convolutions")
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = per_sample_grads(
+            model,
+            F.cross_entropy,
+            *(x, y),
+            mode=mode,
+            num_groups=2,
+            randomness="different",
+        )
+    assert {row.dtype for row in rows.values()} == {torch.float32}

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+import slow
 import torch
 import torch.nn.functional as F
 from state import assert_same_state, everything
@@ -15,11 +16,14 @@ from vmapsafe import (
     BlockError,
     NeverUpdatedWarning,
     batched,
+    per_sample,
     per_sample_grad_norms,
     per_sample_grads,
-    vmap_safe,
 )
+from vmapsafe import quantities as q
+from vmapsafe import vmap_safe
 from vmapsafe._rule import register, registered
+from vmapsafe.testing import assert_same
 
 
 def net():
@@ -389,6 +393,68 @@ def test_a_batch_on_another_device():
     assert "Move the batch to the device of the model" in note
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("layer", [nn.Linear(2, 2), nn.Conv1d(4, 3, 1)])
+def test_a_batch_of_another_dtype(layer, fast):
+    x = torch.zeros(5, 4, 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError) as caught:
+        per_sample_grads(layer, lambda o: o.sum(), x, fast=fast)
+    (note,) = caught.value.__notes__
+    assert note.startswith("vmapsafe: raised in 'the model itself'")
+    assert "a batch mostly has the dtype and the device" in note
+
+
+def test_layers_of_two_dtypes():
+    """The note names the layer that gets the other dtype; cast in forward, it works."""
+
+    class Mixed(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).to(self.between)).float()
+
+    model = Mixed(nn.Linear(3, 4), nn.Linear(4, 2).bfloat16())
+    model.between = torch.float32
+    call = model, F.mse_loss, torch.randn(5, 3), torch.randn(5, 2)
+    with pytest.raises(RuntimeError) as caught:
+        per_sample_grads(*call)
+    assert "raised in '1' (Linear). Two dtypes" in caught.value.__notes__[0]
+    model.between = torch.bfloat16
+    rows = per_sample_grads(*call)
+    assert [r.dtype for r in rows.values()] == [p.dtype for p in model.parameters()]
+    norms = slow.norms({name: row.double() for name, row in rows.items()})
+    found = per_sample_grad_norms(*call)
+    assert_same(found.double(), norms, rtol=0.02)
+
+
+class OnTwoDevices(nn.Module):
+    """The loss uses the parameters on one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = nn.Linear(3, 2, device="meta"), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_a_model_on_several_devices():
+    """A quantity of each parameter is on its device; one of all raises."""
+    model = OnTwoDevices()
+    x, y = torch.empty(5, 3, device="meta"), torch.empty(5, 2, device="meta")
+    for want in (q.Rows(), q.Norms(per_parameter=True), q.Sum(), q.Losses()):
+        found = per_sample(model, F.mse_loss, x, y, want=want)
+        if isinstance(found, dict):
+            devices = {n: p.device for n, p in model.named_parameters()}
+            assert {n: t.device for n, t in found.items()} == devices
+    for want in (q.Norms(), q.ClippedSum(1.0), q.Gram(), q.Sketch(4)):
+        with pytest.raises(RuntimeError) as caught:
+            per_sample(model, F.mse_loss, x, y, want=want)
+        (note,) = caught.value.__notes__
+        assert "the parameters are on cpu and meta. A quantity that puts" in note
+        assert "params=" in note
+    names = ["used.weight", "used.bias"]
+    assert per_sample_grad_norms(model, F.mse_loss, x, y, params=names).is_meta
+
+
 def net_of_images():
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))
     model(torch.randn(4, 1, 8, 8))
@@ -442,7 +508,7 @@ def test_registering():
     """A name that is taken and an unknown mode are refused; nothing is registered."""
     first = registered()[0]
     before = registered()
-    with pytest.raises(ValueError, match=re.escape(f"a rule named '{first.name}'")):
+    with pytest.raises(ValueError, match=re.escape(f"a rule named {first.name!r}")):
         register(first)
     odd = dataclasses.replace(first, name="odd", modes=("nope",))
     with pytest.raises(ValueError, match=r"register\(...\): unknown mode 'nope'"):

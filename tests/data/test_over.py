@@ -15,6 +15,7 @@ import pytest
 import small_data
 import torch
 import torch.nn.functional as F
+from devices import RunsOut
 from nets import small_mlp
 from small_data import Stops, X, Y
 from state import assert_same_state, everything
@@ -229,6 +230,25 @@ def test_files_are_the_results(mlp, tmp_path, name):
             assert numpy.array_equal(array, expected[key].numpy())
             assert numpy.array_equal(numpy.load(file, mmap_mode="r"), array)
             assert array.dtype == numpy.float64
+
+
+@pytest.mark.parametrize("name", ["rows", "norms"])
+def test_out_of_memory_in_a_later_batch(mlp, tmp_path, name):
+    """The folder has the batches before it, and a later run goes on."""
+    saved(tmp_path / "whole", mlp, name)
+    before = everything(mlp)
+    full = RunsOut(1, torch.ops.aten._log_softmax_backward_data)
+    with full, pytest.raises(torch.OutOfMemoryError) as caught:
+        saved(tmp_path / "broken", mlp, name)
+    assert 'Pass chunk_size="auto"' in caught.value.__notes__[0]
+    assert_same_state(mlp, before)
+    state = json.loads(contents(tmp_path / "broken")["state.json"])
+    assert state["samples"] == 4 and not state["complete"]
+    for path in (tmp_path / "broken").glob("*.npy"):
+        whole = numpy.load(tmp_path / "whole" / path.name)
+        assert numpy.array_equal(numpy.load(path), whole[:4])
+    saved(tmp_path / "broken", mlp, name)
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["rows", "norms", "norms in sync", "sketches"])

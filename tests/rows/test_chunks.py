@@ -3,9 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import RunsOut
+from state import assert_same_state, everything
 from torch import nn
 
-from vmapsafe import clipped_grad_sum, per_sample_grad_norms, per_sample_grads
+from vmapsafe import (
+    clipped_grad_sum,
+    per_sample,
+    per_sample_grad_norms,
+    per_sample_grads,
+    quantities,
+)
 from vmapsafe._rows import chunks
 from vmapsafe.quantities import rows
 from vmapsafe.testing import assert_same
@@ -66,28 +74,33 @@ X = torch.randn(37, 3, generator=torch.Generator().manual_seed(1)).double()
 Y = torch.arange(37) % 2
 
 CALLS = {
-    "norms": lambda model, size: per_sample_grad_norms(
-        model, F.cross_entropy, X, Y, chunk_size=size
+    "norms": lambda model, size, **o: per_sample_grad_norms(
+        model, F.cross_entropy, X, Y, chunk_size=size, **o
     ),
-    "clipped sum": lambda model, size: clipped_grad_sum(
-        model, F.cross_entropy, X, Y, chunk_size=size, max_grad_norm=0.4
+    "clipped sum": lambda model, size, **o: clipped_grad_sum(
+        model, F.cross_entropy, X, Y, chunk_size=size, **o, max_grad_norm=0.4
     ),
-    "rows": lambda model, size: per_sample_grads(
-        model, F.cross_entropy, X, Y, chunk_size=size
+    "rows": lambda model, size, **o: per_sample_grads(
+        model, F.cross_entropy, X, Y, chunk_size=size, **o
     ),
-    "rows by vmap": lambda model, size: per_sample_grads(
-        model, F.cross_entropy, X, Y, chunk_size=size, fast=False
+    "rows by vmap": lambda model, size, **o: per_sample_grads(
+        model, F.cross_entropy, X, Y, chunk_size=size, **o, fast=False
     ),
-    "rows into memory": lambda model, size: per_sample_grads(
+    "rows into memory": lambda model, size, **o: per_sample_grads(
         model,
         F.cross_entropy,
         X,
         Y,
         chunk_size=size,
-        out={n: X.new_empty(37, *p.shape) for n, p in model.named_parameters()},
+        **o,
+        out={
+            n: X.new_empty(37, *p.shape)
+            for n, p in model.named_parameters()
+            if p.requires_grad
+        },
     ),
-    "with aux": lambda model, size: per_sample_grad_norms(
-        model, lambda o, y: (o.sum(), o), X, Y, chunk_size=size, has_aux=True
+    "with aux": lambda model, size, **o: per_sample_grad_norms(
+        model, lambda o, y: (o.sum(), o), X, Y, chunk_size=size, **o, has_aux=True
     ),
 }
 
@@ -113,6 +126,80 @@ def test_one_sample_that_does_not_fit_raises(monkeypatch):
     model = Hungry(Memory(monkeypatch, 0)).double()
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
         CALLS["norms"](model, "auto")
+
+
+def network():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh()),
+        *(nn.Dropout(0.0), nn.Linear(4, 2)),
+    )
+    model(torch.randn(7, 3))
+    model[0].bias.requires_grad_(False)
+    model[3].eval()
+    return model.double()
+
+
+@pytest.mark.filterwarnings("ignore:clipped_grad_sum.* in mode:UserWarning")
+@pytest.mark.parametrize("mode", ["eval", "no_running_stats", "group_norm", "sync"])
+@pytest.mark.parametrize("name", CALLS)
+def test_out_of_memory_at_any_moment(name, mode):
+    """In forward and backward: the model is as before, the error is torch's own and
+    says what to do, and the next call is right."""
+    model, options = network(), {"mode": mode, "num_groups": 2}
+    if mode == "no_running_stats":
+        model[1] = nn.Identity()  # a batch of one has none
+
+    def call():
+        return CALLS[name](model, None, **options)
+
+    expected, before = call(), everything(model)
+    with RunsOut(10**6) as counted:
+        call()
+    assert torch.ops.aten._log_softmax_backward_data in counted.seen or "aux" in name
+    first = len(expected) if name == "rows into memory" else 0  # which the test makes
+    for at in range(first, len(counted.seen), 5):
+        with RunsOut(at), pytest.raises(torch.OutOfMemoryError) as caught:
+            call()
+        assert str(caught.value).startswith("CUDA out of memory. Tried to allocate")
+        (note,) = caught.value.__notes__
+        assert 'chunk_size="auto"' in note
+        assert ("is refused: pass an int" in note) == (mode == "sync")
+        of_rows = name in ("rows", "rows by vmap")
+        assert ("The rows of all samples take" in note) == of_rows
+        assert_same_state(model, before)
+    assert_same(call(), expected)
+
+
+def test_out_of_memory_in_a_second_look_and_for_one_sample(monkeypatch):
+    """Notes of chunks: of a number of samples, and of as many as fit."""
+    want, model = quantities.WeightedSum(lambda norms: 1 / norms), network()
+
+    def call():
+        per_sample(model, F.cross_entropy, X, Y, want=want, chunk_size=20)
+
+    with RunsOut(10**6) as counted:
+        call()
+    for at in range(0, len(counted.seen), 20):
+        with RunsOut(at), pytest.raises(torch.OutOfMemoryError) as caught:
+            call()
+        (note,) = caught.value.__notes__
+        assert note.endswith('"auto" to run as many samples at a time as fit.')
+    model = Hungry(Memory(monkeypatch, 0)).double()
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        CALLS["norms"](model, "auto")
+    (note,) = caught.value.__notes__
+    assert "one sample does not fit: choose fewer parameters with params=" in note
+
+
+def test_the_allocator_of_the_cpu_runs_out(monkeypatch):
+    """Its error is a RuntimeError."""
+    memory = Memory(monkeypatch, 100)
+    said = "DefaultCPUAllocator: can't allocate memory: you tried"
+    memory.take = lambda count: (_ for _ in ()).throw(RuntimeError(said))
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as caught:
+        CALLS["norms"](Hungry(memory).double(), None)
+    assert 'Pass chunk_size="auto"' in caught.value.__notes__[-1]
 
 
 def test_other_errors_are_not_taken_for_it(monkeypatch):

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmapsafe import per_sample_grads, vmap_safe
+from vmapsafe import per_sample_grads, per_sample_sketch, vmap_safe
 from vmapsafe._block import operators
 from vmapsafe._rule import operator_rules
 from vmapsafe.rules import outer_products
@@ -161,6 +161,7 @@ def test_rows_of_the_library(watched, algorithm, monkeypatch):
     x.requires_grad_(watched)
     with Products() as seen:
         rows = per_sample_grads(net, F.cross_entropy, x, y)
+        per_sample_sketch(net, F.cross_entropy, x, y, k=4, kind="kronecker")
     assert rows["0.weight"].shape == (5, 3, 4, 1, 1)
     assert rows["0.weight"].requires_grad == watched
     of_linear = [1] if watched else []  # by vmap(grad), and "meta" is not CUDA

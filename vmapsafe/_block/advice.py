@@ -86,6 +86,13 @@ _ADVICE = (
         r"tensors to be on the same device|not on the expected device",
         "Move the batch to the device of the model, x.to(device).",
     ),
+    (
+        r"have the same dtype|expected scalar type \w+ but found|"
+        r"Input type .* and (weight|bias) type .* should be the same",
+        "Two dtypes or devices meet there. Cast one tensor, x.to(other): a batch "
+        "mostly has the dtype and the device of the model's parameters. torch.autocast "
+        "casts within a model.",
+    ),
 )
 
 # What torch says about an input that lacks a dimension.

@@ -17,6 +17,7 @@ The map, bottom up:
 ``samples``      the arguments of a call, checked and bound; rows by ``vmap(grad)``
 ``looks``        the gradients of all samples, for several quantities, in chunks
 ``out``          checks of ``out=``
+``advice``       notes for errors: what to do about memory and devices
 ``compute``      one call: the two ways to gradients, and several processes
 ``per_sample``   the functions that users call
 """

@@ -109,13 +109,16 @@ _OUT_OF_MEMORY = "can't allocate memory"  # what the CPU's allocator says
 def _fits(run: Callable[[int, int], None], start: int, stop: int) -> bool:
     try:
         run(start, stop)
-    except torch.OutOfMemoryError:
-        return False
     except RuntimeError as error:
-        if _OUT_OF_MEMORY not in str(error):
+        if not is_out_of_memory(error):
             raise
         return False
     return True
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory cannot be had."""
+    return isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY in str(error)
 
 
 def _free(device: torch.device) -> float:

@@ -19,6 +19,7 @@ from vmapsafe._draws import Draws
 from vmapsafe._errors import VmapSafeRuntimeError
 from vmapsafe._modes import Also, ModeName, NumGroups, Options, RowsName
 from vmapsafe._processes import agreed, check_all_or_none, check_same
+from vmapsafe._rows.advice import advise
 from vmapsafe._rows.chunks import ChunkSize, check_chunk_size
 from vmapsafe._rows.looks import Feed, computed
 from vmapsafe._rows.out import check_out
@@ -158,7 +159,17 @@ class Asked:
         return found, aux
 
     def _computed(self, wanted: Wanted) -> tuple[dict[str, Any], Any]:
-        samples, size = self.samples(), self.chunk_size
+        samples = self.samples()
+        if torch.compiler.is_compiling():
+            return self._found(samples, wanted)
+        try:
+            return self._found(samples, wanted)
+        except RuntimeError as error:
+            advise(error, samples, self.chunk_size, wanted)
+            raise
+
+    def _found(self, samples: Samples, wanted: Wanted) -> tuple[dict[str, Any], Any]:
+        size = self.chunk_size
         rows = {key: q for key, q in wanted.items() if isinstance(q, Rows)}
         given = [q.out for q in rows.values() if q.out is not None]
         for out in given:

@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from vmapsafe._torch import is_plain
+from vmapsafe.rules.outer_products import batched_product
 from vmapsafe.rules.precision import wide
 from vmapsafe.rules.products import is_exact, product
 from vmapsafe.rules.regimes import Regimes
@@ -492,7 +493,7 @@ class Products(Formula):
         weight = right.mT.reshape(-1, *self.shape[1:])
         a = self.outputs(self.tangent(wide(x), weight))
         b = left.mT @ self.outputs(wide(grad))
-        return (b @ a.mT).flatten(1)
+        return batched_product(b, a.mT).flatten(1)
 
     def together(
         self, x: Tensor, grad: Tensor, asked: Collection[str]
