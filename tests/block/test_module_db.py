@@ -101,8 +101,9 @@ def test_no_module_passes_by_failing_twice():
     for name, training in CASES:
         for transform in outcome(name, training, "eval").unable:
             unable[transform].add(name)
-    assert len(CASES) >= 226  # of torch 2.11; later ones have more
-    assert sum(outcome(*case, "eval").has_rows for case in CASES) >= 74
+    # Those of torch 2.11; later ones have more.
+    assert len(CASES) >= 226
+    assert sum(outcome(*case, "eval").has_rows for case in CASES) >= 66
     assert unable["outputs"] <= CANNOT_FORWARD.keys()
     assert unable["rows"] <= CANNOT_GRAD.keys()
 

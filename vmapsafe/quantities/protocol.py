@@ -199,7 +199,8 @@ class Grads:
         the same rows; float32 for half precision."""
         other = self if other is None else other
         formula, one = self._formula, other._formula
-        if formula.options() != one.options():
+        same = type(formula) is type(one) and formula.options() == one.options()
+        if not same:
             return Grads.of_rows(self.name, self.rows()).gram(
                 Grads.of_rows(self.name, other.rows())
             )

@@ -119,9 +119,9 @@ class Formula:
     shape: torch.Size
 
     def options(self) -> tuple[object, ...]:
-        """What two formulas have in common if either makes the rows of both."""
+        """What two of a class have in common if either makes the rows of both."""
         values = [getattr(self, field.name) for field in fields(self)]
-        return type(self), *[v for v in values if not isinstance(v, Tensor)]
+        return tuple([v for v in values if not isinstance(v, Tensor)])
 
     def rows(self, x: Tensor, grad: Tensor) -> Tensor:
         """(B, *shape), read-only: they may share memory with ``x`` or ``grad``."""
