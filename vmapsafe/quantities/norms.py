@@ -77,14 +77,15 @@ class Norms(PerSample[T]):
             those of rank 0 first; their batches may differ in size. Every process has
             to make the call; if one fails, all raise.
 
-    The norms are in the dtype of the parameters, and in float32 for half precision. On a
-    GPU, and in torch.compile, the squared norm by a large layer is a sum of products
-    whose rounding errors are not looked at. If the terms of a sample's gradient cancel,
-    so that it is 1e-3 of them, its norm in float32 is off by about 1 %, and at 2e-4 by
-    about 20 %. A
+    The norms are in the dtype of the parameters, and in float32 for half precision. A
     sample with NaN has the norm NaN, and the others have theirs. In "sync" they are
     norms of contributions, which are not independent: a noise scale estimated from them
     may be off by a large factor, see ``vmapsafe.examples.noise_scale``.
+
+    On a GPU, and in torch.compile, the squared norm by a large layer is a sum of
+    products whose rounding errors are not looked at. If the terms of a sample's gradient
+    cancel, so that it is 1e-3 of them, its norm in float32 is off by about 1 %, and at
+    2e-4 by about 20 %.
     """
 
     per_parameter: bool
