@@ -91,7 +91,20 @@ class OperatorRule:
 
 
 Rule = FunctionRule | OperatorRule
-Table = Mapping[Function, tuple[FunctionRule, ...]]
+
+
+class Table(dict[Function, tuple[FunctionRule, ...]]):
+    """The rules of a mode by function.
+
+    Attributes:
+        others: functions met that have no rules and may do nothing but compute.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others: set[Function] = set()
+
+
 OperatorTable = Mapping[Function, tuple[OperatorRule, ...]]
 
 _functions: list[FunctionRule] = []
@@ -137,7 +150,7 @@ def table(mode: str) -> Table:
     The table does not change when more rules are registered.
     """
     if mode not in _tables:
-        found: dict[Function, tuple[FunctionRule, ...]] = {}
+        found = Table()
         # A rule for this mode alone comes before one that holds in several.
         for rule in sorted(_functions, key=lambda rule: len(rule.modes)):
             if mode in rule.modes:

@@ -8,11 +8,13 @@ and names of operators, which rules are for.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import pyfunctorch
 from torch._ops import HigherOrderOperator as HigherOrderOperator
@@ -141,6 +143,26 @@ def take_off(mode: TorchFunctionMode) -> str:
         for one in reversed(above):
             put_on(one)
     return where
+
+
+_BUILT_IN = (
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.MethodWrapperType,
+)
+
+
+def is_torchs_own(function: object) -> bool:
+    """Whether a function that a mode sees is one of torch's that calls no other code,
+    such as a function that is passed to it."""
+    if isinstance(function, _BUILT_IN):
+        return True
+    home = getattr(function, "__module__", None)
+    return home == "torch.nn.functional" and function not in _CALLING
+
+
+# F.triplet_margin_with_distance_loss is passed a function.
+_CALLING = (F.triplet_margin_with_distance_loss,)
 
 
 def dispatch_modes_are_on() -> bool:

@@ -60,6 +60,7 @@ from vmapsafe._torch import (
     TorchFunctionMode,
     below_all,
     innermost_mode,
+    is_torchs_own,
     is_wrapped,
     modes_in_force,
     put_on,
@@ -133,11 +134,16 @@ class Scope(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
         if _compiling():
-            return self._call(func, args, kwargs)
-        if not self.closed and self._traced:
+            return self._call(func, args, kwargs or {})
+        if self._traced and not self.closed:
             self._refuse_a_break()
+        if func in self.table.others and top_hooks(True) is None:
+            if not kwargs:
+                return func(*args)
+            if kwargs.get("out") is None and not kwargs.get("inplace"):
+                return func(*args, **kwargs)
+        kwargs = kwargs or {}
         if not self.alive:
             return func(*args, **kwargs)
         blocks = here.blocks if running_node() is None else open_blocks.in_force()
@@ -183,6 +189,8 @@ class Scope(TorchFunctionMode):
                     func.inside.insert(0, self)
                 elif func in HOOKING:
                     args = hooked(args)
+                elif func not in _NOT_OF_LAYERS and is_torchs_own(func):
+                    self.table.others.add(func)
             return func(*args, **kwargs)
         if rules is not None:
             bound = bind(func, args, kwargs)

@@ -84,8 +84,8 @@ class Norms(PerSample[T]):
 
     On a GPU, and in torch.compile, the squared norm by a large layer is a sum of
     products whose rounding errors are not looked at. If the terms of a sample's
-    gradient cancel, so that it is 1e-3 of them, its norm in float32 is off by about 1 %,
-    and at 2e-4 by about 20 %.
+    gradient cancel, so that it is 1e-3 of them, its norm in float32 is off by about
+    1 %, and at 2e-4 by about 20 %.
     """
 
     per_parameter: bool
