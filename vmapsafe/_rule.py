@@ -74,6 +74,8 @@ class OperatorRule:
         speed: whether the rule changes only speed. ``fast=False`` leaves it out.
         casts: whether ``batched`` casts as autocast does. If not, torch's own rule runs
             where autocast would cast.
+        may_accept: a first look at the arguments as the operator gets them, in vmap's
+            wrappers. False saves most of the time that ``accepts`` would take.
     """
 
     name: str
@@ -84,6 +86,7 @@ class OperatorRule:
     devices: Collection[str] | None
     speed: bool = True
     casts: bool = False
+    may_accept: Callable[..., bool] | None = None
 
     def holds_on(self, device: str) -> bool:
         """Whether the rule holds on this type of device."""

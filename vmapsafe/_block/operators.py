@@ -115,6 +115,9 @@ def _kernel(operator: Any) -> Callable[..., Any]:
         rules = _in_force(operator)
         if rules:
             with unseen_by_modes():
+                rules = tuple([rule for rule in rules if _may_accept(rule, args)])
+        if rules:
+            with unseen_by_modes():
                 level = current_level()
                 given = parameters.bind(args, kwargs)
                 values, in_dims = whole_batches(given, level)
@@ -138,10 +141,18 @@ def _kernel(operator: Any) -> Callable[..., Any]:
     return kernel
 
 
+def _may_accept(rule: OperatorRule, args: tuple[Any, ...]) -> bool:
+    """Whether the arguments, in vmap's wrappers, are not ruled out at a first look."""
+    return rule.may_accept is None or rule.may_accept(*args)
+
+
 def _in_force(operator: Function) -> tuple[OperatorRule, ...]:
     if _instead is not None:
         return _instead.get(operator, ())
-    alive = [block for block in open_blocks.everywhere() if block.alive]
+    blocks = open_blocks.everywhere()
+    if not blocks:
+        return ()
+    alive = [block for block in blocks if block.alive]
     rules = operator_rules().get(operator, ()) if alive else ()
     if all([block.fast for block in alive]):
         return rules

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vmapsafe._call import Call, batch_first
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
-from vmapsafe._torch import autocast_dtype
+from vmapsafe._torch import autocast_dtype, innermost
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
 from vmapsafe.rules.outer_products import batched_product
@@ -29,6 +29,12 @@ from vmapsafe.rules.regimes import Regimes
 REGIMES = Regimes(cpu=2**17, cuda=0)
 
 _addmm = torch.ops.aten.addmm.default
+
+
+def _may_be_large(bias: Tensor, x: Tensor, weight: Tensor) -> bool:
+    whole = innermost(x)
+    outputs = whole.numel() * weight.size(-1)
+    return outputs >= REGIMES[whole.device.type] * weight.size(-2)
 
 
 def _adds_a_bias(call: Call) -> bool:
@@ -64,6 +70,7 @@ register(
         name="addmm, batches merged",
         operator=_addmm,
         accepts=_adds_a_bias,
+        may_accept=_may_be_large,
         batched=_fused,
         reference=slice_by_slice(_plain_sum),
         devices=None,
