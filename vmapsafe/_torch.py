@@ -76,7 +76,7 @@ def run_while_compiling(function: C) -> C:
     return function
 
 
-# torch.compile of 2.11 looks attributes up in vars(module), and cannot list them.
+# torch.compile of 2.11 takes vars(module)["x"] for module.x, and cannot list them.
 LISTS_VARS_WHILE_COMPILING = torch.__version__ >= "2.12"
 
 _whole: list[Callable[..., object]] = []
@@ -430,11 +430,15 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+_DERIVES_IN_INFERENCE_MODE = torch.__version__ >= "2.12"
+
+
 @contextmanager
 def without_inference_mode() -> Iterator[None]:
     """A context for derivatives, which are zeros in inference mode in torch 2.11."""
-    # torch.compile of 2.11 refuses to ask.
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+    # torch.compile of 2.11 cannot ask whether it is on, and so leaves it in any case.
+    may_be_on = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+    if _DERIVES_IN_INFERENCE_MODE or not may_be_on:
         yield
         return
     recorded = torch.is_grad_enabled()

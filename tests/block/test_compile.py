@@ -71,6 +71,25 @@ def test_compiled_call_inside_a_block(net, mode):
     torch.testing.assert_close(forward(X[0]), outside)
 
 
+class ReadsItsFlag(nn.BatchNorm1d):
+    def forward(self, x):
+        return x + 1 if self.training else 2 * x
+
+
+def test_a_layer_without_a_rule_reads_the_flag_of_the_block():
+    model = nn.Sequential(ReadsItsFlag(2))
+    model[0].running_mean.fill_(0.5)
+    before = everything(model)
+    function = compiled(lambda x: vmap(lambda x: model(x))(x))
+    with vmap_safe(model, mode="eval"):
+        found = function(torch.ones(3, 2))
+    torch.testing.assert_close(found, torch.full((3, 2), 2.0))
+    assert_same_state(model, before)
+    model.eval()
+    with vmap_safe(model, mode="eval"):
+        torch.testing.assert_close(function(torch.ones(3, 2)), found)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_block_inside_a_compiled_function(net, mode):
     """The rows are the same, without a graph break, and the model is as it was."""
@@ -150,6 +169,23 @@ def test_per_sample_grads_compiled(net, options):
     function = compiled(lambda x, y: per_sample_grads(net, loss, x, y, **options))
     expected = per_sample_grads(net, loss, X[0], y, **options)
     torch.testing.assert_close(function(X[0], y), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_in_inference_mode(net, backend):
+    """The same rows, also of a function that was compiled outside."""
+
+    def loss(output, target):
+        return (output - target).square().sum()
+
+    y = torch.randn(2, 2)
+    expected = per_sample_grads(net, loss, X[0], y)
+    function = compiled(lambda x, y: per_sample_grads(net, loss, x, y), backend)
+    with torch.inference_mode():
+        torch.testing.assert_close(function(X[0], y), expected)
+    torch.testing.assert_close(function(X[0], y), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(function(X[0], y), expected)
 
 
 WANTED = {

@@ -31,7 +31,12 @@ from vmapsafe._block.covered import Buffers
 from vmapsafe._block.open_blocks import Open
 from vmapsafe._errors import BlockError
 from vmapsafe._modes import Flags
-from vmapsafe._torch import constant_while_compiling, is_wrapped, run_while_compiling
+from vmapsafe._torch import (
+    LISTS_VARS_WHILE_COMPILING,
+    constant_while_compiling,
+    is_wrapped,
+    run_while_compiling,
+)
 
 _compiling = torch.compiler.is_compiling
 
@@ -148,8 +153,9 @@ class Switched(nn.Module):
 def _shown(index: int, name: str) -> property:
     @run_while_compiling
     def get(self: nn.Module) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            return _traced(self)[name]
+        if torch.compiler.is_dynamo_compiling():  # torch 2.11 and 2.14 trace this
+            given = self.__dict__ if LISTS_VARS_WHILE_COMPILING else _traced(self)
+            return given[name]
         block = covering(self)
         if block is not None:
             layer = block.layers.get(self)
@@ -171,10 +177,7 @@ def _shown(index: int, name: str) -> property:
 
 
 def _traced(module: nn.Module) -> dict[str, Any]:
-    """``vars(module)``, which torch.compile would look up as a property again.
-
-    Only that of torch 2.11 sees the properties; later ones look at ``__class__``.
-    """
+    """``vars(module)``, in which that of torch 2.11 would find the property again."""
     for block in open_blocks.everywhere():
         for model in block.models:
             if module in model.given:
@@ -203,8 +206,8 @@ class ShowsFlags(Switched):
 class InEval(ShowsFlags):
     """A layer that shows eval mode, and for which there is no rule.
 
-    It is not torch's own, or it computes with its process group. torch.compile does not
-    see properties, so the flag is set while it traces the forward.
+    It is not torch's own, or it computes with its process group. torch.compile sees the
+    owner's flags, so the flag is set while it traces the forward.
     """
 
     _traced_in_training = False
@@ -212,10 +215,12 @@ class InEval(ShowsFlags):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not (_compiling() and _in_a_block()):
             return super().forward(*args, **kwargs)
-        before = self.__dict__["training"]
-        self.training = self._traced_in_training
+        # Not by the property, whose setter torch.compile of 2.12 cannot guard.
+        given = self.__dict__
+        before = given["training"]
+        given["training"] = self._traced_in_training
         output = super().forward(*args, **kwargs)
-        self.training = before
+        given["training"] = before
         return output
 
 
