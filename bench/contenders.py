@@ -271,8 +271,11 @@ def ours_reused(w):
     return ours(w, fast=True, out=memory)
 
 
-def ours_compiled(w, compiled):
-    """The block is around the compiled call, so that its rules apply when it traces."""
+def in_block(w, compiled=None):
+    """A user's own ``vmap(grad)`` in a block.
+
+    The block is around a compiled call, so that its rules apply when it traces.
+    """
     rows = by_vmap(w, w.model, compiled=compiled)
 
     def run():
@@ -675,8 +678,9 @@ ROWS = {
     "vmapsafe": lambda w: ours(w, fast=True),
     "vmapsafe, fast=False": lambda w: ours(w, fast=False),
     "vmapsafe, out=": ours_reused,
-    "vmapsafe, compiled": lambda w: ours_compiled(w, inductor),
-    "vmapsafe, CUDA graph": lambda w: ours_compiled(w, cuda_graph),
+    "vmapsafe, compiled": lambda w: in_block(w, inductor),
+    "vmapsafe, CUDA graph": lambda w: in_block(w, cuda_graph),
+    "vmap(grad) in a block": in_block,
     "vmap(grad)": by_vmap,
     "vmap(grad), compiled": lambda w: by_vmap(w, compiled=inductor),
     "vmap(grad), CUDA graph": lambda w: by_vmap(w, compiled=cuda_graph),

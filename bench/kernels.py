@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 CALLS = {
     "plain": ROWS["plain"],
     "vmap(grad)": ROWS["vmap(grad)"],
+    "in a block": ROWS["vmap(grad) in a block"],
     "rows": ROWS["vmapsafe"],
     "vmap(grad)+clip": CLIPPED["vmap(grad)"],
     "norms": NORMS["vmapsafe"],

@@ -28,6 +28,7 @@ STYLES = {
     "vmapsafe, compiled": ("#d55e00", "*"),
     "vmapsafe, CUDA graph": ("#d55e00", "d"),
     "vmapsafe, rows reduced": ("#d55e00", "v"),
+    "vmap(grad) in a block": ("#d55e00", "p"),
     "vmap(grad)": ("#0072b2", "D"),
     "vmap(grad), compiled": ("#0072b2", "*"),
     "vmap(grad), CUDA graph": ("#0072b2", "d"),
@@ -42,7 +43,8 @@ STYLES = {
 DASHES = {"plain": ":", "floor": "--"}
 MAIN = (
     *("vmapsafe", "vmapsafe, out=", "vmapsafe, compiled", "vmapsafe, CUDA graph"),
-    *("vmap(grad)", "loop", "vmap(grad), compiled", "vmap(grad), CUDA graph"),
+    *("vmap(grad) in a block", "vmap(grad)", "loop", "vmap(grad), compiled"),
+    "vmap(grad), CUDA graph",
     *("Opacus hooks", "ExpandedWeights", "BackPACK", "JAX"),
 )
 BEGIN = ".. The part down to the next comment is written by bench/report.py."

@@ -36,7 +36,7 @@ BATCHES = {
     },
 }
 # Cases in which torch's own way could be faster.
-SWEPT = ("plain", "floor", "vmapsafe", "vmap(grad)")
+SWEPT = ("plain", "floor", "vmapsafe", "vmap(grad) in a block", "vmap(grad)")
 SWEPT_NETS = (
     *("conv1d net", "MobileNetV2", "ViT-like", "GroupNorm CNN"),
     *("GroupNorm conv1d net", "GroupNorm ResNet-18"),
