@@ -113,6 +113,7 @@ OperatorTable = Mapping[Function, tuple[OperatorRule, ...]]
 _functions: list[FunctionRule] = []
 _tables: dict[str, Table] = {}
 _operators: dict[Function, tuple[OperatorRule, ...]] = {}
+_with_rules: dict[str, frozenset[Function]] = {}
 _parameters: dict[Function, Signature] = {}
 
 
@@ -133,6 +134,7 @@ def register(rule: Rule) -> None:
         )
     if isinstance(rule, OperatorRule):
         _operators[rule.operator] = (*_operators.get(rule.operator, ()), rule)
+        _with_rules.clear()
         return
     for mode in rule.modes:
         check_mode("register(...)", mode)
@@ -166,6 +168,18 @@ def table(mode: str) -> Table:
 def operator_rules() -> OperatorTable:
     """The rules of operators, by operator."""
     return _operators
+
+
+def operators_with_rules_on(device: str) -> frozenset[Function]:
+    """The operators with a rule that holds on this type of device."""
+    if device not in _with_rules:
+        found = [
+            one
+            for one, rules in _operators.items()
+            if any([rule.holds_on(device) for rule in rules])
+        ]
+        _with_rules[device] = frozenset(found)
+    return _with_rules[device]
 
 
 def bind(

@@ -26,7 +26,12 @@ import torch
 
 from vmapsafe._block import open_blocks
 from vmapsafe._call import Call, Function, Signature
-from vmapsafe._rule import OperatorRule, OperatorTable, operator_rules
+from vmapsafe._rule import (
+    OperatorRule,
+    OperatorTable,
+    operator_rules,
+    operators_with_rules_on,
+)
 from vmapsafe._torch import (
     below_vmap,
     current_level,
@@ -44,16 +49,16 @@ def install(types_of_device: Callable[[], Collection[str]]) -> None:
 
     Does nothing in older versions of torch, where torch's own rule cannot be called.
     """
-    missing = [one for one in operator_rules() if one not in _installed]
-    if not missing or not hasattr(torch.library, "get_kernel"):
+    if not hasattr(torch.library, "get_kernel"):
         return
-    devices = types_of_device()
-    with open_blocks.lock:
-        for operator in missing:
-            if operator not in _installed:
-                rules = operator_rules()[operator]
-                if any([rule.holds_on(one) for rule in rules for one in devices]):
-                    _install(operator)
+    for device in types_of_device():
+        wanted = operators_with_rules_on(device)
+        if _complete.get(device) is not wanted:
+            with open_blocks.lock:
+                for operator in wanted:
+                    if operator not in _installed:
+                        _install(operator)
+            _complete[device] = wanted
 
 
 @contextmanager
@@ -79,6 +84,8 @@ def only(rule: OperatorRule) -> Iterator[None]:
 _KEY = "FuncTorchBatched"
 _instead: OperatorTable | None = None
 _installed: dict[Function, torch.library.Library] = {}
+# By type of device, the operators with rules on it, once all of them are installed.
+_complete: dict[str, frozenset[Function]] = {}
 
 # torch warns so once in a process. The code adds and removes this filter by hand,
 # because warnings.catch_warnings is not thread-safe.
