@@ -655,8 +655,12 @@ def test_norms_where_numbers_are_not_read(exponent, dtype, piece, monkeypatch):
     test_norms_over_the_range_of_numbers(exponent, dtype)
 
 
-def test_norms_of_rows_that_are_small_differences():
-    """A Gram matrix would give only rounding errors."""
+@pytest.mark.parametrize("reads", [True, False])
+def test_norms_of_rows_that_are_small_differences(reads, monkeypatch):
+    """A Gram matrix in float32 would give only rounding errors."""
+    if not reads:
+        take_regimes_of_a_gpu(monkeypatch)
+        change_regimes(monkeypatch, formulas={"piece": 1})
     layer = nn.Linear(64, 64, bias=False)
     x = torch.randn(2, 1, 64).expand(2, 4, 64).contiguous()
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0 + 2**-12]).view(4, 1)
@@ -688,6 +692,27 @@ def test_norms_of_large_times_small(of_input, reads, tokens, monkeypatch):
     norms = per_sample_grad_norms(layer, lambda o, w: (o * w).sum(), x, w)
     want = slow.norms({"": rows.double()})
     torch.testing.assert_close(norms.double(), want, rtol=1e-4, atol=0)
+
+
+def test_clipped_sums_are_within_their_bound(monkeypatch):
+    """Also where the terms of each row nearly cancel, on a GPU: a norm that is too
+    small would not clip."""
+    take_regimes_of_a_gpu(monkeypatch)
+    change_regimes(monkeypatch, formulas={"piece": 1})
+    layer = nn.Linear(200, 200, bias=False)
+    x, signs = torch.randn(6, 16, 200) + 30000, torch.randn(6, 16, 200)
+    signs = signs - signs.mean(1, keepdim=True)
+
+    def loss_fn(output, signs):
+        return (output * signs).sum()
+
+    total = clipped_grad_sum(layer, loss_fn, x, signs, max_grad_norm=1.0)
+    assert total["weight"].norm() <= 6.1
+    rows = torch.einsum("bto,btc->boc", signs.double(), x.double())
+    norms = per_sample_grad_norms(layer, loss_fn, x, signs)
+    torch.testing.assert_close(
+        norms.double(), slow.norms({"": rows}), rtol=1e-4, atol=0
+    )
 
 
 STRIDED = {

@@ -12,14 +12,7 @@ from torch import Tensor
 
 from vmapsafe._modes import check_flag
 from vmapsafe.quantities.protocol import All, CallShape, Grads, Part, PerSample
-from vmapsafe.rules.formulas import (
-    Factors,
-    flat,
-    joined,
-    multiplied,
-    norms_of,
-    wide_norms,
-)
+from vmapsafe.rules.formulas import flat, norms_of, wide_norms
 
 T = TypeVar("T", covariant=True)
 
@@ -81,11 +74,6 @@ class Norms(PerSample[T]):
     sample with NaN has the norm NaN, and the others have theirs. In "sync" they are
     norms of contributions, which are not independent: a noise scale estimated from them
     may be off by a large factor, see ``vmapsafe.examples.noise_scale``.
-
-    On a GPU, and in torch.compile, the squared norm by a large layer is a sum of
-    products whose rounding errors are not looked at. If the terms of a sample's
-    gradient cancel, so that it is 1e-3 of them, its norm in float32 is off by about
-    1 %, and at 2e-4 by about 20 %.
     """
 
     per_parameter: bool
@@ -136,12 +124,11 @@ class _ByParameter(Part):
 class NormsPart(Part):
     """Collects the norms of some samples, over parameters that are known at the end.
 
-    Small rows wait for each other, and so do factors of norms: this takes few
-    operations.
+    Small rows wait for each other, as this takes fewer operations.
     """
 
     def __init__(self) -> None:
-        self._factors: dict[str, Factors] = {}
+        self._norms: dict[str, Tensor] = {}
         self._small: dict[str, Tensor] = {}
         self._dtypes: dict[str, torch.dtype] = {}
 
@@ -149,7 +136,7 @@ class NormsPart(Part):
         if grads.are_small():
             self._small[grads.name] = flat(grads.rows())
         else:
-            self._factors[grads.name] = grads.factors()
+            self._norms[grads.name] = grads.unrounded_norms()
         self._dtypes[grads.name] = grads.dtype_of_norms
 
     def finished(self) -> Any:
@@ -159,13 +146,12 @@ class NormsPart(Part):
     def over(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """(B,): the norms over these parameters; and their small rows (B, numbers), one
         after another, in the order of the names."""
-        factors = [self._factors[name] for name in names if name in self._factors]
+        norms = [self._norms[name] for name in names if name in self._norms]
         small = [self._small[name] for name in names if name in self._small]
-        norms = [multiplied(factors)] if factors else []
         rows = torch.cat(small, 1) if small else None
         if rows is not None:
-            norms.append(wide_norms(rows).unsqueeze(0))
-        each = joined(norms)
+            norms.append(wide_norms(rows))
+        each = torch.stack(norms)
         dtypes = {self._dtypes[name] for name in names}
         dtype = functools.reduce(torch.promote_types, dtypes)
         if each.dtype == dtype:

@@ -19,7 +19,7 @@ from vmapsafe._errors import VmapSafeValueError, shown
 from vmapsafe._modes import Mode, RowsName
 from vmapsafe._processes import gathered, summed
 from vmapsafe._torch import constant_while_compiling, is_plain, tree_flatten, tree_map
-from vmapsafe.rules.formulas import Factors, Formula, Made, Small, can_look, masked
+from vmapsafe.rules.formulas import Formula, Made, Small, can_look, masked
 from vmapsafe.rules.precision import HALVES
 
 T = TypeVar("T", covariant=True)
@@ -146,11 +146,11 @@ class Grads:
         """(n,): the Euclidean norm of each row; float32 for half precision."""
         return self._one("norms")
 
-    def factors(self) -> Factors:
-        """The norms as products, which may wait to be multiplied out."""
+    def unrounded_norms(self) -> Tensor:
+        """The same in a wider dtype, if they were computed in one."""
         if can_look(self._grad) or sum(self._asked.values()) > 1:
-            return Factors((self.norms(),))
-        return self._formula.factors(self._x, self._grad)
+            return self.norms()
+        return self._formula.unrounded_norms(self._x, self._grad)
 
     def are_small(self) -> bool:
         """Whether rows are few numbers, which a formula does not make faster."""

@@ -21,17 +21,16 @@ from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import is_plain
 from vmapsafe.rules import memory
 from vmapsafe.rules.formulas import (
-    Factors,
     Formula,
     at_samples,
+    has_wider_range,
     joined,
     norms_of,
     roots_of,
-    scaled_to_one,
 )
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
 from vmapsafe.rules.precision import wide
-from vmapsafe.rules.products import is_exact, product
+from vmapsafe.rules.products import product
 
 DEVICES = ("cpu",)  # the system provides memory of zeros only there
 
@@ -132,13 +131,14 @@ class Weight(Formula):
             parts.append(roots_of(squares, bound, again, positions))
         return joined(parts)
 
-    def factors(self, x: Tensor, grad: Tensor) -> Factors:
+    def unrounded_norms(self, x: Tensor, grad: Tensor) -> Tensor:
         positions = x[:1].numel()
-        if positions**2 >= self.shape.numel() or not positions or not is_exact(grad):
-            return super().factors(x, grad)
-        seen, largest = scaled_to_one(wide(self._seen(x, grad)))
+        few = 0 < positions**2 < self.shape.numel()
+        if not few or not has_wider_range(grad):
+            return super().unrounded_norms(x, grad)
+        seen = self._seen(x, grad).double()
         parts = [self._products(*p)[1] for p in self.few(x, seen, positions**2)]
-        return Factors((largest,), joined(parts))
+        return joined(parts).clamp_min(0).sqrt()
 
     def _products(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, T), the products of the gradients at two places, and (B,), the squared

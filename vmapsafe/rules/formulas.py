@@ -32,8 +32,8 @@ section 3.2).
 Squares may be out of the range of a dtype although the rows are not. The sum of
 products may also be the small difference of large numbers. Both show in the numbers
 themselves. Where Python code may read these, as on a CPU, the norms of such samples are
-computed again from rows, each divided by its largest entry. Elsewhere squares are
-always kept within a range, by a wider dtype or by such a division.
+computed again from rows, each divided by its largest entry. Elsewhere the norms are
+computed in float64; those of float64 itself from rows, divided so.
 """
 
 from __future__ import annotations
@@ -75,40 +75,6 @@ REGIMES = Regimes(
 
 
 @dataclass(frozen=True)
-class Factors:
-    """Norms (B,) as products, which may be multiplied out for many parameters at once.
-
-    Attributes:
-        each: tensors (B,) whose product is the norm, or the norm without ``root``.
-        root: a tensor (B,) whose root is one more factor. It may be below 0 by rounding
-            errors.
-    """
-
-    each: tuple[Tensor, ...]
-    root: Tensor | None = None
-
-
-def multiplied(many: Sequence[Factors]) -> Tensor:
-    """(len(many), B): the norms, in the order of the kinds of products."""
-    kinds: dict[tuple[int, bool], list[Factors]] = {}
-    for factors in many:
-        kind = len(factors.each), factors.root is None
-        kinds.setdefault(kind, []).append(factors)
-    found = []
-    for alike in kinds.values():
-        first, *rest = [torch.stack(one) for one in zip(*[f.each for f in alike])]
-        roots = [f.root for f in alike if f.root is not None]
-        if rest or roots:
-            first = in_wider_range(first)
-        for one in rest:
-            first = first * one
-        if roots:
-            first = first * torch.stack(roots).clamp_min(0).sqrt()
-        found.append(first)
-    return found[0] if len(found) == 1 else torch.cat(found)
-
-
-@dataclass(frozen=True)
 class Formula:
     """How one use of a parameter of ``shape`` makes rows (B, *shape).
 
@@ -141,15 +107,14 @@ class Formula:
         """(B,): the norms of the rows, in float32 for half precision."""
         if can_look(grad):
             return self._norms_by_looks(x, grad)
-        return multiplied([self.factors(x, grad)])[0].to(wide(grad).dtype)
+        return self.unrounded_norms(x, grad).to(wide(grad).dtype)
 
     def _norms_by_looks(self, x: Tensor, grad: Tensor) -> Tensor:
         return joined([norms_of(self.rows(*part)) for part in self.few(x, grad)])
 
-    def factors(self, x: Tensor, grad: Tensor) -> Factors:
-        """The same, without a look at the numbers; in a wider dtype, perhaps."""
-        parts = [wide_norms(self.rows(*part)) for part in self.few(x, grad)]
-        return Factors((joined(parts),))
+    def unrounded_norms(self, x: Tensor, grad: Tensor) -> Tensor:
+        """The same without a look at the numbers; in a wider dtype, if there is one."""
+        return joined([wide_norms(self.rows(*part)) for part in self.few(x, grad)])
 
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor | None) -> Tensor:
         """(*shape): the sum of the rows, each times its number in ``factors`` (B,)."""
@@ -248,7 +213,7 @@ def wide_norms(rows: Tensor) -> Tensor:
         return norms_of(rows)
     if rows.is_complex():
         rows = torch.view_as_real(rows.resolve_conj())
-    if not _has_wider_range(rows):
+    if not has_wider_range(rows):
         return _norms_of_scaled(flat(rows))
     norms: Tensor = torch.linalg.vector_norm(
         rows.unsqueeze(-1).flatten(1), dim=1, dtype=torch.float64
@@ -256,12 +221,8 @@ def wide_norms(rows: Tensor) -> Tensor:
     return norms
 
 
-def in_wider_range(x: Tensor) -> Tensor:
-    """``x`` in a dtype that holds squares of its numbers, if there is one."""
-    return x.double() if _has_wider_range(x) else x
-
-
-def _has_wider_range(x: Tensor) -> bool:
+def has_wider_range(x: Tensor) -> bool:
+    """Whether there is a dtype that holds squares and fourth powers of its numbers."""
     return x.dtype != torch.float64 and x.device.type != "mps"
 
 
@@ -420,28 +381,30 @@ class Products(Formula):
             parts.append(_norms_of_products(a, b))
         return joined(parts)
 
-    def factors(self, x: Tensor, grad: Tensor) -> Factors:
+    def unrounded_norms(self, x: Tensor, grad: Tensor) -> Tensor:
         positions, numbers = self._positions(grad), self.shape.numel()
         if not self.is_one_product():
-            return super().factors(x, grad)
+            return super().unrounded_norms(x, grad)
         if not positions or not numbers:
-            return Factors((wide(grad).new_zeros(len(grad)),))
+            return wide(grad).new_zeros(len(grad))
         if positions == 1:
-            return Factors(
-                (wide_norms(self.columns(x)), wide_norms(self.outputs(grad)))
-            )
+            return wide_norms(self.columns(x)) * wide_norms(self.outputs(grad))
         regime = REGIMES[grad.device.type]
         are_a_piece = regime.launches and len(grad) * numbers <= regime.piece
-        if self._rows_are_cheaper(positions) or are_a_piece or not is_exact(grad):
-            return super().factors(x, grad)
-        (x, of_x), (grad, of_grad) = scaled_to_one(wide(x)), scaled_to_one(wide(grad))
+        if (
+            self._rows_are_cheaper(positions)
+            or are_a_piece
+            or not has_wider_range(grad)
+        ):
+            return super().unrounded_norms(x, grad)
         parts = []
         for some_x, some_grad in self.few(x, grad, positions * self._sides()):
-            a, b = self.columns(some_x), self.outputs(some_grad)
+            # In float64, as float32 would lose norms that are small differences.
+            a, b = self.columns(some_x.double()), self.outputs(some_grad.double())
             products, others = torch.bmm(a.mT, a), torch.bmm(b.mT, b)
             rows = products.flatten(1).unsqueeze(1)
             parts.append(torch.bmm(rows, others.flatten(1).unsqueeze(2)).flatten())
-        return Factors((of_x, of_grad), joined(parts))
+        return joined(parts).clamp_min(0).sqrt()
 
     def squares(self, x: Tensor, grad: Tensor) -> Tensor:
         if self._positions(grad) != 1 or not self.is_one_product():
