@@ -16,6 +16,7 @@ from vmapsafe import (
     BlockError,
     NeverUpdatedWarning,
     batched,
+    clipped_grad_sum,
     per_sample,
     per_sample_grad_norms,
     per_sample_grads,
@@ -390,7 +391,25 @@ def test_a_batch_on_another_device():
             nn.Linear(2, 2), F.mse_loss, *torch.zeros(2, 4, 2, device="meta")
         )
     (note,) = caught.value.__notes__
-    assert "Move the batch to the device of the model" in note
+    assert "Move the batch, or what you passed as params=" in note
+
+
+def test_a_buffer_on_another_device():
+    """The batch is right; the note names tensors of the model."""
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    net[1].running_mean = net[1].running_mean.to("meta")
+    with pytest.raises(RuntimeError) as caught:
+        per_sample_grads(net, F.mse_loss, torch.zeros(4, 2), torch.zeros(4, 3))
+    (note,) = caught.value.__notes__
+    assert "'0.weight' is on cpu and '1.running_mean' is on meta" in note
+
+
+def test_a_bound_on_another_device():
+    bound = torch.ones((), device="meta")
+    with pytest.raises(ValueError, match="max_grad_norm is on meta"):
+        clipped_grad_sum(
+            nn.Linear(2, 2), F.mse_loss, *torch.zeros(2, 4, 2), max_grad_norm=bound
+        )
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -416,9 +416,12 @@ def autocasts(device: torch.device) -> bool:
     )
 
 
+_CAST = (torch.float16, torch.bfloat16, torch.float32)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype in which autocast multiplies a tensor; None where it does not cast."""
-    if tensor.dtype == torch.float64 or not autocasts(tensor.device):
+    if tensor.dtype not in _CAST or not autocasts(tensor.device):
         return None
     return torch.get_autocast_dtype(tensor.device.type)
 

@@ -192,12 +192,21 @@ def test_out_of_memory_in_a_second_look_and_for_one_sample(monkeypatch):
     assert "one sample does not fit: choose fewer parameters with params=" in note
 
 
-def test_the_allocator_of_the_cpu_runs_out(monkeypatch):
-    """Its error is a RuntimeError."""
+@pytest.mark.parametrize(
+    "said",
+    [
+        "DefaultCPUAllocator: can't allocate memory: you tried",
+        "DefaultCPUAllocator: not enough memory: you tried",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_memory_runs_out_in_other_words(said, monkeypatch):
+    """These errors are a RuntimeError."""
     memory = Memory(monkeypatch, 100)
-    said = "DefaultCPUAllocator: can't allocate memory: you tried"
     memory.take = lambda count: (_ for _ in ()).throw(RuntimeError(said))
-    with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as caught:
+    with pytest.raises(RuntimeError, match=said.split(":")[0]) as caught:
         CALLS["norms"](Hungry(memory).double(), None)
     assert 'Pass chunk_size="auto"' in caught.value.__notes__[-1]
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmapsafe import per_sample_grads, per_sample_sketch, vmap_safe
 from vmapsafe._block import operators
+from vmapsafe._rows import record
 from vmapsafe._rule import operator_rules
 from vmapsafe.rules import outer_products
 from vmapsafe.rules.convolution_regimes import REGIMES, Winner
@@ -45,6 +46,8 @@ def on_every_device(monkeypatch):
         if operator in (aten.mm.default, aten.bmm.default)
     }
     monkeypatch.setattr(operators, "operator_rules", lambda: table)
+    monkeypatch.setattr(operators, "operators_with_rules_on", lambda device: [*table])
+    monkeypatch.setattr(operators, "_complete", {})
 
 
 class Nets:
@@ -177,3 +180,45 @@ def test_batched_product():
         out = torch.empty(3, 2, 4)
         assert outer_products.batched_product(a, b, out) is out
         assert_same(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_autocast_leaves_other_dtypes_alone(dtype, on_every_device):
+    """As torch's own does: only real floating-point numbers are cast."""
+    a = torch.randint(9, (3, 4, 1)).to(dtype) * 1000
+    b = torch.randint(9, (3, 1, 5)).to(dtype) + 1
+    with torch.autocast("cpu", torch.bfloat16), vmap_safe(nn.Linear(2, 2)):
+        found = vmap(torch.mm)(a, b)
+    assert found.dtype == dtype
+    assert torch.equal(found, a * b)
+
+
+class TimesItsWeight(nn.Module):
+    """A weight in a product that is not a layer's: autograd makes its rows."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width))
+        self.last = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.last(x @ self.weight)
+
+
+@pytest.mark.parametrize("size", [2**5, 2**7])
+def test_rows_that_autograd_would_make_out_of_bounds(size, monkeypatch):
+    """They come from vmap(grad), where the rule holds."""
+    monkeypatch.setattr(outer_products, "DEVICES", ("meta",))
+    by_vmap = []
+    monkeypatch.setattr(
+        record.Recorded, "backward", lambda *args: by_vmap.append(False)
+    )
+    with torch.device("meta"):
+        net, x = TimesItsWeight(2**12), torch.empty(size, 2**12)
+        y = torch.empty(size, dtype=torch.long)
+    try:
+        rows = per_sample_grads(net, F.cross_entropy, x, y)
+        by_vmap.append(rows["weight"].shape == (size, 2**12, 2**12))
+    except KeyError:  # nothing was handed on
+        pass
+    assert by_vmap == [size == 2**7]

@@ -257,6 +257,15 @@ def test_rows_by_cudnn(mode, by_cudnn, taken):
     assert [name for name in taken if name.startswith("cudnn")]
 
 
+def test_layouts_that_cuda_asks_for():
+    """autograd asks for the input's where only the gradient is batched."""
+    x = torch.empty(2, 3, 4, 4, device="meta")
+    assert not normalisation.has_several_layouts(x)
+    last = x.to(memory_format=torch.channels_last)
+    assert normalisation.has_several_layouts(last)
+    assert not normalisation.has_several_layouts(last.flatten(2))
+
+
 # -- Instance norm, which becomes batch norm -------------------------------------------
 
 

@@ -84,7 +84,8 @@ _ADVICE = (
     ),
     (
         r"tensors to be on the same device|not on the expected device",
-        "Move the batch to the device of the model, x.to(device).",
+        "Two devices meet there. Move the batch, or what you passed as params=, to the "
+        "device of the model, x.to(device).",
     ),
     (
         r"have the same dtype|expected scalar type \w+ but found|"
@@ -136,8 +137,23 @@ def advise(error: BaseException, models: Iterable[Model]) -> None:
     if advice is None and _DIMENSIONS.search(str(error)):
         advice = _of_dimensions(frames)
     if advice is not None:
+        if advice.startswith("Two devices"):
+            advice = _of_several_devices(models) or advice
         where = _where(frames, models)
         error.add_note(f"vmapsafe: raised in {where}. {advice}")
+
+
+def _of_several_devices(models: Iterable[Model]) -> str | None:
+    """Advice for models with tensors on more than one device."""
+    names: dict[str, str] = {}
+    for model in models:
+        for named in (model.root.named_parameters(), model.root.named_buffers()):
+            for name, tensor in named:
+                names.setdefault(str(tensor.device), name)
+    if len(names) < 2:
+        return None
+    listed = " and ".join([f"{n!r} is on {device}" for device, n in names.items()])
+    return f"In the model {listed}. Move all of it to one device, model.to(device)."
 
 
 def advice_for(error: BaseException) -> str | None:

@@ -31,7 +31,8 @@ def advise(
         note = _on_memory(samples, chunk_size, bool(made))
         error.add_note(f"vmapsafe: {samples.called} ran out of memory. {note}")
     devices = sorted({str(value.device) for value in samples.values.values()})
-    if len(devices) > 1 and re.search(_TWO_DEVICES, str(error)):
+    known = hasattr(error, "__notes__")  # by the block
+    if len(devices) > 1 and not known and re.search(_TWO_DEVICES, str(error)):
         error.add_note(
             f"vmapsafe: the parameters are on {' and '.join(devices)}. A quantity that "
             "puts parameters together needs them on one device. Move the model there, "

@@ -103,7 +103,12 @@ def in_chunks(
 
 _FIRST = 4
 _ASSUMED = 2**30  # where the system does not say what is free
-_OUT_OF_MEMORY = "can't allocate memory"  # what the CPU's allocator says
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # the CPU's allocator, on Linux
+    "not enough memory",  # and on other systems
+    "CUDA error: out of memory",
+    "_STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN
+)
 
 
 def _fits(run: Callable[[int, int], None], start: int, stop: int) -> bool:
@@ -118,7 +123,9 @@ def _fits(run: Callable[[int, int], None], start: int, stop: int) -> bool:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that memory cannot be had."""
-    return isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY in str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any([words in str(error) for words in _OUT_OF_MEMORY])
 
 
 def _free(device: torch.device) -> float:

@@ -51,6 +51,7 @@ from vmapsafe.rules.kept_calls import (
     KeptCall,
     KeptCalls,
 )
+from vmapsafe.rules.outer_products import may_overflow
 
 LEVEL = 1  # of the one vmap
 
@@ -96,6 +97,9 @@ class Recorded:
     Attributes:
         losses: (B,), with autograd's graph.
         aux: what the loss returned besides, with ``has_aux``.
+
+    Raises:
+        Unrecordable: torch would make wrong rows of so many numbers.
     """
 
     def __init__(
@@ -125,6 +129,9 @@ class Recorded:
         leaves = leaves_of(self.losses)
         recorder.check_graph(leaves)
         self._reached = {id(leaf) for leaf in leaves}
+        for name, copies in recorder.copies.items():
+            if id(copies) in self._reached and may_overflow(copies):
+                raise Unrecordable(f"gradients by {name!r} of 2**31 numbers or more")
 
     def is_watched(self) -> bool:
         """Whether plain autograd would differentiate the losses by other tensors."""

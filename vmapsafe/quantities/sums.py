@@ -256,6 +256,7 @@ class ClippedSum(Reduces, OneLook[dict[str, Tensor]]):
 
     def _groups(self, call: CallShape) -> list[Group]:
         """The norm and the parameters of each group."""
+        _check_devices(call, self.max_grad_norm)
         if not isinstance(self.max_grad_norm, Mapping):
             return [(_plain(self.max_grad_norm), list(call.parameters))]
         groups: dict[str, list[str]] = {pattern: [] for pattern in self.max_grad_norm}
@@ -280,6 +281,20 @@ class ClippedSum(Reduces, OneLook[dict[str, Tensor]]):
             )
         most = self.max_grad_norm
         return [(_plain(most[pattern]), names) for pattern, names in groups.items()]
+
+
+def _check_devices(call: CallShape, given: Number | Mapping[str, Number]) -> None:
+    device = next(iter(call.parameters.values())).device
+    for number in given.values() if isinstance(given, Mapping) else (given,):
+        if isinstance(number, Tensor) and number.device not in (device, _CPU):
+            raise VmapSafeValueError(
+                f"{call.called} with ClippedSum(...)",
+                f"max_grad_norm is on {number.device}, and the parameters on {device}",
+                "Pass a number, or a tensor on the device of the parameters",
+            )
+
+
+_CPU = torch.device("cpu")  # whose numbers combine with tensors everywhere
 
 
 @constant_while_compiling

@@ -132,13 +132,14 @@ def has_several_layouts(x: Tensor) -> bool:
     """Whether torch's batch norm may confuse two memory layouts of ``x``, see above, or
     ask vmap for one.
 
-    It does so on CUDA, for slices with their channels last, and vmap refuses (2.13).
+    It does so on CUDA, for images or their gradients with their channels last, and vmap
+    refuses (2.13).
     """
     if x.dim() <= 3:
         return False
     if x.device.type == "cpu":
         return 1 in x.shape
-    return x.stride(1) <= x.stride(-1) and bool(batched_levels((x,)))
+    return x.stride(1) <= x.stride(-1)
 
 
 def fused_layer_norm(

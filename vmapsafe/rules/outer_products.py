@@ -24,6 +24,14 @@ def batched_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(a, b, out=out)
 
 
+DEVICES = ("cuda",)
+
+
+def may_overflow(rows: Tensor) -> bool:
+    """Whether rows (B, M, N), which autograd is to make, could be so many numbers."""
+    return rows.device.type in DEVICES and rows.numel() >= 2**31
+
+
 # -- Within the user's own vmap --------------------------------------------------------
 
 
@@ -69,7 +77,7 @@ for _name, _operator in (
             accepts=_is_outer,
             batched=_outer,
             reference=slice_by_slice(_sum_of_products),
-            devices=("cuda",),
+            devices=DEVICES,
             speed=False,
             casts=True,
         )
