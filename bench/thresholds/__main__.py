@@ -60,14 +60,16 @@ def main(argv=None):
     parser.add_argument("--most", type=int, help="cases of each bench, at most")
     asked = parser.parse_args(argv)
     torch.set_num_threads(1)
-    # torch warns in every call that its own attention is a loop.
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
     benches = [BENCHES[name] for name in asked.only]
     found = Rows(asked)
     try:
+        # torch warns in every call that its own attention is a loop.
+        torch._C._functorch._set_vmap_fallback_warning_enabled(False)
         measure(benches, found, asked)
     except KeyboardInterrupt:
         print("interrupted")
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
     show(benches, found, asked.device)
 
 
@@ -145,7 +147,7 @@ def relative(seconds):
 
 def show(benches, found, device):
     """Print summaries, and code for the tables."""
-    fields_of = {}
+    fields_of, partial = {}, {}
     for bench in benches:
         rows, all_cases = found.of(bench), list(bench.cases(device))
         if all_cases:
@@ -153,8 +155,13 @@ def show(benches, found, device):
             print(f", {summary(rows)}" if rows else "")
         if rows and bench.propose:
             fields_of.setdefault(bench.table, {}).update(bench.propose(rows, device))
+            if len(rows) < len(all_cases):
+                text = f"{len(rows)} of {len(all_cases)} cases of {bench.name}"
+                partial.setdefault(bench.table, []).append(text)
     for table, proposed in fields_of.items():
         print(f"\nvmapsafe/rules/{table}.py\n{entry_code(table, device, proposed)}")
+        if table in partial:
+            print(f"    # TOO FEW TO RELY ON: {', '.join(partial[table])}")
 
 
 def entry_code(table, device, proposed):

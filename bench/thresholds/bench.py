@@ -64,12 +64,13 @@ def entry(table, device, value):
 def tf32(convolutions=False):
     """Products of matrices in full precision, and convolutions too unless told."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32, cudnn.allow_tf32 = False, convolutions
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
     try:
-        yield
+        # Its other arguments are what is so by default.
+        with cudnn.flags(enabled=cudnn.enabled, allow_tf32=convolutions):
+            yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        matmul.allow_tf32 = before
 
 
 def best_times(contenders, device, dtype, allow_tf32, rounds, budget):

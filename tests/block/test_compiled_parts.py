@@ -277,7 +277,13 @@ def test_rows(way, mode):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("update", [of_a_view, assigned])
+# torch.compile of 2.14 does not show modes that an item is assigned (README).
+ITEMS_UNSEEN = pytest.mark.skipif(torch.__version__ >= "2.14", reason="as torch is")
+
+
+@pytest.mark.parametrize(
+    "update", [pytest.param(of_a_view, marks=ITEMS_UNSEEN), assigned]
+)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_compiled_step(inside, mode, update):
