@@ -22,7 +22,7 @@ from vmapsafe import (
 )
 from vmapsafe import quantities as q
 from vmapsafe import vmap_safe
-from vmapsafe.rules import convolution
+from vmapsafe.rules import convolution, formulas
 from vmapsafe.testing import assert_same
 
 
@@ -448,8 +448,11 @@ def test_half_precision():
 # -- Around it and inside it -----------------------------------------------------------
 
 
-def test_complex_numbers():
+@pytest.mark.parametrize("launches", [False, True])
+def test_complex_numbers(launches, monkeypatch):
     """Rows, norms and clipped sums of a network of complex numbers."""
+    if launches:
+        take_regimes_of_a_gpu(monkeypatch)
     torch.manual_seed(0)
     numbers = {"dtype": torch.complex128}
     model = net(nn.Linear(3, 4, **numbers), nn.Linear(4, 2, **numbers))
@@ -467,6 +470,30 @@ def test_complex_numbers():
     total = clipped_grad_sum(model, power, x, y, max_grad_norm=most)
     factors = (most / norms).clamp(max=1.0).to(torch.complex128)
     assert_same(total, {n: torch.tensordot(factors, r, 1) for n, r in expected.items()})
+
+
+def test_products_that_may_be_rounded(monkeypatch):
+    """With torch's switch for a lower precision, norms come from rows, and the sums of
+    small rows from no product of matrices."""
+    made = []
+    monkeypatch.setattr(formulas, "_norms_of_products", lambda *args: made.append(args))
+    torch.manual_seed(0)
+    layer, x, w = nn.Linear(60, 50), torch.randn(4, 3, 60), torch.randn(4, 3, 50)
+
+    def loss_fn(output, w):
+        return (output * w).sum()
+
+    rows = slow.rows(layer, loss_fn, x, w)
+    most = float(slow.norms(rows).median())
+    torch.set_float32_matmul_precision("medium")
+    try:
+        norms = per_sample_grad_norms(layer, loss_fn, x, w)
+        total = clipped_grad_sum(layer, loss_fn, x, w, max_grad_norm=most)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert not made
+    assert_same(norms, slow.norms(rows), rtol=2e-2)
+    assert_same(total["bias"], slow.clipped(rows, most)["bias"], rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("size", [2, 17])
