@@ -18,10 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from vmapsafe import (
     NeverUpdatedWarning,
     clipped_grad_sum,
+    per_sample,
     per_sample_grad_norms,
     per_sample_grads,
     per_sample_sketch,
 )
+from vmapsafe import quantities as q
 from vmapsafe._block import vmap_safe as vmap_safe_module
 from vmapsafe.testing import assert_same
 
@@ -713,6 +715,10 @@ def test_clipped_sums_are_within_their_bound(monkeypatch):
     torch.testing.assert_close(
         norms.double(), slow.norms({"": rows}), rtol=1e-4, atol=0
     )
+    gram = per_sample(layer, loss_fn, x, signs, want=q.Gram()).double()
+    flat = rows.flatten(1)
+    within = 1e-4 * float(flat.norm(dim=1).max()) ** 2
+    torch.testing.assert_close(gram, flat @ flat.T, rtol=0, atol=within)
 
 
 STRIDED = {
