@@ -700,7 +700,7 @@ def test_clipped_sums_are_within_their_bound(monkeypatch):
     """Also where the terms of each row nearly cancel, on a GPU: a norm that is too
     small would not clip."""
     take_regimes_of_a_gpu(monkeypatch)
-    change_regimes(monkeypatch, formulas={"piece": 1})
+    change_regimes(monkeypatch, formulas={"piece": 2**12})
     layer = nn.Linear(200, 200, bias=False)
     x, signs = torch.randn(6, 16, 200) + 30000, torch.randn(6, 16, 200)
     signs = signs - signs.mean(1, keepdim=True)
