@@ -59,6 +59,8 @@ def main(argv=None):
     parser.add_argument("--only", nargs="*", default=list(BENCHES), choices=BENCHES)
     parser.add_argument("--most", type=int, help="cases of each bench, at most")
     asked = parser.parse_args(argv)
+    if asked.limit:
+        torch.empty(1, device=asked.device)  # or an error that says why not
     torch.set_num_threads(1)
     benches = [BENCHES[name] for name in asked.only]
     found = Rows(asked)

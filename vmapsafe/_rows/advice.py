@@ -58,6 +58,7 @@ def _on_memory(samples: Samples, chunk_size: ChunkSize, makes_rows: bool) -> str
         of_each = sum([v.numel() * v.itemsize for v in samples.values.values()])
         do += (
             f" The rows of all samples take {samples.count * of_each:,} bytes in any "
-            "case; norms, sums and sketches do not need them."
+            "case. If that is too much, ask for norms, sums or sketches, which do not "
+            "need them."
         )
     return do
