@@ -163,7 +163,7 @@ def test_rows_of_another_device_do_not_count(monkeypatch, tmp_path):
     assert json.loads(line)["device"] == "cpu"
 
 
-def test_answers_are_compared_without_tf32(monkeypatch):
+def test_answers_are_compared_without_tf32():
     """The time is that of what is asked for, and settings come back."""
     seen = []
 
@@ -171,12 +171,12 @@ def test_answers_are_compared_without_tf32(monkeypatch):
         seen.append(torch.backends.cudnn.allow_tf32)
         return torch.ones(2)
 
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    found = {"torch": (nullcontext, run)}
-    times = bench.best_times(found, "cpu", torch.float32, True, rounds=1, budget=0)
+    cudnn, found = torch.backends.cudnn, {"torch": (nullcontext, run)}
+    with cudnn.flags(enabled=cudnn.enabled, allow_tf32=False):
+        times = bench.best_times(found, "cpu", torch.float32, True, rounds=1, budget=0)
+        assert cudnn.allow_tf32 is False
     assert times.keys() == {"torch"}
     assert seen[0] is False and all(seen[1:]) and len(seen) > 2
-    assert torch.backends.cudnn.allow_tf32 is False
 
 
 def test_a_share_of_the_time_is_for_each_bench(monkeypatch):

@@ -1047,7 +1047,9 @@ def test_into_a_pipe_that_is_closed(arguments: str, status: int) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "vmapsafe", *arguments.split()]
     ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert ended.returncode == status
+    # argparse of Python 3.11.2 says that it could not print; later ones do not.
+    by_argparse = {141} if arguments in ("--version", "check --help") else set()
+    assert ended.returncode in {status} | by_argparse
     assert "Traceback" not in ended.stderr and "BrokenPipe" not in ended.stderr
 
 
