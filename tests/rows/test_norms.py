@@ -472,6 +472,30 @@ def test_complex_numbers(launches, monkeypatch):
     assert_same(total, {n: torch.tensordot(factors, r, 1) for n, r in expected.items()})
 
 
+def test_complex_and_real_parameters():
+    """No real sum is made from complex numbers, of which torch would warn."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.real = nn.Linear(3, 4).double()
+            self.other = nn.Linear(4, 2, dtype=torch.complex128)
+
+        def forward(self, x):
+            return torch.view_as_real(self.other(self.real(x) * (1 + 1j))).flatten(1)
+
+    torch.manual_seed(0)
+    model, x, y = Both(), torch.randn(5, 3).double(), torch.randn(5, 4).double()
+    rows = slow.rows(model, mse, x, y)
+    norms = torch.cat([r.flatten(1) for r in rows.values()], 1).abs().square()
+    norms = norms.sum(1).sqrt()
+    assert_same(per_sample_grad_norms(model, mse, x, y), norms)
+    most = float(norms.median())
+    factors = (most / norms).clamp(max=1.0)
+    wanted = {n: torch.tensordot(factors.to(r.dtype), r, 1) for n, r in rows.items()}
+    assert_same(clipped_grad_sum(model, mse, x, y, max_grad_norm=most), wanted)
+
+
 def test_products_that_may_be_rounded(monkeypatch):
     """With torch's switch for a lower precision, norms come from rows, and the sums of
     small rows from no product of matrices."""

@@ -153,9 +153,9 @@ class Grads:
         return self._formula.unrounded_norms(self._x, self._grad)
 
     def are_small(self) -> bool:
-        """Whether rows are few numbers, which a formula does not make faster."""
-        numbers = self.shape.numel()
-        return isinstance(self._formula, Small) and numbers <= 2**14
+        """Whether rows are few real numbers, which a formula does not make faster."""
+        few = isinstance(self._formula, Small) and self.shape.numel() <= 2**14
+        return few and not self._grad.is_complex()
 
     def sum(self) -> Tensor:
         """(*shape): the sum of the rows, in the dtype of the parameter."""
