@@ -15,6 +15,11 @@ _VALUE = "The code asks for the value of a tensor, which differs from slice to s
 
 _NO_RANDOMNESS = "random operation while in randomness error mode"
 
+_TWO_DEVICES = (
+    "Two devices meet there. Move the batch, or what you passed as params=, to the "
+    "device of the model, x.to(device)."
+)
+
 # (what torch 2.11 to 2.14 say, what to do); the first that fits.
 _ADVICE = (
     (
@@ -84,8 +89,7 @@ _ADVICE = (
     ),
     (
         r"tensors to be on the same device|not on the expected device",
-        "Two devices meet there. Move the batch, or what you passed as params=, to the "
-        "device of the model, x.to(device).",
+        _TWO_DEVICES,
     ),
     (
         r"have the same dtype|expected scalar type \w+ but found|"
@@ -137,7 +141,7 @@ def advise(error: BaseException, models: Iterable[Model]) -> None:
     if advice is None and _DIMENSIONS.search(str(error)):
         advice = _of_dimensions(frames)
     if advice is not None:
-        if advice.startswith("Two devices"):
+        if advice is _TWO_DEVICES:
             advice = _of_several_devices(models) or advice
         where = _where(frames, models)
         error.add_note(f"vmapsafe: raised in {where}. {advice}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, overload
 
@@ -106,19 +106,21 @@ class Norms(PerSample[T]):
         object.__setattr__(self, "gather", gather)
 
     def part(self, call: CallShape, start: int, stop: int) -> Part:
-        return _ByParameter(call) if self.per_parameter else NormsPart()
+        return ByParameter(call, Grads.norms) if self.per_parameter else NormsPart()
 
 
-class _ByParameter(Part):
-    def __init__(self, call: CallShape) -> None:
-        self._names = list(call.parameters)
-        self._norms: dict[str, Tensor] = {}
+class ByParameter(Part):
+    """Collects what a method of :class:`Grads` gives of each parameter."""
+
+    def __init__(self, call: CallShape, of: Callable[[Grads], Tensor]) -> None:
+        self._names, self._of = list(call.parameters), of
+        self._found: dict[str, Tensor] = {}
 
     def take(self, grads: Grads) -> None:
-        self._norms[grads.name] = grads.norms()
+        self._found[grads.name] = self._of(grads)
 
     def finished(self) -> dict[str, Tensor]:
-        return {name: self._norms[name] for name in self._names}
+        return {name: self._found[name] for name in self._names}
 
 
 class NormsPart(Part):

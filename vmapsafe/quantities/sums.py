@@ -19,7 +19,7 @@ from vmapsafe._errors import (
     worded,
 )
 from vmapsafe._torch import constant_while_compiling, is_wrapped, without_autograd
-from vmapsafe.quantities.norms import Norms, NormsPart
+from vmapsafe.quantities.norms import ByParameter, Norms, NormsPart
 from vmapsafe.quantities.protocol import (
     CallShape,
     Grads,
@@ -62,7 +62,7 @@ class Sum(Summed):
     asks = ("sum",)
 
     def part(self, call: CallShape, start: int, stop: int) -> Part:
-        return _ByParameter(call, Grads.sum)
+        return ByParameter(call, Grads.sum)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,21 +91,7 @@ class SumOfSquares(Summed):
     asks = ("squares",)
 
     def part(self, call: CallShape, start: int, stop: int) -> Part:
-        return _ByParameter(call, Grads.sum_of_squares)
-
-
-class _ByParameter(Part):
-    """Collects what a method of :class:`Grads` gives of each parameter."""
-
-    def __init__(self, call: CallShape, of: Callable[[Grads], Tensor]) -> None:
-        self._names, self._of = list(call.parameters), of
-        self._found: dict[str, Tensor] = {}
-
-    def take(self, grads: Grads) -> None:
-        self._found[grads.name] = self._of(grads)
-
-    def finished(self) -> dict[str, Tensor]:
-        return {name: self._found[name] for name in self._names}
+        return ByParameter(call, Grads.sum_of_squares)
 
 
 # -- Weighted sums ---------------------------------------------------------------------
@@ -203,7 +189,7 @@ class _Weighted(Summed):
         weights = self.weights[start:stop]
         if call.made_up:
             weights = self.weights.new_zeros(stop - start)
-        return _ByParameter(call, lambda grads: grads.weighted_sum(weights))
+        return ByParameter(call, lambda grads: grads.weighted_sum(weights))
 
 
 # -- Clipped sums ----------------------------------------------------------------------

@@ -72,10 +72,11 @@ def _repeated(values: dict[str, Tensor | None], batch: int) -> dict[str, Tensor 
     """The values of the channels, for each of the batch after another."""
     given = {name: v for name, v in values.items() if v is not None}
     found: dict[str, Tensor | None] = {**values}
-    if given and all([is_plain(v) for v in given.values()]):  # in two operations
+    # Several together, in two operations.
+    if len(given) > 1 and all([is_plain(v) for v in given.values()]):
         copies = torch.stack([*given.values()]).repeat(1, batch)
         found.update(zip(given, copies.unbind()))
-    else:  # the statistics must not get the weight's derivatives
+    else:  # statistics must not get the derivatives of a weight
         found.update({name: v.repeat(batch) for name, v in given.items()})
     return found
 

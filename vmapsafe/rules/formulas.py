@@ -227,12 +227,12 @@ def has_wider_range(x: Tensor) -> bool:
 
 
 def _norms_of_scaled(rows: Tensor) -> Tensor:
-    rows, scale = scaled_to_one(rows)
+    rows, scale = _scaled_to_one(rows)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms * scale
 
 
-def scaled_to_one(x: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled_to_one(x: Tensor) -> tuple[Tensor, Tensor]:
     """(B, ...) and (B,): samples divided by their largest entries, and those."""
     values = x.detach().unsqueeze(-1)
     if values[:1].numel() == 0:
@@ -503,7 +503,7 @@ def balanced(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         most = [*_largest(x), *_largest(grad)]
         if all([low < number < high or number == 0 for number in most]):
             return x, grad
-    x, scale = scaled_to_one(x)
+    x, scale = _scaled_to_one(x)
     return x, grad * at_samples(scale, grad)
 
 
@@ -532,7 +532,7 @@ def _norms_of_products(a: Tensor, b: Tensor) -> Tensor:
     squares = products.mul_(others).flatten(1).sum(1)
 
     def again(i: int) -> Tensor:
-        (one, of_a), (other, of_b) = (scaled_to_one(t[i : i + 1]) for t in (a, b))
+        (one, of_a), (other, of_b) = (_scaled_to_one(t[i : i + 1]) for t in (a, b))
         norm = norms_of(torch.bmm(other, one.mT))
         return norm.double() * of_a * of_b
 
@@ -577,7 +577,7 @@ def times(x: Tensor, grad: Tensor, factors: Tensor | None) -> tuple[Tensor, Tens
     if factors is None:
         return x, grad
     if can_look(factors) and not all([_is_usual(f) for f in factors.tolist()]):
-        x, scale = scaled_to_one(x)
+        x, scale = _scaled_to_one(x)
         return x, grad * at_samples(scale, grad) * at_samples(factors, grad)
     if x.numel() < grad.numel():
         return x * at_samples(factors, x), grad
