@@ -74,8 +74,13 @@ class OperatorRule:
         speed: whether the rule changes only speed. ``fast=False`` leaves it out.
         casts: whether ``batched`` casts as autocast does. If not, torch's own rule runs
             where autocast would cast.
-        may_accept: a first look at the arguments as the operator gets them, in vmap's
-            wrappers. False saves most of the time that ``accepts`` would take.
+        functions: the torch functions that call the operator, themselves or in
+            backward. If it only changes speed, the rule holds from the first call in a
+            block for which it pays.
+        pays: whether a call of one of these functions, with tensors in vmap's wrappers,
+            is large enough for the rule to win. By default each call is.
+        may_accept: the same for a call of the operator. False saves most of the time
+            that ``accepts`` would take.
     """
 
     name: str
@@ -86,6 +91,8 @@ class OperatorRule:
     devices: Collection[str] | None
     speed: bool = True
     casts: bool = False
+    functions: tuple[Function, ...] = ()
+    pays: Callable[..., bool] | None = None
     may_accept: Callable[..., bool] | None = None
 
     def holds_on(self, device: str) -> bool:
@@ -113,7 +120,8 @@ OperatorTable = Mapping[Function, tuple[OperatorRule, ...]]
 _functions: list[FunctionRule] = []
 _tables: dict[str, Table] = {}
 _operators: dict[Function, tuple[OperatorRule, ...]] = {}
-_with_rules: dict[str, frozenset[Function]] = {}
+_corrections: list[OperatorRule] = []
+_reached: dict[Function, tuple[OperatorRule, ...]] = {}
 _parameters: dict[Function, Signature] = {}
 
 
@@ -134,7 +142,10 @@ def register(rule: Rule) -> None:
         )
     if isinstance(rule, OperatorRule):
         _operators[rule.operator] = (*_operators.get(rule.operator, ()), rule)
-        _with_rules.clear()
+        if not rule.speed:
+            _corrections.append(rule)
+        for function in rule.functions:
+            _reached[function] = (*_reached.get(function, ()), rule)
         return
     for mode in rule.modes:
         check_mode("register(...)", mode)
@@ -170,16 +181,14 @@ def operator_rules() -> OperatorTable:
     return _operators
 
 
-def operators_with_rules_on(device: str) -> frozenset[Function]:
-    """The operators with a rule that holds on this type of device."""
-    if device not in _with_rules:
-        found = [
-            one
-            for one, rules in _operators.items()
-            if any([rule.holds_on(device) for rule in rules])
-        ]
-        _with_rules[device] = frozenset(found)
-    return _with_rules[device]
+def corrections() -> Collection[OperatorRule]:
+    """The rules of operators that put torch's own numbers right."""
+    return _corrections
+
+
+def reached_by() -> Mapping[Function, tuple[OperatorRule, ...]]:
+    """The rules of the operators that each function calls, itself or in backward."""
+    return _reached
 
 
 def bind(

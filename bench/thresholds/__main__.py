@@ -21,6 +21,7 @@ MODULES = (batch_norm, layers, pieces, products, convolution)
 BENCHES = {bench.name: bench for module in MODULES for bench in module.BENCHES}
 # Of entries that several benches fill.
 FIELDS = {
+    "batch_norm_operators": {"batch", "channel"},
     "convolution_regimes": {"winners", "columns", "one_by_one"},
     "formulas": {"launches", "piece"},
     "layer_norm": {"batch", "slice"},

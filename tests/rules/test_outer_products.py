@@ -46,8 +46,8 @@ def on_every_device(monkeypatch):
         if operator in (aten.mm.default, aten.bmm.default)
     }
     monkeypatch.setattr(operators, "operator_rules", lambda: table)
-    monkeypatch.setattr(operators, "operators_with_rules_on", lambda device: [*table])
-    monkeypatch.setattr(operators, "_complete", {})
+    found = [rule for rules in table.values() for rule in rules]
+    monkeypatch.setattr(operators, "corrections", lambda: found)
 
 
 class Nets:

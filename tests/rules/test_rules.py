@@ -469,7 +469,9 @@ RULES = [rule for rule in registered() if rule.name not in NO_VALUES]
 def force(monkeypatch, algorithm):
     """Use one algorithm for all shapes, and copy windows in several parts."""
     take_every_size(monkeypatch, algorithm, columns=50)
-    change_regimes(monkeypatch, batch_norm=3, layer_norm={"slice": 8})
+    change_regimes(
+        monkeypatch, batch_norm={"batch": 0, "channel": 3}, layer_norm={"slice": 8}
+    )
     take_any_memory(monkeypatch)
 
 

@@ -266,18 +266,6 @@ def test_table_of_a_cpu(name, taken, monkeypatch):
     )
 
 
-def test_missing_kernels_are_found_among_others(net, monkeypatch):
-    """A kernel that another rule installed is not taken for one of ours."""
-    missing, *rest = operator_rules()
-    there = dict.fromkeys([*rest, torch.ops.aten.relu.default])
-    put_in_place = []
-    monkeypatch.setattr(operators, "_installed", there)
-    monkeypatch.setattr(operators, "_complete", {})
-    monkeypatch.setattr(operators, "_install", put_in_place.append)
-    with vmap_safe(net):
-        assert put_in_place == [missing]
-
-
 def test_no_algorithm_without_a_winner(net, taken, monkeypatch):
     change_regimes(monkeypatch, convolution={"winners": ()})
     with vmap_safe(net, fast=True):
@@ -358,6 +346,8 @@ def test_other_threads_get_the_rules_too(net, taken):
         found.append(vmap(grad(loss), (None, 0))(w, x))
 
     with vmap_safe(net, fast=True):
+        rows(net, tensors(net), X)
+        taken.clear()
         thread = threading.Thread(target=compute)
         thread.start()
         thread.join()
@@ -367,12 +357,10 @@ def test_other_threads_get_the_rules_too(net, taken):
 
 
 def test_blocks_come_and_go_while_another_thread_computes():
-    """No error, no wrong number: the operator's table is never touched again."""
+    """No error, no wrong number: the kernels stay where they are."""
     w, x = torch.randn(3, 2, 3, 3), torch.randn(4, 1, 2, 6, 6)
     derive = vmap(grad(lambda w, x: F.conv2d(x, w).tanh().sum()), (None, 0))
     model = nn.ReLU()
-    with vmap_safe(model, fast=True):
-        expected = derive(w, x)
     done, wrong = threading.Event(), []
 
     def compute():
@@ -381,44 +369,163 @@ def test_blocks_come_and_go_while_another_thread_computes():
                 wrong.append(True)
 
     thread = threading.Thread(target=compute)
-    thread.start()
+    with vmap_safe(model, fast=True):
+        expected = derive(w, x)
+        thread.start()
     for _ in range(2000):
         with vmap_safe(model, fast=True):
             pass
+    assert operators._libraries
     done.set()
     thread.join()
     assert not wrong
 
 
-def test_no_warning_and_no_filter_left():
-    """The first block of a process does not warn and does not change the filters."""
-    program = """
+def run(program):
+    """A program in a process of its own, with one thread. A warning is an error."""
+    begin = """
+import threading
 import warnings
 import torch
-from vmapsafe import vmap_safe
-from vmapsafe._block import operators
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from vmapsafe import batched, per_sample_grads, vmap_safe
+from vmapsafe._rule import operator_rules
+
+# The operators whose kernel for vmap is not torch's own, as the dispatcher says.
+def replaced():
+    names = [operator.name() for operator in operator_rules()]
+    dump = torch._C._dispatch_dump
+    return {n for n in names if "FuncTorchBatched (inactive)" in dump(n)}
+
+torch.manual_seed(0)
+net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Flatten())
+net.append(nn.Linear(16 * 36, 4))
+x = torch.randn(64, 3, 8, 8)
+net(x)
+params = dict(net.named_parameters())
+def rows(net):
+    one = lambda p, x: functional_call(net, p, (x[None],)).square().sum()
+    return vmap(grad(one), (None, 0))(params, x)
+assert not replaced()
+"""
+    command = [sys.executable, "-W", "error", "-c", begin + program]
+    subprocess.run(command, check=True)
+
+
+def test_no_warning_and_no_filter_left():
+    """The first block of a process does not warn and does not change the filters."""
+    run("""
+rows(net.eval())  # torch changes them here
 filters = list(warnings.filters)
-assert not operators._installed
-with vmap_safe(torch.nn.ReLU(), fast=True):
-    assert operators._installed
+with vmap_safe(net):
+    rows(net)
+    assert replaced()
 assert warnings.filters == filters
-"""
-    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+""")
 
 
-def test_torchs_own_stays_where_no_rule_holds():
-    """A process that only opens blocks on other devices has no cost."""
-    program = """
-import torch
-from vmapsafe import vmap_safe
-from vmapsafe._block import operators
-from vmapsafe.rules import attention
-with vmap_safe(torch.nn.Conv2d(1, 1, 1, device="meta")):
-    assert attention._forward not in operators._installed
-with vmap_safe(torch.nn.Conv2d(1, 1, 1)):
-    assert attention._forward in operators._installed
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
+def test_kernels_wait_for_a_call_that_leads_to_them():
+    run("""
+with vmap_safe(net):
+    assert not replaced()
+    net(x), net[0](x)  # of no vmap
+    assert not replaced()
+    vmap(net[0])(x)
+    assert replaced() == {"aten::convolution_backward"}
+    rows(net)
+    assert {"aten::native_batch_norm", "aten::native_batch_norm_backward"} < replaced()
+    assert "aten::native_layer_norm" not in replaced()
+with vmap_safe(net, fast=False):
+    rows(net)
+    assert not replaced()
+""")
+
+
+def test_small_calls_do_without():
+    run("""
+net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LayerNorm(4))
+net(torch.randn(8, 4))
+with vmap_safe(net):
+    vmap(batched(net))(torch.randn(3, 2, 4))
+    assert not replaced()
+""")
+
+
+def test_no_kernel_stays_after_the_last_block():
+    run("""
+def check(*inside):
+    before = rows(net.eval())
+    net.train()
+    with vmap_safe(net), vmap_safe(nn.ReLU()):
+        found = rows(net)
+        assert replaced()
+    assert not replaced()
+    for name in before:
+        assert torch.allclose(found[name], before[name], atol=1e-4)
+for _ in range(3):
+    check()
+outer = vmap_safe(nn.ReLU())
+outer.__enter__()
+with vmap_safe(net):
+    rows(net)
+assert replaced()  # a block is open
+outer.__exit__(None, None, None)
+assert not replaced()
+try:
+    with vmap_safe(net):
+        rows(net)
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    pass
+assert not replaced()
+vmap_safe(net)(rows)(net)
+assert not replaced()
+""")
+
+
+def test_kernels_stay_while_another_thread_runs():
+    """They go when a block closes and there is no other thread."""
+    run("""
+stop = threading.Event()
+thread = threading.Thread(target=stop.wait)
+thread.start()
+with vmap_safe(net):
+    rows(net)
+assert replaced()
+with vmap_safe(nn.ReLU()):
+    pass
+assert replaced()
+stop.set()
+thread.join()
+with vmap_safe(nn.ReLU()):
+    pass
+assert not replaced()
+""")
+
+
+def test_a_block_that_closes_inside_a_kernel():
+    """A mode sees what a kernel calls, and opens a block of its own there."""
+    run("""
+from torch.utils._python_dispatch import TorchDispatchMode
+seen = []
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.native_batch_norm.default and not seen:
+            seen.append(func)
+            block.__exit__(None, None, None)
+            assert "aten::native_batch_norm" in replaced()
+        return func(*args, **(kwargs or {}))
+block = vmap_safe(net)
+block.__enter__()
+with Mode():
+    vmap(batched(net[:2]))(x[:, None])
+assert seen
+with vmap_safe(nn.ReLU()):
+    pass
+assert not replaced()
+""")
 
 
 def test_per_sample_grads(net, taken):

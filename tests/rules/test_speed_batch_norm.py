@@ -28,8 +28,9 @@ NO_BACKWARD = {"vmap(jacfwd)", "vmap(hvp), forward over reverse", "vmap(hessian)
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The names of the rules that took a call while a block was open."""
+    """The names of the rules that took a call while a block was open, however small."""
     names = []
+    change_regimes(monkeypatch, batch_norm={"batch": 0})
     watch(monkeypatch, RULES, lambda rule, call: names.append(rule.name))
     return names
 
@@ -53,7 +54,7 @@ def net(affine=True):
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_same_as_torchs_own(name, mode, taken, monkeypatch):
     """fast=True and fast=False give the same in float64, and the rules were there."""
-    change_regimes(monkeypatch, batch_norm=9)
+    change_regimes(monkeypatch, batch_norm={"batch": 0, "channel": 9})
     model = net()
     with vmap_safe(model, mode=mode, fast=False):
         expected = TRANSFORMS[name](model, tensors(model), X)
@@ -82,7 +83,7 @@ def test_without_weights(mode, taken):
 @pytest.mark.parametrize("mode", MODES)
 def test_gradient_in_another_layout(mode, taken, monkeypatch):
     """torch's fused backward is wrong for a batch of one and such a gradient."""
-    change_regimes(monkeypatch, batch_norm=1)
+    change_regimes(monkeypatch, batch_norm={"batch": 0, "channel": 1})
     layer = nn.BatchNorm2d(3).double()
     layer(torch.randn(6, 3, 4, 4, dtype=torch.float64))
     layer.requires_grad_(False)
@@ -191,7 +192,7 @@ def by_cudnn(kernels_of_cudnn, monkeypatch):
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_by_cudnn_as_without_it(name, mode, by_cudnn, taken, monkeypatch):
     """The rules take cuDNN's calls in a user's own vmap; they are torch's numbers."""
-    change_regimes(monkeypatch, batch_norm=9)
+    change_regimes(monkeypatch, batch_norm={"batch": 0, "channel": 9})
     model = net()
     with vmap_safe(model, mode=mode, fast=False):
         expected = TRANSFORMS[name](model, tensors(model), X)

@@ -39,7 +39,7 @@ def take_every_size(
     """No call is too small; all convolutions go to one algorithm."""
     change_regimes(
         monkeypatch,
-        batch_norm=0,
+        batch_norm={"batch": 0, "channel": 0},
         convolution={
             "winners": (Winner(algorithm),),
             "columns": columns,

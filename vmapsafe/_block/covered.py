@@ -43,6 +43,7 @@ class Model:
         computed: of modules with hooks before their forward, the attributes that are
             tensors.
         names: of modules with parameters, the names of these.
+        device: the type of device of its first parameter or buffer.
         kept: the buffers, while torch.compile traces.
     """
 
@@ -55,6 +56,7 @@ class Model:
     scripted: dict[nn.Module, bool] = field(default_factory=dict)
     computed: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict)
     names: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
+    device: str = "cpu"
     kept: list[tuple[nn.Module, Buffers]] = field(default_factory=list)
 
     @property

@@ -240,6 +240,7 @@ def _look_at(root: nn.Module, options: Options) -> Model:
         model.scripted,
         model.computed,
         model.names,
+        "cpu" if compiling else device_of(root).type,
         kept_buffers(root) if compiling else [],
     )
 

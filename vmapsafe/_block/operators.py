@@ -5,35 +5,44 @@ gets wrong. So it may hold in the whole process: in other threads that compute w
 block is open somewhere, and in backward on a GPU, which runs in a thread of its own. It
 does not need a derivative, because autograd differentiates the operations it calls.
 
-The first block of the process registers a kernel, which stays registered. If no block
-is open, or if no rule applies to a call, the kernel passes the call to torch's own
-rule, which costs about 15 microseconds. To remove the kernel at the end of each block
-would be cheap (0.02 ms) but is not safe: an operator's table must not change while
-another thread calls it. When one thread registers and removes kernels while another
-runs ``vmap(grad)``, torch fails with an internal error within seconds (torch 2.13; it
-frees the memory of a kernel that is still running).
+A kernel is registered when a function that leads to its operator is first called in a
+block, on slices that are large enough. The last block of the process that closes
+removes all kernels. If no block is open, or if no rule applies to a call, a kernel
+passes the call to torch's own rule, which costs about 10 microseconds.
+
+An operator's table must not change while another thread calls the operator: when one
+thread registers and removes kernels while another runs ``vmap(grad)``, torch fails with
+an internal error within seconds (torch 2.13; it frees the memory of a kernel that is
+still running). So kernels stay while other threads run, as in a notebook, until a block
+closes when there are none.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vmapsafe._block import open_blocks
 from vmapsafe._call import Call, Function, Signature
 from vmapsafe._rule import (
     OperatorRule,
     OperatorTable,
+    corrections,
     operator_rules,
-    operators_with_rules_on,
+    reached_by,
 )
 from vmapsafe._torch import (
+    batched_levels,
     below_vmap,
+    constant_while_compiling,
     current_level,
     run_while_compiling,
     schema_of,
@@ -42,23 +51,83 @@ from vmapsafe._torch import (
     would_be_cast,
     wrapped_again,
 )
+from vmapsafe.rules.kept_calls import KEPT_CALLS
 
 
-def install(types_of_device: Callable[[], Collection[str]]) -> None:
-    """Register a kernel for each operator with a rule for one of these device types.
+def install(devices: Collection[str]) -> None:
+    """Register the kernels that put torch's own numbers right on these devices."""
+    for rule in corrections():
+        if any([rule.holds_on(device) for device in devices]):
+            _install((rule.operator,))
 
-    Does nothing in older versions of torch, where torch's own rule cannot be called.
+
+def leading(recorded: bool) -> Collection[Function]:
+    """The functions that lead to operators with rules.
+
+    Args:
+        recorded: whether per-sample gradients keep some of their calls.
+
+    Returns:
+        The functions.
     """
-    if not hasattr(torch.library, "get_kernel"):
+    found = reached_by()
+    return found.keys() - KEPT_CALLS.keys() if recorded else found
+
+
+def prepare(function: Function, args: tuple[Any, ...]) -> None:
+    """Register the kernels of the operators to which a call leads, if that pays.
+
+    Args:
+        function: one of ``reached_by()``.
+        args: the positional arguments of the call.
+    """
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or (function, x.device.type) in _complete:
         return
-    for device in types_of_device():
-        wanted = operators_with_rules_on(device)
-        if _complete.get(device) is not wanted:
-            with open_blocks.lock:
-                for operator in wanted:
-                    if operator not in _installed:
-                        _install(operator)
-            _complete[device] = wanted
+    device, complete = x.device.type, True
+    wanted = []
+    for rule in reached_by()[function]:
+        if rule.operator in _installed or not rule.holds_on(device):
+            continue
+        if rule.pays is None or rule.pays(*args):
+            wanted.append(rule.operator)
+        else:
+            complete = False
+    if wanted and not batched_levels((x,)):
+        return
+    _install(wanted)
+    if complete:
+        _complete.add((function, device))
+
+
+@constant_while_compiling
+def prepare_traced() -> None:
+    """Register all kernels, for what torch.compile traces: it then runs vmap once."""
+    _install(operator_rules())
+
+
+def remove() -> None:
+    """Remove all kernels, if no block is open and no other thread can be in torch."""
+    if not _libraries or _instead is not None:
+        return
+    with open_blocks.lock:
+        if any([block.alive for block in open_blocks.everywhere()]):
+            return
+        if len(sys._current_frames()) > 1 or _is_running():
+            return
+        _complete.clear()
+        _installed.clear()
+        while _libraries:
+            _libraries.pop()._destroy()  # type: ignore[no-untyped-call]
+
+
+def _is_running() -> bool:
+    """Whether a kernel is running in this thread."""
+    codes = {kernel.__code__ for kernel in _kernels.values()}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code not in codes:
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager
@@ -70,22 +139,24 @@ def only(rule: OperatorRule) -> Iterator[None]:
     """
     global _instead
     table = {**operator_rules(), rule.operator: (rule,)}
-    with open_blocks.lock:
-        for operator in table:
-            if operator not in _installed:
-                _install(operator)
+    _install(table)
     before, _instead = _instead, table
     try:
         yield
     finally:
         _instead = before
+        remove()
 
 
 _KEY = "FuncTorchBatched"
 _instead: OperatorTable | None = None
-_installed: dict[Function, torch.library.Library] = {}
-# By type of device, the operators with rules on it, once all of them are installed.
-_complete: dict[str, frozenset[Function]] = {}
+# What is registered now: the libraries that hold the kernels, their operators, and the
+# functions, by type of device, that lead to no other operators.
+_libraries: list[torch.library.Library] = []
+_installed: set[Function] = set()
+_complete: set[tuple[Function, str]] = set()
+# The kernels are made once. They call the kernels of torch that they replace.
+_kernels: dict[Function, Any] = {}
 
 # torch warns so once in a process. The code adds and removes this filter by hand,
 # because warnings.catch_warnings is not thread-safe.
@@ -98,18 +169,30 @@ _QUIET = (
 )
 
 
-def _install(operator: Any) -> None:
-    kernel = _kernel(operator)
-    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-    warnings.filters.insert(0, _QUIET)  # type: ignore[attr-defined]
-    try:
-        library.impl(  # type: ignore[no-untyped-call]
-            operator, kernel, _KEY, with_keyset=True
-        )
-    finally:
-        if _QUIET in warnings.filters:
-            warnings.filters.remove(_QUIET)  # type: ignore[attr-defined]
-    _installed[operator] = library
+def _install(operators: Iterable[Any]) -> None:
+    """Register kernels for operators that do not have one of ours.
+
+    Does nothing in versions of torch in which torch's own rule cannot be called.
+    """
+    missing = [one for one in operators if one not in _installed]
+    if not missing or not hasattr(torch.library, "get_kernel"):
+        return
+    with open_blocks.lock:
+        library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+        _libraries.append(library)
+        warnings.filters.insert(0, _QUIET)  # type: ignore[attr-defined]
+        try:
+            for operator in missing:
+                if operator not in _installed:
+                    if operator not in _kernels:
+                        _kernels[operator] = _kernel(operator)
+                    library.impl(  # type: ignore[no-untyped-call]
+                        operator, _kernels[operator], _KEY, with_keyset=True
+                    )
+                    _installed.add(operator)
+        finally:
+            if _QUIET in warnings.filters:
+                warnings.filters.remove(_QUIET)  # type: ignore[attr-defined]
 
 
 def _kernel(operator: Any) -> Callable[..., Any]:
@@ -120,7 +203,7 @@ def _kernel(operator: Any) -> Callable[..., Any]:
     @run_while_compiling
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         rules = _in_force(operator)
-        if rules:
+        if rules and _instead is None:
             with unseen_by_modes():
                 rules = tuple([rule for rule in rules if _may_accept(rule, args)])
         if rules:

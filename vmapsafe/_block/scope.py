@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vmapsafe._block import open_blocks
+from vmapsafe._block import open_blocks, operators
 from vmapsafe._block.backward import (
     HOOKING,
     Passed,
@@ -33,7 +33,6 @@ from vmapsafe._block.callers import (
 )
 from vmapsafe._block.covered import Layer, Model
 from vmapsafe._block.models import (
-    device_of,
     find,
     is_hand_made_write,
     put_back,
@@ -41,7 +40,6 @@ from vmapsafe._block.models import (
     switch,
 )
 from vmapsafe._block.open_blocks import here
-from vmapsafe._block.operators import install
 from vmapsafe._block.switched import covering, own_class
 from vmapsafe._block.writes import (
     WRITE_SEVERAL,
@@ -97,6 +95,8 @@ class Scope(TorchFunctionMode):
                 self.covers[module] = model
             self.layers.update(model.layers)
         self.callers = Callers(self.layers, self.mode)
+        recorded = options.copies_at is not None
+        self._leading = operators.leading(recorded) if self.fast else ()
         self._buffers = BuffersOf(models)
         self.copied = False  # whether a layer was, inside
         self._handling = 0  # how many calls it is handling
@@ -135,9 +135,13 @@ class Scope(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if _compiling():
+            if func in self._leading:
+                operators.prepare_traced()
             return self._call(func, args, kwargs or {})
         if self._traced and not self.closed:
             self._refuse_a_break()
+        if func in self._leading:
+            operators.prepare(func, args)
         if func in self.table.others and top_hooks(True) is None:
             if not kwargs:
                 return func(*args)
@@ -378,8 +382,7 @@ class Scope(TorchFunctionMode):
             open_blocks.set_everywhere((*open_blocks.everywhere(), self))
             listen()
             switch(self.models)
-        if self.fast:
-            install(lambda: {device_of(model.root).type for model in self.models})
+        operators.install([model.device for model in self.models])
         open_blocks.set_blocks((*open_blocks.blocks(), self))
         put_on(self)
 
@@ -405,6 +408,7 @@ class Scope(TorchFunctionMode):
                 mine = [b for b in reversed(open_blocks.blocks()) if b.alive]
                 put_back(self.models, [*mine, *[b for b in reversed(left) if b.alive]])
             self.closed = True
+            operators.remove()
         finally:
             self.closing = False
         return found

@@ -7,6 +7,7 @@ the kernel and its backward sample by sample. The fused kernels of CUDA have one
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmapsafe._call import Call, batch_size, expanded
@@ -97,5 +98,9 @@ for _name, _operator, _reference in (
             batched=_merged,
             reference=slice_by_slice(_reference),
             devices=DEVICES,
+            functions=(
+                F.scaled_dot_product_attention,
+                F.multi_head_attention_forward,
+            ),
         )
     )

@@ -16,21 +16,38 @@ cuDNN takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmapsafe._call import Call, batch_first
 from vmapsafe._rule import OperatorRule, register, slice_by_slice
-from vmapsafe._torch import is_plain
+from vmapsafe._torch import innermost, is_plain
 from vmapsafe.rules import references
 from vmapsafe.rules.precision import wide
 from vmapsafe.rules.regimes import Regimes
 
-# From this many values per sample and channel, the fused backward by running statistics
-# is faster than separate operations, by type of device. That of the CPU was measured by
-# bench/thresholds/batch_norm.py on an x86 server core, float32, torch 2.13.
-REGIMES = Regimes(cpu=128, cuda=0)
+
+@dataclass(frozen=True)
+class Regime:
+    """The sizes from which the rules here are faster.
+
+    Attributes:
+        batch: from this many numbers in the whole batch they win over torch's rules.
+        channel: from this many values of a sample and channel, the fused backward by
+            running statistics wins over separate operations.
+    """
+
+    batch: int
+    channel: int
+
+
+# That of the CPU was measured by bench/thresholds/batch_norm.py on an x86 server core,
+# float32, torch 2.13.
+REGIMES = Regimes(cpu=Regime(batch=2**13, channel=128), cuda=Regime(batch=0, channel=0))
 
 _forward = torch.ops.aten.native_batch_norm.default
 _backward = torch.ops.aten.native_batch_norm_backward.default
@@ -39,6 +56,11 @@ _cudnn_forward = torch.ops.aten.cudnn_batch_norm.default
 _cudnn_backward = torch.ops.aten.cudnn_batch_norm_backward.default
 
 _CHANNELWISE = ("weight", "bias", "running_mean", "running_var")
+
+
+def _pays(x: Tensor, *others: Any) -> bool:
+    """Whether a call with this input, or output gradient, is large enough."""
+    return innermost(x).numel() >= REGIMES[x.device.type].batch
 
 
 def _takes(call: Call, *batched: str) -> bool:
@@ -173,7 +195,7 @@ def _by_running_backward(
     """The gradients of the input and, for each slice, of the weight and the bias."""
     x, grad = batch_first(call, "input"), batch_first(call, "grad_out")
     batch, n, channels = x.shape[:3]
-    least = REGIMES[x.device.type]
+    least = REGIMES[x.device.type].channel
     if 0 < x.numel() >= least * batch * n * channels:
         merged = {
             "grad_out": grad.reshape(1, batch * n * channels, -1).contiguous(),
@@ -435,5 +457,8 @@ for _name, _operator, _accepts, _batched, _reference in (
             batched=_batched,
             reference=slice_by_slice(_reference),
             devices=None,
+            functions=(F.batch_norm, torch.batch_norm, F.instance_norm),
+            pays=_pays,
+            may_accept=_pays,
         )
     )

@@ -313,6 +313,10 @@ register(
         batched=_merged,
         reference=slice_by_slice(_by_autograd),
         devices=None,
+        functions=(
+            *FUNCTIONS,
+            *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+        ),
     )
 )
 

@@ -89,6 +89,7 @@ register(
         batched=_sparse_sum,
         reference=slice_by_slice(_plain),
         devices=DEVICES,
+        functions=(F.embedding, torch.embedding),
     )
 )
 

@@ -25,7 +25,12 @@ from torch import Tensor
 from vmapsafe._call import Call, batch_first, expanded
 from vmapsafe._modes import MODES
 from vmapsafe._rule import FunctionRule, OperatorRule, register, slice_by_slice
-from vmapsafe._torch import autograd_records, is_differentiated, is_plain
+from vmapsafe._torch import (
+    autograd_records,
+    innermost,
+    is_differentiated,
+    is_plain,
+)
 from vmapsafe.rules import references
 from vmapsafe.rules.kept_calls import ByKernel, KeptCalls, keep_calls
 from vmapsafe.rules.normalisation import (
@@ -66,15 +71,16 @@ _backward = torch.ops.aten.native_layer_norm_backward.default
 def _accepts(call: Call) -> bool:
     x = call["input"]
     return (
-        _is_worth(x)
+        _pays(x)
         and call.in_dims["input"] is not None
         and _has_affine(call, x.dtype)
         and _shares_affine(call)
     )
 
 
-def _is_worth(x: Tensor) -> bool:
-    return x.numel() >= max(1, REGIMES[x.device.type].batch)
+def _pays(x: Tensor, *others: Any) -> bool:
+    """Whether a call with this input, or output gradient, is large enough."""
+    return innermost(x).numel() >= max(1, REGIMES[x.device.type].batch)
 
 
 def _has_affine(call: Call, dtype: torch.dtype) -> bool:
@@ -101,7 +107,7 @@ _SAVED = ("grad_out", "input", "mean", "rstd")
 def _accepts_backward(call: Call) -> bool:
     return (
         _has_one_dtype(call)
-        and _is_worth(call["input"])
+        and _pays(call["input"])
         and _shares_affine(call)
         and all([call.in_dims[name] is not None for name in _SAVED])
     )
@@ -277,6 +283,9 @@ register(
         batched=_merged,
         reference=slice_by_slice(_plain),
         devices=None,
+        functions=(F.layer_norm, torch.layer_norm),
+        pays=_pays,
+        may_accept=_pays,
     )
 )
 register(
@@ -287,6 +296,9 @@ register(
         batched=_merged_backward,
         reference=slice_by_slice(_plain_backward),
         devices=None,
+        functions=(F.layer_norm, torch.layer_norm),
+        pays=_pays,
+        may_accept=_pays,
     )
 )
 register(
@@ -297,6 +309,9 @@ register(
         batched=_differentiated_backward,
         reference=slice_by_slice(_plain_backward),
         devices=None,
+        functions=(F.layer_norm, torch.layer_norm),
+        pays=_pays,
+        may_accept=_pays,
     )
 )
 register(

@@ -37,6 +37,10 @@ def _may_be_large(bias: Tensor, x: Tensor, weight: Tensor) -> bool:
     return outputs >= REGIMES[whole.device.type] * weight.size(-2)
 
 
+def _pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    return bias is not None and _may_be_large(bias, x, weight.mT)
+
+
 def _adds_a_bias(call: Call) -> bool:
     bias, x, weight = call["self"], call["mat1"], call["mat2"]
     numbers = x.numel() // max(1, len(weight)) * weight.size(-1)
@@ -70,6 +74,8 @@ register(
         name="addmm, batches merged",
         operator=_addmm,
         accepts=_adds_a_bias,
+        functions=(F.linear,),
+        pays=_pays,
         may_accept=_may_be_large,
         batched=_fused,
         reference=slice_by_slice(_plain_sum),
