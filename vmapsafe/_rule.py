@@ -115,13 +115,14 @@ class Table(dict[Function, tuple[FunctionRule, ...]]):
         self.others: set[Function] = set()
 
 
+Pays = Callable[..., bool] | None
 OperatorTable = Mapping[Function, tuple[OperatorRule, ...]]
 
 _functions: list[FunctionRule] = []
 _tables: dict[str, Table] = {}
 _operators: dict[Function, tuple[OperatorRule, ...]] = {}
 _corrections: list[OperatorRule] = []
-_reached: dict[Function, tuple[OperatorRule, ...]] = {}
+_reached: dict[Function, dict[Pays, tuple[OperatorRule, ...]]] = {}
 _parameters: dict[Function, Signature] = {}
 
 
@@ -145,7 +146,8 @@ def register(rule: Rule) -> None:
         if not rule.speed:
             _corrections.append(rule)
         for function in rule.functions:
-            _reached[function] = (*_reached.get(function, ()), rule)
+            found = _reached.setdefault(function, {})
+            found[rule.pays] = (*found.get(rule.pays, ()), rule)
         return
     for mode in rule.modes:
         check_mode("register(...)", mode)
@@ -186,8 +188,11 @@ def corrections() -> Collection[OperatorRule]:
     return _corrections
 
 
-def reached_by() -> Mapping[Function, tuple[OperatorRule, ...]]:
-    """The rules of the operators that each function calls, itself or in backward."""
+def reached_by() -> Mapping[Function, Mapping[Pays, tuple[OperatorRule, ...]]]:
+    """The rules of the operators that each function calls, itself or in backward.
+
+    They are in groups, by what tells whether a call is large enough.
+    """
     return _reached
 
 

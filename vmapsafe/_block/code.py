@@ -7,6 +7,7 @@ import dis
 import functools
 import inspect
 import weakref
+from collections.abc import Collection
 
 from torch import nn
 
@@ -20,15 +21,18 @@ def may_assign(module: nn.Module) -> bool:
     and of functions that these call by name; the buffers are those of the module and of
     modules below it.
     """
-    stored = {*_stored_by(own_class(module))}
-    for value in vars(module).values():
-        if callable(value):
-            _look_for_stores(value, stored, set())
+    stored: Collection[str] = _stored_by(own_class(module))
+    if len(vars(module)) > _ATTRIBUTES:
+        functions = [value for value in vars(module).values() if callable(value)]
+        if functions:
+            stored = {*stored}
+            for function in functions:
+                _look_for_stores(function, stored, set())
     if not stored:
         return False
-    if not stored.isdisjoint(_DYNAMIC):
+    if not _DYNAMIC.isdisjoint(stored):
         return True
-    return any([not stored.isdisjoint(m._buffers) for m in module.modules()])
+    return any([not m._buffers.keys().isdisjoint(stored) for m in module.modules()])
 
 
 def normalises_itself(module: nn.Module) -> bool:
@@ -55,6 +59,7 @@ def _own_bases(kind: type) -> list[type]:
 
 # Code that names one of these may assign any attribute.
 _DYNAMIC = {"setattr", "__setattr__", "register_buffer", "_buffers", "__dict__"}
+_ATTRIBUTES = len(vars(nn.Module()))  # what every module has
 _stored: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
 
 

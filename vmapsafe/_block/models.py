@@ -190,7 +190,8 @@ def _look_at(root: nn.Module, options: Options) -> Model:
     while waiting:
         module, path = waiting.pop()
         paths[module] = path
-        for name, child in reversed(list(module._modules.items())):
+        children = module._modules
+        for name, child in reversed([*children.items()]) if children else ():
             if type(child).__name__ == "OptimizedModule":
                 # A wrapper that torch.compile would trace as two modules.
                 child = unwrapped(child)  # type: ignore[arg-type]
@@ -198,16 +199,17 @@ def _look_at(root: nn.Module, options: Options) -> Model:
                 seen.add(child)
                 waiting.append((child, f"{path}.{name}" if path else name))
         # torch.compile would guard every class that was ever met.
-        if compiling or type(module) not in _harmless:
-            _raise(refusal(module, mode), module, model, mode)
+        if compiling or type(module) not in _plain:
+            if compiling or type(module) not in _harmless:
+                _raise(refusal(module, mode), module, model, mode)
+            if isinstance(module, torch.jit.ScriptModule):
+                if is_normalisation(module) and mode.reads_running_stats:
+                    if not _is_frozen(owners_flags(module), of_root):
+                        model.scripted[module] = module.training
+                continue
         if module._forward_pre_hooks and not compiling:
             tensors = {n: t for n, t in vars(module).items() if isinstance(t, Tensor)}
             model.computed[module] = tensors
-        if isinstance(module, torch.jit.ScriptModule):
-            if is_normalisation(module) and mode.reads_running_stats:
-                if not _is_frozen(owners_flags(module), of_root):
-                    model.scripted[module] = module.training
-            continue
         if module._parameters:
             model.names[module] = tuple(module._parameters)
         if module._buffers:
@@ -226,10 +228,11 @@ def _look_at(root: nn.Module, options: Options) -> Model:
     parts = model.parts
     if not compiling:
         for module in paths:
-            needed = _parts(module, model, bool(buffered), also)
-            if needed:
-                parts[module] = needed
-                model.given[module] = vars(module)
+            if module in model.layers or module._modules or module._buffers:
+                needed = _parts(module, model, bool(buffered), also)
+                if needed:
+                    parts[module] = needed
+                    model.given[module] = vars(module)
     return Model(
         root,
         paths,
@@ -339,8 +342,10 @@ def _wanted_by(blocks: Sequence[Open], module: nn.Module) -> tuple[type, ...]:
 _scripted: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-# Classes whose modules are never refused.
+# Classes whose modules are never refused, and those of torch's own among them that are
+# not TorchScript. A weak set takes longer to ask.
 _harmless: weakref.WeakSet[type] = weakref.WeakSet()
+_plain: set[type] = set()
 
 
 class Refusal(NamedTuple):
@@ -387,6 +392,8 @@ def refusal(module: nn.Module, mode: Mode) -> Refusal | None:
         return None
     if not isinstance(module, (LazyModuleMixin, torch.jit.ScriptModule)):
         _harmless.add(type(module))
+        if of_torch(type(module)):
+            _plain.add(type(module))
     return None
 
 

@@ -44,6 +44,7 @@ from vmapsafe._torch import (
     below_vmap,
     constant_while_compiling,
     current_level,
+    is_wrapped,
     run_while_compiling,
     schema_of,
     unseen_by_modes,
@@ -82,22 +83,21 @@ def prepare(function: Function, args: tuple[Any, ...]) -> None:
         args: the positional arguments of the call.
     """
     x = args[0] if args else None
-    if not isinstance(x, Tensor) or (function, x.device.type) in _complete:
+    if not isinstance(x, Tensor) or not is_wrapped(x):
+        return
+    if (function, x.device.type) in _complete:
         return
     device, complete = x.device.type, True
-    wanted = []
-    for rule in reached_by()[function]:
-        if rule.operator in _installed or not rule.holds_on(device):
-            continue
-        if rule.pays is None or rule.pays(*args):
-            wanted.append(rule.operator)
+    wanted: list[Function] = []
+    for pays, rules in reached_by()[function].items():
+        if pays is None or pays(*args):
+            wanted += [rule.operator for rule in rules if rule.holds_on(device)]
         else:
             complete = False
-    if wanted and not batched_levels((x,)):
-        return
-    _install(wanted)
-    if complete:
-        _complete.add((function, device))
+    if wanted and batched_levels((x,)):
+        _install(wanted)
+        if complete:
+            _complete.add((function, device))
 
 
 @constant_while_compiling

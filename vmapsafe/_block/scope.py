@@ -102,6 +102,7 @@ class Scope(TorchFunctionMode):
         self._handling = 0  # how many calls it is handling
         self.warns = True  # of writes that are left out
         self._traced = _compiling()
+        self._block: Callable[[], object | None] = _nobodys
         if not _compiling():
             self.thread = threading.current_thread()
             self.since = open_blocks.next_node()
@@ -124,7 +125,7 @@ class Scope(TorchFunctionMode):
     @property
     def alive(self) -> bool:
         """Whether it is open, and its owner, who will close it, still exists."""
-        return not self.closed and (_compiling() or self._block() is not None)
+        return not self.closed and self._block() is not None
 
     @run_while_compiling
     def __torch_function__(
@@ -168,7 +169,9 @@ class Scope(TorchFunctionMode):
         torch takes a mode off the stack while the mode handles a call. An interrupt at
         one place there leaves it off.
         """
-        if not self._handling and self not in modes_in_force():
+        if self._handling or innermost_mode() is self:
+            return
+        if self not in modes_in_force():
             put_on(self)
 
     def _call(
@@ -443,6 +446,11 @@ class Scope(TorchFunctionMode):
                         "Use the same options in both threads, or a copy of the "
                         "model",
                     )
+
+
+def _nobodys() -> object:
+    """In the place of a weak reference, which torch.compile cannot trace."""
+    return _nobodys
 
 
 # Classes with a write left out.

@@ -157,13 +157,12 @@ def _shown(index: int, name: str) -> property:
             given = self.__dict__ if LISTS_VARS_WHILE_COMPILING else _traced(self)
             return given[name]
         block = covering(self)
-        if block is not None:
-            layer = block.layers.get(self)
-            if layer is not None:
-                block.see_to_the_rules()
-                shown = layer.shown[index]
-                if shown is not None:
-                    return shown
+        layer = None if block is None else block.layers.get(self)
+        if block is not None and layer is not None:
+            block.see_to_the_rules()
+            shown = layer.shown[index]
+            if shown is not None:
+                return shown
         found = _owners(self, name)
         if found is None:
             raise AttributeError(name)
