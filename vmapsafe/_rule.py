@@ -43,6 +43,8 @@ class FunctionRule:
             several that differ only in name, as in-place methods do.
         modes: the modes in which it holds.
         accepts: whether the rule applies to this call.
+        may_accept: a first look at the positional arguments. False saves the time that
+            finding the layer and ``accepts`` would take.
         batched: makes the output, from the tensors that the call sees under vmap.
         reference: makes the same output for the whole batch (``call.in_dims``), batch
             dimension first. It uses neither vmap nor the code of ``batched``.
@@ -54,6 +56,7 @@ class FunctionRule:
     accepts: Callable[[Call], bool]
     batched: Callable[[Call], Any]
     reference: Callable[[Call], Any]
+    may_accept: Callable[..., bool] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +111,13 @@ class Table(dict[Function, tuple[FunctionRule, ...]]):
 
     Attributes:
         others: functions met that have no rules and may do nothing but compute.
+        first_looks: what tells that no rule of a function accepts a call.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.others: set[Function] = set()
+        self.first_looks: dict[Function, Callable[..., bool]] = {}
 
 
 Pays = Callable[..., bool] | None
@@ -174,6 +179,10 @@ def table(mode: str) -> Table:
             if mode in rule.modes:
                 for function in rule.functions:
                     found[function] = (*found.get(function, ()), rule)
+        for function, rules in found.items():
+            looks = {rule.may_accept for rule in rules}
+            if len(looks) == 1 and (look := looks.pop()) is not None:
+                found.first_looks[function] = look
         _tables[mode] = found
     return _tables[mode]
 

@@ -453,6 +453,26 @@ with vmap_safe(net):
 """)
 
 
+def test_calls_that_torch_refuses():
+    """The error is torch's own, however the arguments are given."""
+    run("""
+def error(function):
+    try:
+        return vmap(function)(x).shape
+    except (TypeError, RuntimeError) as found:
+        return str(found)
+calls = [
+    lambda x: F.linear(x), lambda x: F.linear(x, weight=x), lambda x: F.linear(x, 3),
+    lambda x: F.linear(x.sum(), x), lambda x: F.conv2d(x), lambda x: F.conv2d(x, None),
+    lambda x: F.batch_norm(x), lambda x: F.batch_norm(x, None, None, eps=1),
+    lambda x: F.embedding(x, x),
+]
+expected = [error(call) for call in calls]
+with vmap_safe(net):
+    assert [error(call) for call in calls] == expected
+""")
+
+
 def test_no_kernel_stays_after_the_last_block():
     run("""
 def check(*inside):

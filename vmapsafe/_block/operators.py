@@ -85,19 +85,20 @@ def prepare(function: Function, args: tuple[Any, ...]) -> None:
     x = args[0] if args else None
     if not isinstance(x, Tensor) or not is_wrapped(x):
         return
-    if (function, x.device.type) in _complete:
-        return
-    device, complete = x.device.type, True
-    wanted: list[Function] = []
-    for pays, rules in reached_by()[function].items():
-        if pays is None or pays(*args):
-            wanted += [rule.operator for rule in rules if rule.holds_on(device)]
-        else:
-            complete = False
-    if wanted and batched_levels((x,)):
-        _install(wanted)
-        if complete:
-            _complete.add((function, device))
+    with unseen_by_modes():
+        device, complete = x.device.type, True
+        if (function, device) in _complete:
+            return
+        wanted: list[Function] = []
+        for pays, rules in reached_by()[function].items():
+            if pays is None or pays(*args):
+                wanted += [rule.operator for rule in rules if rule.holds_on(device)]
+            else:
+                complete = False
+        if wanted and batched_levels((x,)):
+            _install(wanted)
+            if complete:
+                _complete.add((function, device))
 
 
 @constant_while_compiling

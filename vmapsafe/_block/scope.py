@@ -141,13 +141,19 @@ class Scope(TorchFunctionMode):
             return self._call(func, args, kwargs or {})
         if self._traced and not self.closed:
             self._refuse_a_break()
-        if func in self._leading:
+        if func in self._leading and not self.closed:
             operators.prepare(func, args)
-        if func in self.table.others and top_hooks(True) is None:
-            if not kwargs:
-                return func(*args)
-            if kwargs.get("out") is None and not kwargs.get("inplace"):
-                return func(*args, **kwargs)
+        if top_hooks(True) is None:
+            if func in self.table.others:
+                if not kwargs:
+                    return func(*args)
+                if kwargs.get("out") is None and not kwargs.get("inplace"):
+                    return func(*args, **kwargs)
+            elif func in self.table.first_looks and not kwargs:
+                with unseen_by_modes():
+                    needs_a_rule = self.table.first_looks[func](*args)
+                if not needs_a_rule:
+                    return func(*args)
         kwargs = kwargs or {}
         if not self.alive:
             return func(*args, **kwargs)

@@ -9,6 +9,7 @@ in ``sync``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +137,25 @@ def _staying_in_eval(call: Call) -> Tensor:
     return y
 
 
+def _may_need_a_rule(
+    x: Any,
+    mean: Any = None,
+    var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    *rest: Any,
+) -> bool:
+    """Whether a rule may accept a call of ``F.batch_norm`` with these arguments."""
+    return (
+        training
+        or not (isinstance(x, Tensor) and isinstance(mean, Tensor))
+        or x.dtype != mean.dtype
+        or has_several_layouts(x)
+        or autocasts(x.device)
+    )
+
+
 for _function in (F.batch_norm, F.instance_norm):
     register(
         FunctionRule(
@@ -143,6 +163,7 @@ for _function in (F.batch_norm, F.instance_norm):
             functions=(_function,),
             modes=MODES,
             accepts=_asks_for_its_own,
+            may_accept=_may_need_a_rule,
             batched=_staying_in_eval,
             reference=slice_by_slice(references.by_running_statistics),
         )
@@ -179,6 +200,7 @@ register(
         functions=(F.batch_norm,),
         modes=MODES,
         accepts=_uses_own_statistics,
+        may_accept=_may_need_a_rule,
         batched=_by_own_statistics,
         reference=slice_by_slice(references.batch_norm),
     )
@@ -247,6 +269,7 @@ register(
         functions=(F.batch_norm, F.instance_norm),
         modes=MODES,
         accepts=_reads_statistics,
+        may_accept=_may_need_a_rule,
         batched=_by_running_statistics,
         reference=slice_by_slice(references.by_running_statistics),
     )
@@ -285,6 +308,7 @@ register(
         functions=(F.batch_norm,),
         modes=MODES,
         accepts=_is_batch_of_one,
+        may_accept=_may_need_a_rule,
         batched=with_one_layout,
         reference=slice_by_slice(_plain_batch_of_one),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +38,12 @@ def _may_be_large(bias: Tensor, x: Tensor, weight: Tensor) -> bool:
     return outputs >= REGIMES[whole.device.type] * weight.size(-2)
 
 
-def _pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    whole = innermost(x)
-    outputs = whole.numel() * len(weight)
-    return bias is not None and outputs >= REGIMES[x.device.type] * x.size(-1)
+def _pays(x: Tensor, weight: Any = None, bias: Any = None) -> bool:
+    """Whether a call of ``F.linear`` has so many outputs, as far as can be seen."""
+    if not isinstance(weight, Tensor) or not x.dim():
+        return True
+    products = innermost(x).numel() * weight.numel()
+    return bias is not None and products >= REGIMES[x.device.type] * x.size(-1) ** 2
 
 
 def _adds_a_bias(call: Call) -> bool:
