@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from vmapsafe.rules.products import processor
+
 from . import batch_norm, convolution, layers, pieces, products
 from .bench import best_times, summary
 
@@ -169,7 +171,7 @@ def show(benches, found, device):
 
 def entry_code(table, device, proposed):
     """The entry of a table, as it is written there."""
-    key = f'"{vendor()}": ' if table == "products" else f"{device}="
+    key = f'"{" ".join(processor())}": ' if table == "products" else f"{device}="
     if "" in proposed:
         return f"    {key}{proposed['']},"
     lines = [f"{field}={value}," for field, value in proposed.items()]
@@ -179,12 +181,6 @@ def entry_code(table, device, proposed):
     if missing:
         text += f"  # not measured: {', '.join(sorted(missing))}"
     return textwrap.indent(text, "    ")
-
-
-def vendor():
-    """Of the processor, under which products.py keeps its entries."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(x.partition(":")[2].strip() for x in lines if "vendor_id" in x)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def _keep(
         formulas["bias"] = Bias(bias.shape, -1)
     return ByFormulas(
         forward=lambda x: linear(x, weight, bias),
-        input_gradient=lambda x, grad: grad @ weight.to(grad.dtype),
+        input_gradient=lambda x, grad: linear(grad, weight.to(grad.dtype).mT, None),
         formulas=formulas,
     )
 

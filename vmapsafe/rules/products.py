@@ -25,22 +25,30 @@ class Regime:
     Attributes:
         least: from this many multiplications on.
         longest: sums of up to this many products; it copies one of the matrices.
+        turned: the same if both matrices lie transposed, as for a weight gradient.
     """
 
     least: int
     longest: int
+    turned: int
 
 
-# By the vendor of the processor. Measured by bench/thresholds/products.py, float32, one
-# thread, torch 2.13.
-ONEDNN = {"AuthenticAMD": Regime(least=2**23, longest=2**18)}
+# By the vendor of the processor, and its family if that differs. Measured by
+# bench/thresholds/products.py, float32, one thread, torch 2.13. A core of family 25
+# multiplies 256 bits at a time. MKL comes close to what it can do with square matrices,
+# and oneDNN took 0.5 to 1.0 of MKL's time.
+ONEDNN = {
+    "AuthenticAMD": Regime(least=2**23, longest=2**18, turned=512),
+    "AuthenticAMD 25": Regime(least=2**23, longest=2**18, turned=64),
+}
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """(M, N): ``a`` (M, K) times the transpose of ``b`` (N, K)."""
     if not _onednn_wins(a, b):
         return a @ b.mT
-    if len(a) < len(b):  # the other one is copied
+    # The first matrix should not lie transposed, and the second is copied.
+    if (b.is_contiguous(), len(b)) > (a.is_contiguous(), len(a)):
         return _onednn(b, a, None).mT
     return _onednn(a, b, None)
 
@@ -55,7 +63,8 @@ def is_exact(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., O): what ``F.linear`` gives of x (..., C) and weight (O, C)."""
-    if _onednn_wins(x, weight) and not autocasts(x.device):
+    wins = x.is_contiguous() and _onednn_wins(x, weight)
+    if wins and not autocasts(x.device):
         return _onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -72,24 +81,26 @@ def _onednn_wins(x: Tensor, weight: Tensor) -> bool:
     return (
         regime is not None
         and x.numel() * len(weight) >= regime.least
-        and x.size(-1) <= regime.longest
+        and x.size(-1) <= _longest(regime, x, weight)
         and x.dtype == weight.dtype == torch.float32
-        and _takes(x)
-        and _takes(weight)
         and is_plain(x)
         and is_plain(weight)
         and multiplies_exactly(x.device)
     )
 
 
-def _takes(x: Tensor) -> bool:
-    """Whether the layout is one for which oneDNN is fast."""
+def _longest(regime: Regime, x: Tensor, weight: Tensor) -> int:
+    """How long its sums may be for matrices that lie as these do in memory."""
+    lie = [_lies(x), _lies(weight)]
+    if None in lie:
+        return 0
+    return regime.longest if "straight" in lie else regime.turned
+
+
+def _lies(x: Tensor) -> str | None:
     if x.is_contiguous():
-        return True
-    return x.dim() == 2 and x.mT.is_contiguous() and x.size(1) <= _TURNED
-
-
-_TURNED = 512  # a matrix that lies transposed may have rows of this length
+        return "straight"
+    return "turned" if x.dim() == 2 and x.mT.is_contiguous() else None
 
 
 @functools.cache
@@ -97,9 +108,16 @@ def _regime() -> Regime | None:
     """That of this processor; None where MKL is never slower, or it is not known."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
+    vendor, family = processor()
+    return ONEDNN.get(f"{vendor} {family}", ONEDNN.get(vendor))
+
+
+def processor() -> tuple[str, str]:
+    """The vendor of this processor and its family, "" where the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # another system
-        return None
-    vendors = [line.partition(":")[2].strip() for line in lines if "vendor_id" in line]
-    return ONEDNN.get(vendors[0]) if vendors else None
+        return "", ""
+    pairs = [line.partition(":") for line in lines]
+    found = {name.strip(): value.strip() for name, _, value in pairs}
+    return found.get("vendor_id", ""), found.get("cpu family", "")
