@@ -97,9 +97,9 @@ def shapes():
         yield Shape(1, c, o, k, s, stride=2)
     for k, c, o, s in product((1, 2, 3), (*few, 64), (16, 64), (2, 4, 8, 16)):
         yield Shape(3, c, o, k, s)
-    for k, c, s in product((3, 5, 7), (32, 128, 512), (2, 4, 8, 16, 32)):
+    for k, c, s in product((3, 5, 7), (32, 128, 512), (1, 2, 3, 4, 8, 16, 32)):
         yield Shape(2, c, c, k, s, groups=c)
-    for k, c, s in product((3, 31), (32, 256), (16, 64, 256)):
+    for k, c, s in product((3, 31), (32, 256), (2, 4, 16, 64, 256)):
         yield Shape(1, c, c, k, s, groups=c)
     for g, c, o, s in product((2, 8, 32), (4, 16, 64), (4, 16, 64), (4, 8, 16)):
         if g * max(c, o) <= 512:
@@ -168,7 +168,10 @@ def algorithms(device, dtype, batch, **shape):
         changed = use(device, winners=(Winner(name),))
         return lambda: setting(operators.only(RULE), changed)
 
-    return {name: (only(name), run) for name in ("torch", *convolution.ALGORITHMS)}
+    names = {"torch": None, **convolution.ALGORITHMS}
+    if shape.channels != shape.groups or shape.outputs != shape.groups:
+        del names["sums"]  # they would be far too large
+    return {name: (only(name), run) for name in names}
 
 
 def use(device, **changed):
@@ -288,6 +291,9 @@ def bounds(box, measured):
     return found
 
 
+LONG = 1e6  # seconds
+
+
 def show(row):
     given = {k: v for k, v in asdict(row).items() if v != ANY and k != "algorithm"}
     text = ", ".join([f'"{row.algorithm}"', *(f"{k}={v}" for k, v in given.items())])
@@ -296,8 +302,12 @@ def show(row):
 
 def winners(found, device, least=0.7, worst=1.03):
     """The field of an entry. ``least`` and ``worst`` are as in ``rows``."""
+    names = {name for _, times in found for name in times}
     measured = {
-        Shape(**{k: v for k, v in case.items() if k != "batch"}): times
+        Shape(**{k: v for k, v in case.items() if k != "batch"}): {
+            **dict.fromkeys(names, LONG),  # of those that did not run
+            **times,
+        }
         for case, times in found
     }
     lines = [f"    {show(row)}" for row in rows(measured, least, worst)]

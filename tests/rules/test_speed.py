@@ -6,6 +6,7 @@ import sys
 import threading
 
 import pytest
+import slow
 import torch
 import torch.nn.functional as F
 from measured import change_regimes, take_regimes_of_a_gpu
@@ -15,7 +16,9 @@ from torch.autograd import forward_ad
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmapsafe import per_sample_grads, vmap_safe
+from vmapsafe import per_sample, per_sample_grads
+from vmapsafe import quantities as q
+from vmapsafe import vmap_safe
 from vmapsafe._block import operators
 from vmapsafe._rule import operator_rules
 from vmapsafe.rules import convolution
@@ -98,10 +101,29 @@ def test_same_as_torchs_own(name, net, taken):
     assert bool(taken) == (name not in UNUSED)
 
 
+@pytest.mark.parametrize("algorithm", ["products", "sums"])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_every_kind_under_every_transform(name, kinds, taken):
+def test_every_kind_under_every_transform(name, algorithm, kinds, taken, monkeypatch):
     """Groups, dilation, transposed and padding on one side are no exceptions."""
+    force(monkeypatch, algorithm)
     test_same_as_torchs_own(name, kinds, taken)
+
+
+@pytest.mark.parametrize("algorithm", ["torch", *convolution.ALGORITHMS])
+def test_quantities_by_every_algorithm(algorithm, kinds, monkeypatch):
+    """Rows, norms and weighted sums in one pass equal those of a loop."""
+    force(monkeypatch, algorithm)
+    x, y = torch.randn(5, 2, 4, 4).double(), torch.randint(3, (5,))
+    expected = slow.rows_in(kinds, "eval", F.cross_entropy, x, y)
+    weights = torch.randn(5).double()
+    wanted = {"rows": q.Rows(), "norms": q.Norms(), "sum": q.WeightedSum(weights)}
+    found = per_sample(kinds, F.cross_entropy, x, y, want=wanted)
+    assert_same(found["rows"], expected)
+    assert_same(found["norms"], slow.norms(expected))
+    assert_same(found["sum"], slow.weighted(expected, weights))
+    memory = {name: torch.empty_like(rows) for name, rows in expected.items()}
+    per_sample_grads(kinds, F.cross_entropy, x, y, out=memory)
+    assert_same(memory, expected)
 
 
 def test_without_recording(net, monkeypatch):
@@ -244,11 +266,15 @@ def test_who_computes(name, algorithm, taken, monkeypatch):
 ENTRIES = {
     "depthwise": (nn.Conv2d(64, 64, 3, groups=64), 8, "torch"),
     "depthwise, large": (nn.Conv2d(8, 8, 5, groups=8), 20, "products"),
+    "depthwise, one position": (nn.Conv2d(32, 32, 3, 1, 1, groups=32), 1, "products"),
+    "depthwise, few positions": (nn.Conv2d(128, 128, 3, 1, 1, groups=128), 2, "sums"),
     "few channels a group": (nn.Conv2d(32, 32, 3, groups=8), 20, "products"),
     "many channels a group": (nn.Conv2d(32, 32, 3, groups=2), 20, "torch"),
     "many positions": (nn.Conv2d(64, 64, 3), 40, "torch"),
     "few positions": (nn.Conv2d(64, 128, 3), 6, "products"),
-    "one position": (nn.Conv2d(16, 8, 1), 8, "products"),
+    "one position": (nn.Conv2d(32, 64, 2), 2, "products"),
+    "a kernel of one position": (nn.Conv2d(16, 8, 1), 8, "products"),
+    "few channels": (nn.Conv2d(3, 16, 3), 5, "turned products"),
     "a first layer": (nn.Conv2d(3, 32, 3), 32, "turned products"),
 }
 

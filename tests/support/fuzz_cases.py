@@ -166,7 +166,8 @@ class Case:
         if self.autocast:
             self.dtype = torch.float32
         self.fast = rng.random() < 0.7
-        self.regimes = rng.choice(("", "", "products", "turned products", "gpu"))
+        algorithms = "products", "turned products", "sums"
+        self.regimes = rng.choice(("", "", *algorithms, "gpu"))
         self.num_groups = rng.choice((1, 1, 2, 2, 3, 32, _one_each, _halves))
         dropout = self.what in WITH_DROPOUT and rng.random() < 0.15
         self.randomness = rng.choice(("same", "different")) if dropout else "error"

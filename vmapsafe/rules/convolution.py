@@ -15,8 +15,8 @@ These alternatives were tried on a CPU, and were slower for every shape:
   not used.
 
 For a depthwise convolution, torch's own rule is already one call with B * C channels.
-It is fast for 3 x 3 kernels but not for larger ones. Its forward merges the batch
-dimensions.
+It is fast for 3 x 3 kernels but not for larger ones, or for images of a few positions.
+Its forward merges the batch dimensions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from vmapsafe.rules.convolution_regimes import REGIMES
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
 from vmapsafe.rules.outer_products import batched_product
-from vmapsafe.rules.precision import HALVES
+from vmapsafe.rules.precision import HALVES, wide
 
 _backward = torch.ops.aten.convolution_backward.default
 FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)  # by the number of dimensions
@@ -273,9 +273,42 @@ def _turned_products(
     return _products(call, grad, x, out, turned=True)
 
 
+def _sums(call: Call, grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """For each number of the kernel, a sum over the positions where it sees an input.
+
+    It does not compute with padding, which is most of what a kernel sees of an image of
+    a few positions.
+    """
+    if call["transposed"]:
+        grad, x = x, grad
+    weight, groups, dtype = call["weight"], call["groups"], grad.dtype
+    # (B, N, G, O, 1, *L) and (B, N, G, 1, C, *S)
+    grads = wide(grad).reshape(*grad.shape[:2], groups, -1, 1, *grad.shape[3:])
+    inputs = wide(x).reshape(*x.shape[:2], groups, 1, -1, *x.shape[3:])
+    options = [call[name] for name in ("stride", "padding", "dilation")]
+    sums = []
+    for offset in itertools.product(*map(range, weight.shape[2:])):
+        at_grads: list[Any] = [...]
+        at_inputs: list[Any] = [...]
+        for n, size, k, s, p, d in zip(
+            *(grads.shape[5:], inputs.shape[5:], offset), *options
+        ):
+            first = k * d - p  # what it sees from the first position
+            begin = max(0, -(first // s))
+            count = max(0, min(n, (size - 1 - first) // s + 1) - begin)
+            at_grads.append(slice(begin, begin + count))
+            seen = first + s * begin
+            at_inputs.append(slice(seen, seen + s * count, s))
+        products = grads[tuple(at_grads)] * inputs[tuple(at_inputs)]
+        sums.append(products.flatten(5).sum(5).sum(1))
+    rows = torch.stack(sums, 4).reshape(-1, *weight.shape).to(dtype)
+    return rows if out is None else out.copy_(rows)
+
+
 ALGORITHMS: Mapping[str, Callable[..., Tensor]] = {
     "products": _products,
     "turned products": _turned_products,
+    "sums": _sums,
 }
 
 
@@ -414,6 +447,8 @@ class Weight(Products):
         return super().projected(x, grad, left, right)
 
     def weighted(self, x: Tensor, grad: Tensor, factors: Tensor | None) -> Tensor:
+        if algorithm(self._call(x, grad)) == "sums":  # also faster for all together
+            return super().weighted(x, grad, factors)
         dtype = grad.dtype
         x, grad = times(x, grad, factors)
         return self._ordinary(x.flatten(0, 1), grad.flatten(0, 1)).to(dtype)

@@ -85,7 +85,14 @@ REGIMES = Regimes(
     cpu=Regime(
         winners=(
             Winner("products", kernel=ONE, groups=ONE, channels=(12, MANY)),
-            # The first layer of a network.
+            # Few input channels, as in the first layer of a network.
+            Winner(
+                "turned products",
+                kernel=(2, 20),
+                groups=ONE,
+                channels=(1, 8),
+                outputs=(8, 90),
+            ),
             Winner(
                 "turned products",
                 dims=(1, 2),
@@ -102,7 +109,7 @@ REGIMES = Regimes(
                     groups=ONE,
                     channels=(channels, MANY),
                     outputs=(outputs, MANY),
-                    positions=(2, positions),
+                    positions=(1, positions),
                 )
                 for channels, outputs, positions in (
                     *((24, 48, 16), (48, 96, 64), (96, 48, 64)),
@@ -114,6 +121,13 @@ REGIMES = Regimes(
                 "products", dims=ONE, kernel=(11, MANY), groups=ONE, channels=(12, MANY)
             ),
             # Depthwise convolutions for which torch does not have a fast kernel.
+            Winner("products", positions=ONE, **DEPTHWISE),
+            Winner(
+                "sums",
+                dims=(2, 2),
+                positions=(2, 4),
+                **{**DEPTHWISE, "groups": (128, MANY)},
+            ),
             Winner("products", dims=ONE, kernel=(15, MANY), **DEPTHWISE),
             Winner(
                 "products",
