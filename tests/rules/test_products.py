@@ -1,9 +1,15 @@
 """Products by oneDNN equal those in float64, in every layout that it takes."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from measured import change_regimes
+from torch.func import grad, vmap
 
+from vmapsafe._block import operators
+from vmapsafe._rule import operator_rules
 from vmapsafe.rules import products
 from vmapsafe.rules.kept_calls import KEPT_CALLS
 
@@ -67,6 +73,32 @@ def test_input_gradient_of_a_linear_layer(calls):
     torch.testing.assert_close(kept.input_gradient(x, grad), expected.float())
     ((_, other, _),) = calls
     assert other.data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_addmm_under_vmap(calls, factor, monkeypatch):
+    """It multiplies and adds the bias, unless that has a factor or is watched."""
+    change_regimes(monkeypatch, linear=0)
+    x, weight, bias = torch.randn(3, 4, 7), torch.randn(5, 7), torch.randn(5)
+    expected = factor * bias.double() + x.double() @ weight.double().T
+
+    def run(bias):
+        added = functools.partial(torch.addmm, bias, beta=factor)
+        return vmap(lambda x: added(x, weight.T))(x)
+
+    (rule,) = operator_rules()[torch.ops.aten.addmm.default]
+    with operators.only(rule):
+        torch.testing.assert_close(run(bias), expected.float())
+        assert len(calls) == (factor == 1)
+        biases = torch.stack([bias, -bias])
+        found = vmap(run)(biases)
+        torch.testing.assert_close(found[0], expected.float())
+        gradient = grad(lambda bias: run(bias).sum())(bias)
+        torch.testing.assert_close(gradient, torch.full((5,), 12.0 * factor))
+        leaf = bias.clone().requires_grad_()
+        run(leaf).sum().backward()
+        torch.testing.assert_close(leaf.grad, gradient)
+    assert len(calls) == (factor == 1)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from vmapsafe._torch import autocast_dtype, innermost
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
 from vmapsafe.rules.outer_products import batched_product
-from vmapsafe.rules.products import linear, product
+from vmapsafe.rules.products import linear, linear_by_onednn, product
 from vmapsafe.rules.regimes import Regimes
 
 # From this many numbers in the output of the whole batch, the fused call is faster, by
@@ -61,7 +61,11 @@ def _adds_a_bias(call: Call) -> bool:
 
 def _fused(call: Call) -> tuple[Tensor]:
     x = batch_first(call, "mat1")
-    y = _addmm(**{**call.arguments, "mat1": x.flatten(0, 1)})
+    merged, y = x.flatten(0, 1), None
+    if call["beta"] == call["alpha"] == 1:
+        y = linear_by_onednn(merged, call["mat2"].mT, call["self"])
+    if y is None:
+        y = _addmm(**{**call.arguments, "mat1": merged})
     return (y.unflatten(0, x.shape[:2]),)
 
 

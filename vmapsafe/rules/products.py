@@ -63,10 +63,16 @@ def is_exact(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., O): what ``F.linear`` gives of x (..., C) and weight (O, C)."""
+    found = linear_by_onednn(x, weight, bias)
+    return F.linear(x, weight, bias) if found is None else found
+
+
+def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The same, or None where oneDNN is not faster."""
     wins = x.is_contiguous() and _onednn_wins(x, weight)
-    if wins and not autocasts(x.device):
-        return _onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
+    if not wins or (bias is not None and not is_plain(bias)) or autocasts(x.device):
+        return None
+    return _onednn(x, weight, bias)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
