@@ -53,6 +53,7 @@ def reductions(model):
     vectors = {
         name: torch.randn(p.shape, generator=generator, dtype=p.dtype)
         for name, p in model.named_parameters()
+        if p.requires_grad
     }
     weights = torch.tensor([0.0, 2, 1, 0.5, 3], dtype=torch.float64)
     return {
