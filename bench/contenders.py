@@ -152,6 +152,17 @@ def floor(w):
     return run
 
 
+def plain_compiled(w):
+    """The same by ``torch.func.grad``, compiled."""
+
+    def loss(params, x, y):
+        out = functional_call(w.switched, params, (x,))
+        return F.cross_entropy(out, y, reduction="sum")
+
+    gradient = torch.compile(grad(loss))
+    return lambda: gradient(w.params, w.x, w.y)
+
+
 def floor_reused(w):
     gradient, memory = plain(w), floor(w)()[1]
 
@@ -261,6 +272,10 @@ def ours(w, **options):
     return lambda: vmapsafe.per_sample_grads(
         w.model, F.cross_entropy, w.x, w.y, **options
     )
+
+
+def our_rows_compiled(w):
+    return _of_the_batch(w, vmapsafe.per_sample_grads, inductor, fast=True)
 
 
 def ours_reused(w):
@@ -672,15 +687,17 @@ def _first(vectors, count):
 
 ROWS = {
     "plain": plain,
+    "plain, compiled": plain_compiled,
     "floor": floor,
     "floor, reused": floor_reused,
     "loop": loop,
     "vmapsafe": lambda w: ours(w, fast=True),
     "vmapsafe, fast=False": lambda w: ours(w, fast=False),
     "vmapsafe, out=": ours_reused,
-    "vmapsafe, compiled": lambda w: in_block(w, inductor),
+    "vmapsafe, compiled": our_rows_compiled,
     "vmapsafe, CUDA graph": lambda w: in_block(w, cuda_graph),
     "vmap(grad) in a block": in_block,
+    "vmap(grad) in a block, compiled": lambda w: in_block(w, inductor),
     "vmap(grad)": by_vmap,
     "vmap(grad), compiled": lambda w: by_vmap(w, compiled=inductor),
     "vmap(grad), CUDA graph": lambda w: by_vmap(w, compiled=cuda_graph),
@@ -695,6 +712,7 @@ ROWS = {
 
 NORMS = {
     "plain": plain,
+    "plain, compiled": plain_compiled,
     "loop": _then_norms(loop),
     "vmapsafe": our_norms,
     "vmapsafe, compiled": lambda w: our_norms(w, inductor),
@@ -711,6 +729,7 @@ NORMS = {
 
 CLIPPED = {
     "plain": plain,
+    "plain, compiled": plain_compiled,
     "loop": _then_clipped(loop),
     "vmapsafe": our_clipped_sum,
     "vmapsafe, compiled": lambda w: our_clipped_sum(w, inductor),
@@ -764,5 +783,5 @@ COMPILED = tuple(
     for name in table
     if name.endswith((", compiled", ", CUDA graph"))
 )
-YARDSTICKS = ("plain", "floor", "floor, reused", "JAX plain")
+YARDSTICKS = ("plain", "plain, compiled", "floor", "floor, reused", "JAX plain")
 OTHER_MEANING = {"vmap(grad), BN replaced": lambda w: loop(w, replaced(w))}

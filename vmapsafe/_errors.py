@@ -69,7 +69,12 @@ class LeftOutWarning(UserWarning):
 
 
 def warn_user(text: str, category: type[Warning]) -> None:
-    """Warn at the user's line that called the package, directly or through torch."""
+    """Warn at the user's line that called the package, directly or through torch.
+
+    There is no such line, and no warning, while torch.compile traces.
+    """
+    if torch.compiler.is_compiling():
+        return
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(
         _PASSED_OVER

@@ -31,6 +31,7 @@ from torch import Tensor
 from vmapsafe._call import Call, Function, Signature, batch_size, slices
 from vmapsafe._errors import VmapSafeValueError
 from vmapsafe._modes import check_mode
+from vmapsafe._torch import constant_while_compiling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,19 +173,26 @@ def table(mode: str) -> Table:
 
     The table does not change when more rules are registered.
     """
-    if mode not in _tables:
-        found = Table()
-        # A rule for this mode alone comes before one that holds in several.
-        for rule in sorted(_functions, key=lambda rule: len(rule.modes)):
-            if mode in rule.modes:
-                for function in rule.functions:
-                    found[function] = (*found.get(function, ()), rule)
-        for function, rules in found.items():
-            looks = {rule.may_accept for rule in rules}
-            if len(looks) == 1 and (look := looks.pop()) is not None:
-                found.first_looks[function] = look
-        _tables[mode] = found
+    _make_table(mode)
     return _tables[mode]
+
+
+# If torch.compile saw that a table is made, it would compile a second call again.
+@constant_while_compiling
+def _make_table(mode: str) -> None:
+    if mode in _tables:
+        return
+    found = Table()
+    # A rule for this mode alone comes before one that holds in several.
+    for rule in sorted(_functions, key=lambda rule: len(rule.modes)):
+        if mode in rule.modes:
+            for function in rule.functions:
+                found[function] = (*found.get(function, ()), rule)
+    for function, rules in found.items():
+        looks = {rule.may_accept for rule in rules}
+        if len(looks) == 1 and (look := looks.pop()) is not None:
+            found.first_looks[function] = look
+    _tables[mode] = found
 
 
 def operator_rules() -> OperatorTable:

@@ -180,7 +180,7 @@ class Asked:
         if (
             samples.options.fast
             and not samples.options.update_running_stats
-            and samples.recordable()
+            and (samples.recordable() or samples.traceable())
             and not samples.could_be_watched()
         ):
             draws = Draws(samples.randomness)
@@ -203,6 +203,8 @@ _OF_ONE = {"gather": "the values", "reduce": "the sum"}
 
 def recorded_if_possible(samples: Samples, batch: tuple[Any, ...], into: Feed) -> Any:
     """Record the forward; use ``vmap(grad)`` where that cannot be done."""
+    if samples.traceable():
+        return traced_if_possible(samples, batch, into)
     if not samples.recordable():
         return by_vmap(samples, batch, into)
     draws = Draws(samples.randomness)
@@ -237,11 +239,22 @@ def recorded_if_unwatched(samples: Samples, batch: tuple[Any, ...], into: Feed) 
         Unrecordable: a derivative of the rows could be wanted, or the loss cannot be
             followed.
     """
-    recorded = samples.recorded(batch)
+    compiling = torch.compiler.is_compiling()
+    recorded = samples.traced(batch) if compiling else samples.recorded(batch)
     if recorded.is_watched():
         raise Unrecordable("a tensor that requires a gradient")
     recorded.backward(into)
     return recorded.aux
+
+
+def traced_if_possible(samples: Samples, batch: tuple[Any, ...], into: Feed) -> Any:
+    """While torch.compile traces: in one pass, if that follows the loss."""
+    try:
+        found = samples.traced(batch)
+    except Unrecordable:
+        return by_vmap(samples, batch, into)
+    found.backward(into)
+    return found.aux
 
 
 def by_vmap(samples: Samples, batch: tuple[Any, ...], into: Feed) -> Any:

@@ -71,76 +71,122 @@ def computed(
     run = _Run(samples, call, chunk_size, way, looks_again=len(stages) < len(begun))
     if not run.looks_again:
         return dict(zip(begun, run.look(stages))), run.aux
-    looks = _values(call, begun)
-    values: Any = None
-    while True:
+    looks = _Several(call, begun)
+    while not looks.done:
+        looks.give(run.look(looks.stages()))
+    return looks.values(), run.aux
+
+
+class _One:
+    """One quantity, which looks as often as it wants.
+
+    Args:
+        call: the call.
+        quantity: it, which has begun.
+
+    Attributes:
+        done: whether it has its value.
+        value: that value.
+
+    Raises:
+        VmapSafeTypeError: its generator is not one, or yields something else.
+        VmapSafeValueError: it yields rows in memory that the caller keeps.
+    """
+
+    def __init__(self, call: CallShape, quantity: Quantity[Any]) -> None:
+        self.done, self.value = False, None
+        self._call = call
+        self._stage: Stage | None = None
+        if isinstance(quantity, (Collected, Paired)):
+            self._stage = quantity
+            return
+        self._name = f"{call.called} with {type(quantity).__name__}"
+        self._looks = quantity.looks(call)
+        if not isinstance(self._looks, Generator):
+            raise VmapSafeTypeError(
+                self._name,
+                f"its method looks returned {shown(self._looks)}, not a generator",
+                "Write yield in it, in front of what it wants",
+            )
+        self._go_on(None)
+
+    def stages(self) -> list[Stage]:
+        """What it wants of the next look."""
+        if self.done:
+            return []
+        return self._others.stages() if self._stage is None else [self._stage]
+
+    def give(self, values: list[Any]) -> None:
+        """Go on with the values of those stages."""
+        if self.done:
+            return
+        if self._stage is not None:
+            (self.value,) = values
+            self.done = True
+            return
+        self._others.give(values)
+        self._go_on_when_known()
+
+    def _go_on_when_known(self) -> None:
+        if self._others.done:
+            found = self._others.values()
+            self._go_on(found if self._several else found[""])
+
+    def _go_on(self, found: Any) -> None:
+        """Hand its generator what it wanted, and see what it wants next."""
         try:
-            stages = looks.send(values)
+            wanted = self._looks.send(found)
         except StopIteration as end:
-            return end.value, run.aux
-        values = run.look(stages)
-
-
-Round = Generator[list[Stage], list[Any], Any]
-
-
-def _value(call: CallShape, quantity: Quantity[Any]) -> Round:
-    """Look as often as a quantity wants; returns what it gives. It has begun."""
-    if isinstance(quantity, (Collected, Paired)):
-        (found,) = yield [quantity]
-        return found
-    looks = quantity.looks(call)
-    name = f"{call.called} with {type(quantity).__name__}"
-    if not isinstance(looks, Generator):
-        raise VmapSafeTypeError(
-            name,
-            f"its method looks returned {shown(looks)}, not a generator",
-            "Write yield in it, in front of what it wants",
-        )
-    found = None
-    while True:
-        try:
-            wanted = looks.send(found)
-        except StopIteration as end:
-            return end.value
+            self.done, self.value = True, end.value
+            return
+        self._several = isinstance(wanted, Mapping)
         several = wanted if isinstance(wanted, Mapping) else {"": wanted}
         if not all([isinstance(one, Quantity) for one in several.values()]):
             raise VmapSafeTypeError(
-                name,
+                self._name,
                 f"its method looks yielded {shown(wanted)}",
                 "Yield an object of vmapsafe.quantities, or a dict of some",
             )
         if any([isinstance(one, Rows) and one.out for one in several.values()]):
             raise VmapSafeValueError(
-                name,
+                self._name,
                 "its method looks yielded Rows(out=...)",
                 "Yield Rows(), without memory that the caller keeps",
             )
-        begun = {key: one.begin(call) for key, one in several.items()}
-        found = yield from _values(call, begun)
-        found = found if several is wanted else found[""]
+        begun = {key: one.begin(self._call) for key, one in several.items()}
+        self._others = _Several(self._call, begun)
+        self._go_on_when_known()  # they may not want a look
 
 
-def _values(call: CallShape, begun: Mapping[str, Quantity[Any]]) -> Round:
-    """The same for several, which look together."""
-    rounds = {key: _value(call, quantity) for key, quantity in begun.items()}
-    found = dict.fromkeys(begun)
-    stages: dict[str, list[Stage]] = {}
+class _Several:
+    """Some quantities that have begun, and look together.
 
-    def step(key: str, values: list[Any] | None) -> None:
-        try:
-            stages[key] = rounds[key].send(values)  # type: ignore[arg-type]
-        except StopIteration as end:
-            stages.pop(key, None)
-            found[key] = end.value
+    torch.compile does not trace generators inside each other. So these are objects.
+    """
 
-    for key in begun:
-        step(key, None)
-    while stages:
-        values = iter((yield [stage for own in stages.values() for stage in own]))
-        for key, own in [*stages.items()]:
-            step(key, [next(values) for _ in own])
-    return found
+    def __init__(self, call: CallShape, begun: Mapping[str, Quantity[Any]]) -> None:
+        self._ones = {key: _One(call, quantity) for key, quantity in begun.items()}
+
+    @property
+    def done(self) -> bool:
+        """Whether all have their values."""
+        return all([one.done for one in self._ones.values()])
+
+    def values(self) -> dict[str, Any]:
+        """Their values by their keys."""
+        return {key: one.value for key, one in self._ones.items()}
+
+    def stages(self) -> list[Stage]:
+        """What they want of the next look."""
+        return [stage for one in self._ones.values() for stage in one.stages()]
+
+    def give(self, values: list[Any]) -> None:
+        """Go on with the values of those stages."""
+        start = 0
+        for one in self._ones.values():
+            stop = start + len(one.stages())
+            one.give(values[start:stop])
+            start = stop
 
 
 # -- One look --------------------------------------------------------------------------

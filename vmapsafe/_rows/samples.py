@@ -24,7 +24,10 @@ from vmapsafe._modes import Options, check_flag
 from vmapsafe._rows.copies import Copies, leaves_of
 from vmapsafe._rows.parameters import Parameters, Params
 from vmapsafe._rows.record import LEVEL, Recorded
+from vmapsafe._rows.traced import LEVEL as LEVEL_OF_TRACED
+from vmapsafe._rows.traced import Traced
 from vmapsafe._torch import (
+    autocasts,
     beyond_reverse_mode,
     current_level,
     innermost,
@@ -205,7 +208,8 @@ class Samples:
         """Whether nothing that can be seen from outside forbids :meth:`recorded`."""
         leaves = (*self.tensors, *self.values.values())
         return (
-            current_level() == 0
+            not torch.compiler.is_compiling()
+            and current_level() == 0
             and not beyond_reverse_mode()
             and not torch.is_inference_mode_enabled()
             and self.options.rows != "jacobian"
@@ -235,6 +239,34 @@ class Samples:
             self.randomness,
             self.has_aux,
             partial(self._in_block, replace(self.options, copies_at=LEVEL)),
+        )
+
+    def traceable(self) -> bool:
+        """Whether torch.compile traces :meth:`traced`, as far as this can be seen from
+        outside."""
+        leaves = (*self.tensors, *self.values.values())
+        return (
+            torch.compiler.is_compiling()
+            and current_level() == 0
+            and self.options.rows != "jacobian"
+            and not autocasts(self.device)
+            and not any([leaf.is_complex() for leaf in leaves])
+        )
+
+    def traced(self, batch: tuple[Any, ...]) -> Traced:
+        """As :meth:`recorded`, while torch.compile traces."""
+        options = replace(self.options, copies_at=LEVEL_OF_TRACED)
+        without_updates = replace(options, update_running_stats=False)
+        return Traced(
+            self.parameters.originals,
+            self._loss,
+            self.values,
+            batch,
+            len(tree_flatten(batch)[0][0]),
+            self.randomness,
+            self.has_aux,
+            partial(self._in_block, options),
+            partial(self._in_block, without_updates),
         )
 
     def could_be_watched(self) -> bool:
@@ -435,7 +467,7 @@ def _check_one_process(called: str, net: nn.Module, options: Options) -> None:
 
 def _batch_size(called: str, batch: tuple[Any, ...]) -> int:
     """The first dimension of every tensor of the batch, which must agree."""
-    shapes = []
+    shapes: list[tuple[int, tuple[int, ...]]] = []
     for i, part in enumerate(batch):
         leaves, _ = tree_flatten(part)
         for leaf in leaves:
@@ -453,7 +485,9 @@ def _batch_size(called: str, batch: tuple[Any, ...]) -> int:
         raise VmapSafeValueError(
             called, "got no batch", "Pass the inputs, then the targets"
         )
-    if len({shape[0] for _, shape in shapes}) > 1:
+    size = shapes[0][1][0]
+    # A set of sizes would make constants of them while torch.compile traces.
+    if any([shape[0] != size for _, shape in shapes]):
         found = ", ".join(f"batch[{i}] has shape {shape}" for i, shape in shapes)
         raise VmapSafeValueError(
             called,
@@ -461,4 +495,4 @@ def _batch_size(called: str, batch: tuple[Any, ...]) -> int:
             "The first dimension of each is the batch; "
             "torch.stack makes one tensor of a list of samples",
         )
-    return int(shapes[0][1][0])
+    return size

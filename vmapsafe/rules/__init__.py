@@ -8,6 +8,7 @@ The map, bottom up:
 ``products``              products of two matrices
 ``outer_products``        products of two vectors for each sample
 ``formulas``              rows of a parameter, and quantities of them without the rows
+``opaque``                formulas that torch.compile does not look into
 ``kept_calls``            the table in which layers say what ``_rows`` keeps of a call
 ``references``            slow forms of normalisation, to compare with
 ``normalisation``         norms by the input's statistics, right in every derivative

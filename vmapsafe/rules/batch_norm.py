@@ -19,11 +19,11 @@ from vmapsafe._call import Call
 from vmapsafe._errors import VmapSafeValueError
 from vmapsafe._modes import MODES, groups_for
 from vmapsafe._rule import FunctionRule, register, slice_by_slice
-from vmapsafe._torch import autocasts, innermost, is_wrapped
+from vmapsafe._torch import autocasts, batched_levels, innermost, is_wrapped
 from vmapsafe.rules import batch_norm_operators as operators
 from vmapsafe.rules import references
 from vmapsafe.rules.group_norm import by_groups
-from vmapsafe.rules.kept_calls import ByKernel, KeptCalls, keep_calls
+from vmapsafe.rules.kept_calls import Affine, ByKernel, KeptCalls, keep_calls
 from vmapsafe.rules.normalisation import (
     has_own_weights,
     has_several_layouts,
@@ -343,9 +343,10 @@ def _keep(
     eps: float = 1e-5,
 ) -> ByKernel | None:
     statistics = (None, None) if training else (running_mean, running_var)
-    if not training and any([s is None or is_wrapped(s) for s in statistics]):
+    given = [s for s in statistics if s is not None]
+    if not training and (len(given) < 2 or batched_levels(given)):
         return None
-    given = [t for t in (weight, bias, *statistics) if t is not None]
+    given += [t for t in (weight, bias) if t is not None]
     if not all([t.dtype == input.dtype and t.dim() == 1 for t in given]):
         return None
     if not input.numel():
@@ -359,7 +360,13 @@ def _keep(
     ) -> Sequence[Tensor | None]:
         return operators.backward(grad, x, weight, *statistics, saved, eps, wanted)
 
-    return ByKernel(forward, backward)
+    def before(x: Tensor) -> Tensor:
+        mean, var = statistics
+        if mean is None or var is None:
+            return own_statistics(x, None, None, eps)
+        return by_running_statistics(x, mean, var, None, None, eps)
+
+    return ByKernel(forward, backward, Affine(before, first=2))
 
 
 def _otherwise(

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -45,6 +45,7 @@ from vmapsafe._torch import (
 from vmapsafe.rules.convolution_regimes import REGIMES
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
+from vmapsafe.rules.opaque import keep_opaque
 from vmapsafe.rules.outer_products import batched_product
 from vmapsafe.rules.precision import HALVES, wide
 
@@ -499,6 +500,15 @@ def _weight_gradient(arguments: Mapping[str, Any]) -> Tensor:
     found: Tensor
     _, found, _ = _backward(*arguments.values())
     return found
+
+
+def _of_options(options: Sequence[Any], like: Tensor) -> Weight:
+    """A formula, whose weight may have any values."""
+    shape, *rest = options
+    return Weight(shape, like.new_empty(()).expand(shape), *rest)
+
+
+keep_opaque(Weight, "convolution", _of_options)
 
 
 def _keep(

@@ -29,6 +29,7 @@ from vmapsafe.rules.formulas import (
     roots_of,
 )
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
+from vmapsafe.rules.opaque import keep_opaque
 from vmapsafe.rules.precision import wide
 from vmapsafe.rules.products import product
 
@@ -194,6 +195,9 @@ class Weight(Formula):
             return grad
         padding = self.padding_idx % self.shape[0]
         return grad.masked_fill((x == padding).unsqueeze(-1), 0)
+
+
+keep_opaque(Weight, "embedding", lambda options, like: Weight(*options))
 
 
 def _keep(

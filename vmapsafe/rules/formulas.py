@@ -331,6 +331,45 @@ class Bias(Small):
 
 
 @dataclass(frozen=True)
+class Scale(Small):
+    """Rows of a weight by which ``x`` is multiplied, number by number.
+
+    ``first`` is the dimension of ``x`` that is the first of the weight.
+    """
+
+    first: int
+
+    def rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        dims = _dims_besides(self.shape, self.first, grad)
+        products = x * grad
+        return products.sum(dims) if dims else products
+
+
+@dataclass(frozen=True)
+class Shift(Small):
+    """Rows of a bias that is added; ``first`` is as in :class:`Scale`."""
+
+    first: int
+
+    def rows(self, x: Tensor, grad: Tensor) -> Tensor:
+        dims = _dims_besides(self.shape, self.first, grad)
+        return grad.sum(dims) if dims else grad
+
+
+def _dims_besides(shape: torch.Size, first: int, x: Tensor) -> list[int]:
+    """The dimensions of ``x`` that a parameter does not have, the batch left out."""
+    start = first % x.dim()
+    own = range(start, start + len(shape))
+    return [d for d in range(1, x.dim()) if d not in own]
+
+
+def along(parameter: Tensor, x: Tensor, first: int) -> Tensor:
+    """A parameter, to be multiplied with ``x`` from its dimension ``first`` on."""
+    after = x.dim() - first % x.dim() - parameter.dim()
+    return parameter.reshape([*parameter.shape, *[1 for _ in range(after)]])
+
+
+@dataclass(frozen=True)
 class Made(Small):
     """Rows that are already made. They are passed as ``x``, instead of the input.
 

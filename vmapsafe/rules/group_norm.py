@@ -23,7 +23,7 @@ from vmapsafe._torch import (
     batched_levels,
 )
 from vmapsafe.rules import references
-from vmapsafe.rules.kept_calls import ByKernel, KeptCalls, keep_calls
+from vmapsafe.rules.kept_calls import Affine, ByKernel, KeptCalls, keep_calls
 from vmapsafe.rules.normalisation import (
     fused_layer_norm,
     has_own_weights,
@@ -140,7 +140,8 @@ def _keep(
             *[r.view(shape).sum(1) if w else None for r, w in zip(rows, wanted[1:])],
         )
 
-    return ByKernel(forward, backward)
+    affine = Affine(lambda x: F.group_norm(x, num_groups, None, None, eps), first=2)
+    return ByKernel(forward, backward, affine)
 
 
 def _otherwise(

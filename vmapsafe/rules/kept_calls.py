@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from vmapsafe._call import Function, Signature
-from vmapsafe.rules.formulas import Formula
+from vmapsafe.rules.formulas import Formula, Scale, Shift, along
+from vmapsafe.rules.precision import wide
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,28 @@ class ByKernel:
         backward: takes the output gradient, the input, those tensors, and for the input
             and each parameter whether its gradient is wanted. It returns the gradients,
             each in memory of its own.
+        affine: how to make it where only one slice is to be seen, if it can be made so.
     """
 
     forward: Callable[[Tensor], Sequence[Tensor]]
     backward: Callable[
         [Tensor, Tensor, Sequence[Tensor], Sequence[bool]], Sequence[Tensor | None]
     ]
+    affine: Affine | None = None
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A call that multiplies by a weight, and adds a bias, in the end.
+
+    Attributes:
+        before: takes the input of a slice, (N, ...), and returns what is multiplied.
+        first: the dimension of that, in a whole batch (B, N, ...), that is the first of
+            the parameters.
+    """
+
+    before: Callable[[Tensor], Tensor]
+    first: int
 
 
 KeptCall = ByFormulas | ByKernel
@@ -87,3 +105,50 @@ KEPT_CALLS: dict[Function, tuple[KeptCalls, Signature]] = {}
 def keep_calls(function: Function, kept: KeptCalls) -> None:
     """Register how the calls of ``function`` are kept."""
     KEPT_CALLS[function] = kept, Signature.of(kept.keep)
+
+
+# -- On a slice ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OnASlice:
+    """A call on one slice, (N, ...), with the parameters themselves.
+
+    Attributes:
+        run: makes it. It returns what the formulas need in the place of the input, and
+            the output.
+        formulas: the formula of each parameter, by the argument's name.
+    """
+
+    run: Callable[[], tuple[Tensor, Tensor]]
+    formulas: Mapping[str, Formula]
+
+
+def on_a_slice(
+    function: Function, kept: KeptCalls, arguments: Mapping[str, Any]
+) -> OnASlice | None:
+    """The call of a function, if it can be kept, where only one slice is to be seen."""
+    x: Tensor = arguments["input"]
+    call = kept.keep(**{**arguments, "input": x.unsqueeze(0)})
+    if isinstance(call, ByFormulas):
+        return OnASlice(lambda: (x, function(**arguments)), call.formulas)
+    if call is None or call.affine is None or wide(x).dtype != x.dtype:
+        return None
+    affine = call.affine
+    first = affine.first - 1 if affine.first > 0 else affine.first
+    weight, bias = arguments.get("weight"), arguments.get("bias")
+
+    def run() -> tuple[Tensor, Tensor]:
+        before = y = affine.before(x)
+        if weight is not None:
+            y = y * along(weight, y, first)
+        if bias is not None:
+            y = y + along(bias, y, first)
+        return before, y
+
+    formulas: dict[str, Formula] = {}
+    if weight is not None:
+        formulas["weight"] = Scale(weight.shape, affine.first)
+    if bias is not None:
+        formulas["bias"] = Shift(bias.shape, affine.first)
+    return OnASlice(run, formulas)

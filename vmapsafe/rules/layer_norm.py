@@ -32,7 +32,7 @@ from vmapsafe._torch import (
     is_plain,
 )
 from vmapsafe.rules import references
-from vmapsafe.rules.kept_calls import ByKernel, KeptCalls, keep_calls
+from vmapsafe.rules.kept_calls import Affine, ByKernel, KeptCalls, keep_calls
 from vmapsafe.rules.normalisation import (
     fused_layer_norm,
     has_own_weights,
@@ -369,7 +369,10 @@ def _keep(
             of_bias = of_bias.to(x.dtype)
         return of_input, of_weight, of_bias
 
-    return ByKernel(forward, backward)
+    affine = Affine(
+        lambda x: F.layer_norm(x, shape, None, None, eps), first=-len(shape)
+    )
+    return ByKernel(forward, backward, affine)
 
 
 keep_calls(F.layer_norm, KeptCalls(_keep))

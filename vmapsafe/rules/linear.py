@@ -20,6 +20,7 @@ from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import autocast_dtype, innermost
 from vmapsafe.rules.formulas import Bias, Formula, Products, times
 from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
+from vmapsafe.rules.opaque import keep_opaque
 from vmapsafe.rules.outer_products import batched_product
 from vmapsafe.rules.products import linear, linear_by_onednn, product
 from vmapsafe.rules.regimes import Regimes
@@ -135,6 +136,9 @@ class Weight(Products):
         dtype = grad.dtype
         x, grad = times(x, grad, factors)
         return product(grad.flatten(0, -2).T, x.flatten(0, -2).T).to(dtype)
+
+
+keep_opaque(Weight, "linear", lambda options, like: Weight(*options))
 
 
 def _keep(

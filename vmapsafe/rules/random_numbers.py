@@ -1,4 +1,4 @@
-"""Memory for random numbers, so that every slice can draw its own into it.
+"""Random numbers: memory that every slice can draw into, and calls without a draw.
 
 Under vmap with ``randomness="different"`` torch refuses to fill an unbatched tensor
 with random numbers in place, as torchvision's stochastic depth does.
@@ -6,7 +6,10 @@ with random numbers in place, as torchvision's stochastic depth does.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmapsafe._call import Call, Function
@@ -53,3 +56,45 @@ register(
         reference=_memory,
     )
 )
+
+
+# -- Without draws ---------------------------------------------------------------------
+
+_DROPOUTS = (
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
+    *(F.alpha_dropout, F.feature_alpha_dropout),
+    *(torch.dropout, torch.feature_dropout),
+)
+_INTO = (
+    *("bernoulli", "cauchy", "exponential", "geometric", "log_normal"),
+    *("normal", "random", "uniform"),
+)
+_LIKE = torch.rand_like, torch.randn_like, torch.bernoulli, Tensor.bernoulli
+# What stands in for the result of a function that draws: its first argument, or memory
+# like that, or memory of a size. torch.compile cannot trace a set of functions.
+_DRAWING: dict[Function, str] = {
+    **dict.fromkeys(_DROPOUTS, "same"),
+    **{getattr(Tensor, f"{name}_"): "same" for name in _INTO},
+    **dict.fromkeys(_LIKE, "like"),
+    **dict.fromkeys((torch.rand, torch.randn), "new"),
+    F.scaled_dot_product_attention: "attention",
+}
+
+
+def without_draws(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Make a call for the shape of its result, without a draw of random numbers."""
+    kind = _DRAWING.get(function)
+    if kind == "same":
+        return args[0] if args else kwargs["input"]
+    if kind == "like":
+        return torch.empty_like(args[0] if args else kwargs["input"])
+    if kind == "new":
+        kwargs = {name: v for name, v in kwargs.items() if name != "generator"}
+        return torch.empty(*args, **kwargs)
+    if kind == "attention":
+        if len(args) > 4:
+            return function(*args[:4], 0.0, *args[5:], **kwargs)
+        return function(*args, **{**kwargs, "dropout_p": 0.0})
+    return function(*args, **kwargs)

@@ -17,7 +17,7 @@ from vmapsafe._call import Call
 from vmapsafe._modes import MODES
 from vmapsafe._rule import FunctionRule, register, slice_by_slice
 from vmapsafe._torch import autograd_records
-from vmapsafe.rules.kept_calls import ByKernel, KeptCalls, keep_calls
+from vmapsafe.rules.kept_calls import Affine, ByKernel, KeptCalls, keep_calls
 from vmapsafe.rules.normalisation import has_own_weights, torchs_own_fails
 from vmapsafe.rules.precision import wide
 
@@ -108,7 +108,8 @@ def _keep(
             of_input = ((grad - y * along) * reciprocal).to(x.dtype)
         return of_input, of_weight
 
-    return ByKernel(forward, backward)
+    affine = Affine(lambda x: F.rms_norm(x, shape, None, eps), first=-last)
+    return ByKernel(forward, backward, affine)
 
 
 keep_calls(F.rms_norm, KeptCalls(_keep, parameters=("weight",)))
