@@ -359,7 +359,12 @@ def _keep(
     ) -> Sequence[Tensor | None]:
         return operators.backward(grad, x, weight, *statistics, saved, eps, wanted)
 
-    return ByKernel(forward, backward)
+    def rows(
+        grad: Tensor, x: Tensor, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        return operators.rows(grad, x, weight, *statistics, eps, wanted)
+
+    return ByKernel(forward, backward, None if training else rows)
 
 
 def _otherwise(

@@ -51,12 +51,17 @@ class ByKernel:
         backward: takes the output gradient, the input, those tensors, and for the input
             and each parameter whether its gradient is wanted. It returns the gradients,
             each in memory of its own.
+        rows: takes the output gradient, the input, and for each parameter whether its
+            rows are wanted, and returns them. It is None if they need more than that.
     """
 
     forward: Callable[[Tensor], Sequence[Tensor]]
     backward: Callable[
         [Tensor, Tensor, Sequence[Tensor], Sequence[bool]], Sequence[Tensor | None]
     ]
+    rows: Callable[[Tensor, Tensor, Sequence[bool]], Sequence[Tensor | None]] | None = (
+        None
+    )
 
 
 KeptCall = ByFormulas | ByKernel
