@@ -612,7 +612,7 @@ def forward_class_of(node: Any) -> type:
 def without_view(tensor: Tensor) -> Tensor:
     """The same memory, as a tensor that is not a view for autograd. What follows can
     then write into it in place."""
-    shown: Tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
+    shown: Tensor = torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
     return shown
 
 
