@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vmapsafe import per_sample, per_sample_grads
+from vmapsafe import NeverUpdatedWarning, per_sample, per_sample_grads
 from vmapsafe import quantities as q
-from vmapsafe._rows import merged, samples
+from vmapsafe import vmap_safe
+from vmapsafe._block import vmap_safe as vmap_safe_module
+from vmapsafe._rows import layers, merged, record, samples
 from vmapsafe._rows.merged import NotAlike, Trials
 from vmapsafe.rules.kept_calls import KEPT_CALLS
 from vmapsafe.testing import assert_same
@@ -470,7 +472,7 @@ def test_numbers_that_a_failed_trial_drew(ended):
 
 def test_gradients_of_functions_are_found():
     """The functions called on one sample as they are take parameters."""
-    assert {*merged._AS_IT_IS} <= KEPT_CALLS.keys()
+    assert {*record._AS_IT_IS} <= KEPT_CALLS.keys()
 
 
 # -- Networks at random ----------------------------------------------------------------
@@ -483,7 +485,7 @@ def drawn_net(seed):
     channels = rng.choice([1, 2, 3])
     conv = {1: nn.Conv1d, 2: nn.Conv2d}.get(dims)
     norm = nn.BatchNorm2d if dims == 2 else nn.BatchNorm1d
-    layers: list[nn.Module] = []
+    parts: list[nn.Module] = []
     size = [rng.choice([1, 4, 5]) for _ in range(dims)]
     shape = [channels, *size]
     for _ in range(rng.randint(1, 4)):
@@ -492,24 +494,24 @@ def drawn_net(seed):
             out = rng.choice([2, 4])
             groups = channels if channels == 2 and rng.random() < 0.3 else 1
             bias = rng.random() < 0.5
-            layers.append(conv(channels, out, 3, padding=1, groups=groups, bias=bias))
+            parts.append(conv(channels, out, 3, padding=1, groups=groups, bias=bias))
             channels = out
         elif kind == "layer":
             out = rng.choice([1, 3])
-            layers.append(nn.Linear(channels, out, bias=rng.random() < 0.7))
+            parts.append(nn.Linear(channels, out, bias=rng.random() < 0.7))
             channels = out
         elif kind == "norm":
-            layers.append(norm(channels, affine=rng.random() < 0.8))
+            parts.append(norm(channels, affine=rng.random() < 0.8))
         elif kind == "group" and channels * _numbers(size) > 1 and dims:
-            layers.append(nn.GroupNorm(1, channels))
+            parts.append(nn.GroupNorm(1, channels))
         elif kind == "layer norm":
-            layers.append(nn.LayerNorm([channels, *shape[1:]]))
+            parts.append(nn.LayerNorm([channels, *shape[1:]]))
         else:
-            known = any([[*layer.parameters()] for layer in layers])
+            known = any([[*layer.parameters()] for layer in parts])
             inplace = rng.random() < 0.3 and known
-            layers.append(rng.choice([nn.SiLU, nn.ELU, nn.CELU])(inplace=inplace))
-    layers += [nn.Flatten(), nn.Linear(channels * _numbers(size), 3)]
-    net = nn.Sequential(*layers).double()
+            parts.append(rng.choice([nn.SiLU, nn.ELU, nn.CELU])(inplace=inplace))
+    parts += [nn.Flatten(), nn.Linear(channels * _numbers(size), 3)]
+    net = nn.Sequential(*parts).double()
     batch = rng.choice([1, 2, 4])
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -537,14 +539,203 @@ def _numbers(size):
     return found
 
 
+@pytest.fixture
+def rowed(monkeypatch):
+    """How many models ran in a row, without a block."""
+    found = []
+
+    def watched(*args):
+        result = layers.in_a_row(*args)
+        found.append(args)
+        return result
+
+    monkeypatch.setattr(samples, "in_a_row", watched)
+    return found
+
+
+def cross_entropy(output, y):
+    """Code of the user's own."""
+    return F.cross_entropy(output, y)
+
+
 @pytest.mark.parametrize("seed", range(150))
-def test_networks_at_random(seed, ended, monkeypatch):
+def test_networks_at_random(seed, ended, rowed, monkeypatch):
     net, x, y = drawn_net(seed)
     if seed % 3 == 0:
-        monkeypatch.setattr(merged, "_SMALL", 0)
+        monkeypatch.setattr(record, "SMALL", 0)
     expected = slow.rows_in(net, "eval", F.cross_entropy, x, y)
-    assert_same(per_sample_grads(net, F.cross_entropy, x, y), expected)
+    assert_same(per_sample_grads(net, cross_entropy, x, y), expected)
     # The caller's own batch must not be written.
     assert ended == [True] or any([getattr(m, "inplace", False) for m in net])
-    norms = per_sample(net, F.cross_entropy, x, y, want=q.Norms())
+    assert not rowed
+    assert_same(per_sample_grads(net, F.cross_entropy, x, y), expected)
+    assert len(rowed) == (layers.layers_in(net) is not None)
+    norms = per_sample(net, nn.CrossEntropyLoss(), x, y, want=q.Norms())
     assert_same(norms, slow.norms(expected))
+
+
+# -- torch's own layers in a row -------------------------------------------------------
+
+
+def row_of_layers():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5)),
+        *(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(4, 3)),
+    ).double()
+    net(torch.randn(8, 2, 6, 6).double())
+    net[3].eval()
+    x, y = torch.randn(3, 2, 6, 6).double(), torch.randint(3, (3,))
+    per_sample_grads(net, F.cross_entropy, x, y)  # looks at the statistics
+    return net, x, y
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(), F.mse_loss])
+def test_in_a_row(size, loss, rowed):
+    net, x, y = row_of_layers()
+    x, y = x[:size], y[:size]
+    if loss is F.mse_loss:
+        y = F.one_hot(y, 3).double()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    rowed.clear()
+    expected = slow.rows_in(net, "eval", loss, x, y)
+    assert_same(per_sample_grads(net, loss, x, y), expected)
+    norms = per_sample(net, loss, x, y, want=q.Norms(), chunk_size=2)
+    assert_same(norms, slow.norms(expected))
+    assert len(rowed) == (2 if size == 1 else 3)
+    assert_same(dict(net.state_dict()), before)
+
+
+class Doubles(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(module, args, output):
+    return 2 * output
+
+
+def a_hook(net, monkeypatch):
+    net[2].register_forward_hook(doubled)
+
+
+def a_hook_on_the_model(net, monkeypatch):
+    net.register_forward_hook(doubled)
+
+
+def a_pre_hook(net, monkeypatch):
+    net[5].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def a_global_hook(net, monkeypatch):
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: 2 * output if module is net[5] else None
+    )
+    monkeypatch.setattr(net, "handle", handle, raising=False)
+
+
+def a_forward(net, monkeypatch):
+    forward = net[5].forward
+    net[5].forward = lambda x: 2 * forward(x)
+
+
+def a_class(net, monkeypatch):
+    net[5].__class__ = Doubles
+
+
+def a_patched_class(net, monkeypatch):
+    forward = nn.ReLU.forward
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: 2 * forward(self, x))
+
+
+def a_parametrization(net, monkeypatch):
+    nn.utils.parametrizations.weight_norm(net[5])
+
+
+def a_layer(net, monkeypatch):
+    net.append(nn.Softmax(1))
+
+
+def padding(net, monkeypatch):
+    net[0] = nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular").double()
+
+
+def a_layer_in_place(net, monkeypatch):
+    net.insert(0, nn.ELU(inplace=True))
+
+
+def no_statistics(net, monkeypatch):
+    net[1] = nn.BatchNorm2d(4, track_running_stats=False).double()
+
+
+CHANGES = (
+    *(a_hook, a_hook_on_the_model, a_pre_hook, a_global_hook, a_forward, a_class),
+    *(a_patched_class, a_parametrization, a_layer, padding, a_layer_in_place),
+    no_statistics,
+)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_noticed(change, rowed, monkeypatch):
+    """What runs other code than is known in advance does not run in a row."""
+    net, x, y = row_of_layers()
+    change(net.eval(), monkeypatch)
+    rowed.clear()
+    try:
+        expected = slow.rows(net, F.cross_entropy, x.clone(), y)
+        assert_same(per_sample_grads(net, F.cross_entropy, x, y), expected)
+    finally:
+        if change is a_global_hook:
+            net.handle.remove()
+    assert not rowed
+
+
+def test_changes_that_run_in_a_row(rowed):
+    """Parameters, statistics and flags are read in each call."""
+    net, x, y = row_of_layers()
+    net[0].weight = nn.Parameter(torch.randn(4, 2, 3, 3).double())
+    net[5].bias.requires_grad_(False)
+    net[1].running_mean.add_(1)
+    net.eval()
+    net[4].append(nn.Identity())
+    rowed.clear()
+    expected = slow.rows_in(net, "eval", F.cross_entropy, x, y)
+    assert_same(per_sample_grads(net, F.cross_entropy, x, y), expected)
+    assert len(rowed) == 1
+
+
+def test_dropout_does_not_run_in_a_row(rowed):
+    net, x, y = row_of_layers()
+    net.train()
+    rowed.clear()
+    with pytest.raises(RuntimeError, match="random"):
+        per_sample_grads(net, F.cross_entropy, x, y)
+    assert not rowed
+
+
+def test_statistics_that_no_batch_has_updated(rowed):
+    """The warning comes from the block."""
+    net, x, y = row_of_layers()
+    net[1] = nn.BatchNorm2d(4).double()
+    rowed.clear()
+    vmap_safe_module._warned_of_statistics.discard(nn.Sequential)
+    with pytest.warns(NeverUpdatedWarning):
+        per_sample_grads(net, F.cross_entropy, x, y)
+    assert not rowed
+
+
+def test_in_other_modes_and_blocks(rowed):
+    """There layers mean something else, or the block refuses the model."""
+    net, x, y = row_of_layers()
+    rowed.clear()
+    for mode in ("no_running_stats", "group_norm"):
+        expected = slow.rows_in(net, mode, F.cross_entropy, x, y)
+        found = per_sample_grads(net, F.cross_entropy, x, y, mode=mode, num_groups=2)
+        assert found.keys() == expected.keys()
+    with vmap_safe(net):
+        per_sample_grads(net, F.cross_entropy, x, y)
+    per_sample_grads(net, F.cross_entropy, x, y, also=(nn.Dropout,))
+    per_sample_grads(net, F.cross_entropy, x, y, fast=False)
+    assert not rowed

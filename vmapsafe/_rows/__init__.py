@@ -12,6 +12,7 @@ The map, bottom up:
 ``copies``       a sample's own copy of each parameter, wherever a forward reads one
 ``record``       one forward and backward that gives each layer's input and gradient
 ``merged``       the same as one batch, where every call treats samples alike
+``layers``       the same for torch's own layers in a row, which need no watching
 ``chunks``       a few samples at a time
 ``turns``        one call at a time on a model
 ``parameters``   by which parameters to differentiate, and where they are in the model

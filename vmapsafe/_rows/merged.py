@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmapsafe._rows.record import KeptOutput, Recorded, Uses, no_hooks
@@ -39,7 +38,6 @@ from vmapsafe._torch import (
     unseen_by_modes,
 )
 from vmapsafe.rules.alike import ALIKE, NUMBERS, Found, NotAlike
-from vmapsafe.rules.convolution import FUNCTIONS
 from vmapsafe.rules.kept_calls import KEPT_CALLS
 
 
@@ -92,12 +90,6 @@ def merged(
     if found.is_watched():
         raise NotAlike
     return found
-
-
-# Of functions with right derivatives by parameters; of one sample, these are the rows.
-_AS_IT_IS = (F.linear, F.batch_norm, *FUNCTIONS)
-# Calls with fewer numbers are caught.
-_SMALL = 2**17
 
 
 class Trials:
@@ -239,10 +231,6 @@ class Merged(TorchFunctionMode):
         x = bound["input"]
         if not isinstance(x, Tensor) or self.place(x) != 0:
             raise NotAlike
-        if x.dim() < 2 and func is not F.embedding:
-            raise NotAlike  # a slice is one vector, and not a batch of one
-        if func in FUNCTIONS and x.dim() != bound["weight"].dim():
-            raise NotAlike  # the same
         if bound.get("training") or bound.get("max_norm") is not None:
             raise NotAlike  # it may use the statistics of the batch, or write
         names = {own: self._name_of.get(id(bound[own])) for own in kept.parameters}
@@ -250,15 +238,7 @@ class Merged(TorchFunctionMode):
             if value is not x and names.get(own) is None and isinstance(value, Tensor):
                 if self.place(value) is not None or value.requires_grad:
                     raise NotAlike
-        if not x.requires_grad and not any(names.values()):
-            return func(*args, **kwargs), 0
-        y = None
-        if self.size == 1 and func in _AS_IT_IS:
-            y = self._uses.plainly(kept.otherwise or func, bound, names)
-        elif x.numel() <= _SMALL:
-            y = self._uses.caught(func, kept, bound, names)
-        if y is None:
-            y = self._uses.kept(kept, {**bound, "input": x}, names, by_slices=False)
+        y = self._uses.recorded(func, kept, bound, self._name_of)
         if y is None:
             raise NotAlike
         return y, 0

@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, disable_saved_tensors_hooks
@@ -45,6 +46,7 @@ from vmapsafe._torch import (
     without_autocast,
     without_view,
 )
+from vmapsafe.rules.convolution import FUNCTIONS
 from vmapsafe.rules.formulas import Formula, Made
 from vmapsafe.rules.kept_calls import (
     KEPT_CALLS,
@@ -125,6 +127,41 @@ class Uses:
             found = value.expand(self.size, *value.shape).requires_grad_()
             self.copies[name] = found
         return found
+
+    def recorded(
+        self,
+        func: Callable[..., Tensor],
+        kept: KeptCalls,
+        arguments: dict[str, Any],
+        ids: Mapping[int, str],
+    ) -> Tensor | None:
+        """Make a call on the whole batch, and record it, in the way that is fastest.
+
+        Args:
+            func: the function.
+            kept: how its calls are kept.
+            arguments: of the call, by name, in order; the input is (B, ...), of slices
+                (1, ...).
+            ids: the names of parameters by the ids of the model's own.
+
+        Returns:
+            The output; None for a call that cannot be recorded.
+        """
+        x = arguments["input"]
+        if x.dim() < 2 and func is not F.embedding:
+            return None  # a slice is one vector, and not a batch of one
+        if func in FUNCTIONS and x.dim() != arguments["weight"].dim():
+            return None  # the same
+        names = {own: ids.get(id(arguments[own])) for own in kept.parameters}
+        if not x.requires_grad and not any(names.values()):
+            return func(*arguments.values())
+        if self.size == 1 and func in _AS_IT_IS:
+            return self.plainly(kept.otherwise or func, arguments, names)
+        if x.numel() <= SMALL:
+            y = self.caught(func, kept, dict(arguments), names)
+            if y is not None:
+                return y
+        return self.kept(kept, arguments, names, by_slices=False)
 
     def kept(
         self,
@@ -212,6 +249,12 @@ class Uses:
     def written(self) -> bool:
         """Whether an input that was caught has been written since."""
         return any([one.x._version != one.version for one in self.calls])
+
+
+# Of functions with right derivatives by parameters; of one sample, these are the rows.
+_AS_IT_IS = (F.linear, F.batch_norm, *FUNCTIONS)
+# Calls with fewer numbers are caught.
+SMALL = 2**17
 
 
 class Caught(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
 from vmapsafe._block.models import process_group, unwrapped
+from vmapsafe._block.open_blocks import everywhere
 from vmapsafe._block.vmap_safe import Block
 from vmapsafe._draws import Draws, check_randomness
 from vmapsafe._errors import (
@@ -22,6 +23,7 @@ from vmapsafe._errors import (
 )
 from vmapsafe._modes import Options, check_flag
 from vmapsafe._rows.copies import Copies, leaves_of
+from vmapsafe._rows.layers import in_a_row, layers_in, loss_in
 from vmapsafe._rows.merged import Trials, merged
 from vmapsafe._rows.parameters import Parameters, Params
 from vmapsafe._rows.record import LEVEL, Recorded, recorded
@@ -252,6 +254,9 @@ class Samples:
         """The same from one batch of all samples; None where that cannot be done."""
         if not self._mergeable():
             return None
+        found = self._in_a_row(batch)
+        if found is not None:
+            return found
         trial = self.net, self.loss_fn, self.tensors
         succeeded = _trials.ended(*trial)
         if succeeded is False:
@@ -275,6 +280,22 @@ class Samples:
         if not succeeded:
             _trials.note(*trial, succeeded=True)
         return found
+
+    def _in_a_row(self, batch: tuple[Any, ...]) -> Recorded | None:
+        """The same from a model of torch's own layers; None for another."""
+        if self.has_aux or len(batch) != 2 or self.options.also or everywhere():
+            return None
+        x, y = batch
+        loss = loss_in(self.loss_fn)
+        if loss is None or type(x) is not Tensor or type(y) is not Tensor:
+            return None
+        layers = layers_in(self.net)
+        if not layers:
+            return None
+        try:
+            return in_a_row(layers, loss, self.parameters.originals, x, y)
+        except NotAlike:
+            return None
 
     def _mergeable(self) -> bool:
         """Whether the samples may be tried as one batch, see ``merged``."""
