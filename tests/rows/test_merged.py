@@ -2,6 +2,7 @@
 either gives the rows of a loop."""
 
 import random
+import threading
 
 import pytest
 import slow
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vmapsafe import NeverUpdatedWarning, per_sample, per_sample_grads
+from vmapsafe import BlockError, NeverUpdatedWarning, per_sample, per_sample_grads
 from vmapsafe import quantities as q
 from vmapsafe import vmap_safe
 from vmapsafe._block import vmap_safe as vmap_safe_module
@@ -211,6 +212,19 @@ class Centred(torch.autograd.Function):
         return grad - grad.mean(0)
 
 
+class CentredAsItIs(torch.autograd.Function):
+    """The same, which gives back the tensor that it got, and does not write it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad - grad.mean(0)
+
+
 class CentredInPlace(torch.autograd.Function):
     """The same, which gives back the tensor that it got."""
 
@@ -260,6 +274,7 @@ UNALIKE = {
     "a product over samples": lambda net, h: _over_samples(h.mean((2, 3))),
     "squeezed": lambda net, h: h.squeeze().mean((-2, -1)).view(1, 4),
     "samples as channels": pooled(lambda net, h: h.transpose(0, 1).transpose(0, 1)),
+    "folded": lambda net, h: h.permute(1, 0, 2, 3).flatten(0, 1).view(1, 4, 16).mean(2),
     "transposed and flat": lambda net, h: h.transpose(0, 1).flatten(1).sum(1)[None],
     "all at once": lambda net, h: h.sum() * h.mean((2, 3)),
     "an axis": pooled(lambda net, h: h - h.mean(axis=0)),
@@ -323,7 +338,7 @@ def test_not_alike(name, ended):
         assert ended == [False]
 
 
-@pytest.mark.parametrize("function", [Centred, CentredInPlace])
+@pytest.mark.parametrize("function", [Centred, CentredInPlace, CentredAsItIs])
 def test_functions_of_autograd(function, ended):
     """Their backward is not seen, and would get the gradients of all samples."""
     net, x, y = problem(pooled(lambda net, h: function.apply(h * 1)))
@@ -379,22 +394,66 @@ def test_a_constant_of_unknown_origin(ended):
 
 def test_a_batch_that_is_a_buffer(ended):
     """As a part of the model it is the same for all samples."""
-    net, x, y = problem(lambda net, h: h.mean((2, 3)) + net.bank.mean((0, 2, 3)).sum())
-    net.bank = nn.Buffer(x)
-    expected = slow.rows(net, F.cross_entropy, x, y)
+
+    class Compares(nn.Module):
+        def __init__(self, bank):
+            super().__init__()
+            self.layer, self.bank = nn.Linear(4, 4), nn.Buffer(bank)
+
+        def forward(self, x):
+            return self.layer(x) * self.bank
+
+    x = torch.randn(3, 4).double()
+    net = Compares(x).double()
+    net.bank = x
+    rows = per_sample_grads(net, lambda o: o.sum(), x)
+    assert_same(rows, slow.rows(net, lambda o: o.sum(), x))
+
+
+def test_a_batch_written_by_the_forward(ended):
+    """A trial must not write it before it ends, as the forward runs again."""
+    net = nn.Sequential(nn.ELU(inplace=True), nn.Linear(4, 3)).double()
+    x, y = torch.randn(3, 4).double(), torch.randint(3, (3,))
+
+    def loss(output, y):
+        return F.cross_entropy(output.cumsum(1), y)  # which is not in the table
+
+    expected = slow.rows(net, loss, x.clone(), y)
+    assert_same(per_sample_grads(net, loss, x, y), expected)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_view_of_a_layer_written_in_place(size, ended):
+    """Batch norm of images of one row gives a view."""
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ELU(inplace=True)),
+        *(nn.Flatten(), nn.Linear(12, 3)),
+    ).double()
+    net(torch.randn(8, 2, 1, 3).double())
+    x, y = torch.randn(size, 2, 1, 3).double(), torch.randint(3, (size,))
+    expected = slow.rows_in(net, "eval", F.cross_entropy, x, y)
     assert_same(per_sample_grads(net, F.cross_entropy, x, y), expected)
+    assert ended == [True]
 
 
-def test_the_loss_of_a_slice_without_a_batch_dimension(ended):
+def test_the_loss_of_a_slice_without_a_batch_dimension(ended, monkeypatch):
     """A linear layer takes a vector as one sample, so that a slice (1,) gives (O,)."""
     net = nn.Linear(1, 3).double()
     x = torch.randn(4).double()
 
     def loss(output):
-        return output.square().sum(0).sum()
+        return output.square().sum() * len(output)
 
-    assert_same(per_sample_grads(net, loss, x), slow.rows(net, loss, x))
-    assert ended == [False]
+    losses = [loss(net(one)) for one in x.unsqueeze(1)]
+    rows = [torch.autograd.grad(value, list(net.parameters())) for value in losses]
+    expected = {
+        name: torch.stack([row[i] for row in rows])
+        for i, name in enumerate(("weight", "bias"))
+    }
+    for small in (record.SMALL, 0):
+        monkeypatch.setattr(record, "SMALL", small)
+        assert_same(per_sample_grads(net, loss, x), expected)
+    assert ended == [False, False]
 
 
 def test_an_image_without_a_batch_dimension(ended):
@@ -404,8 +463,11 @@ def test_an_image_without_a_batch_dimension(ended):
     with pytest.raises(RuntimeError, match="channels"):
         per_sample_grads(net, lambda o: o.sum(), x)
     net = nn.Conv2d(1, 2, 3).double()
-    rows = per_sample_grads(net, lambda o: o.square().sum(), x)
-    assert_same(rows, slow.rows(net, lambda o: o.square().sum(), x))
+    for some in (x, x[:1]):
+        want = {"rows": q.Rows(), "losses": q.Losses()}
+        found = per_sample(net, lambda o: o.square().sum(), some, want=want)
+        assert_same(found["rows"], slow.rows(net, lambda o: o.square().sum(), some))
+        assert found["losses"].shape == (len(some),)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -723,6 +785,29 @@ def test_statistics_that_no_batch_has_updated(rowed):
     vmap_safe_module._warned_of_statistics.discard(nn.Sequential)
     with pytest.warns(NeverUpdatedWarning):
         per_sample_grads(net, F.cross_entropy, x, y)
+    assert not rowed
+
+
+def test_a_model_that_another_thread_holds(rowed):
+    """The block refuses it, and nothing else may run it."""
+    net, x, y = row_of_layers()
+    rowed.clear()
+    opened, done = threading.Event(), threading.Event()
+
+    def hold():
+        with vmap_safe(net, mode="no_running_stats"):
+            opened.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert opened.wait(60)
+        with pytest.raises(BlockError, match="another thread holds"):
+            per_sample_grads(net, F.cross_entropy, x, y)
+    finally:
+        done.set()
+        thread.join()
     assert not rowed
 
 

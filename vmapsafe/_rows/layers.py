@@ -6,7 +6,8 @@ time. So the layers are called here one after another, on all samples at once, a
 forwards would call functions in a block in "eval" mode.
 
 What is known of a model is looked at in each call: its modules, their classes, hooks
-and flags may have changed.
+and flags may have changed. A layer that an open block has switched, in any thread, has
+another class, and so is not known here.
 """
 
 from __future__ import annotations

@@ -24,13 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmapsafe._rows.record import KeptOutput, Recorded, Uses, no_hooks
+from vmapsafe._rows.record import Recorded, Uses, no_hooks
 from vmapsafe._torch import (
-    BackwardCFunction,
     TorchFunctionMode,
     autocasts,
     current_level,
-    forward_class_of,
     run_while_compiling,
     tree_flatten,
     tree_map,
@@ -178,16 +176,6 @@ class Merged(TorchFunctionMode):
         for leaf in (losses, *(tree_flatten(aux)[0] if aux != () else ())):
             if not isinstance(leaf, Tensor) or self.place(leaf) not in (0, NUMBERS):
                 raise NotAlike
-        nodes = [] if losses.grad_fn is None else [losses.grad_fn]
-        seen = {*nodes}
-        for node in nodes:  # while it grows
-            if isinstance(node, BackwardCFunction):
-                if forward_class_of(node) is not KeptOutput:
-                    raise NotAlike
-            for following, _ in node.next_functions:
-                if following is not None and following not in seen:
-                    seen.add(following)
-                    nodes.append(following)
 
     @run_while_compiling
     def __torch_function__(

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
 from vmapsafe._block.models import process_group, unwrapped
-from vmapsafe._block.open_blocks import everywhere
 from vmapsafe._block.vmap_safe import Block
 from vmapsafe._draws import Draws, check_randomness
 from vmapsafe._errors import (
@@ -283,7 +282,7 @@ class Samples:
 
     def _in_a_row(self, batch: tuple[Any, ...]) -> Recorded | None:
         """The same from a model of torch's own layers; None for another."""
-        if self.has_aux or len(batch) != 2 or self.options.also or everywhere():
+        if self.has_aux or len(batch) != 2 or self.options.also:
             return None
         x, y = batch
         loss = loss_in(self.loss_fn)
