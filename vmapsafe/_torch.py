@@ -101,6 +101,24 @@ def prepare_compiling() -> None:
         torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
 
 
+_any_global_hook: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of a module runs other code than its class's forward."""
+    # Read in torch 2.13.
+    given = module.__dict__
+    return bool(
+        given["_forward_hooks"]
+        or given["_forward_pre_hooks"]
+        or given["_backward_hooks"]
+        or given["_backward_pre_hooks"]
+        or "forward" in given
+        or given.get("_compiled_call_impl")
+        or _any_global_hook()
+    )
+
+
 def modes_in_force() -> list[TorchFunctionMode]:
     """This thread's stack, the innermost last."""
     # Read in torch 2.13: the public function makes a new list in each call.
@@ -612,7 +630,7 @@ def forward_class_of(node: Any) -> type:
 def without_view(tensor: Tensor) -> Tensor:
     """The same memory, as a tensor that is not a view for autograd. What follows can
     then write into it in place."""
-    shown: Tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
+    shown: Tensor = torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
     return shown
 
 

@@ -450,9 +450,10 @@ def test_the_warning_is_about_the_statistics_of_the_checkpoint():
     """Those that ``params`` brings, and not those of the model."""
 
     def fresh():
-        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        return net.double()
 
-    x, y = torch.randn(12, 4), torch.randint(3, (12,))
+    x, y = torch.randn(12, 4).double(), torch.randint(3, (12,))
     trained = fresh()
     trained(x)
     with warnings.catch_warnings():

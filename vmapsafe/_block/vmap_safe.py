@@ -316,6 +316,12 @@ _updated = weakref.WeakKeyDictionary()
 _warned_of_statistics: weakref.WeakSet[type] = weakref.WeakSet()
 
 
+def was_updated(layer: nn.Module) -> bool:
+    """Whether the running statistics are known to have been updated."""
+    known = _updated.get(layer)
+    return known is not None and known() is layer._buffers.get("running_var")
+
+
 def _warn_if_never_updated(scope: Scope) -> None:
     """Warn, once for each class of model, if statistics are as they were initialised.
 

@@ -11,6 +11,8 @@ The map, bottom up:
 
 ``copies``       a sample's own copy of each parameter, wherever a forward reads one
 ``record``       one forward and backward that gives each layer's input and gradient
+``merged``       the same as one batch, where every call treats samples alike
+``layers``       the same for torch's own layers in a row, which need no watching
 ``traced``       the same while torch.compile traces
 ``chunks``       a few samples at a time
 ``turns``        one call at a time on a model

@@ -213,13 +213,14 @@ class Feed(Collector):
     def losses(self, losses: Tensor) -> None:
         """Hand on the losses (n,)."""
         for part in self._parts:
-            part.take_losses(without_autograd(losses).clone())
+            if type(part).take_losses is not Part.take_losses:
+                part.take_losses(without_autograd(losses).clone())
 
     def streamed(self, name: str, formula: Formula, x: Tensor, grad: Tensor) -> None:
         self.take(Grads(name, formula, x, grad, self._asked))
 
-    def whole(self, name: str, rows: Tensor) -> None:
-        given = Grads.of_rows(name, rows, self._asked)
+    def whole(self, name: str, rows: Tensor, own: bool = False) -> None:
+        given = Grads.of_rows(name, rows, self._asked, own)
         if rows.requires_grad and current_level() == 0:
             for part in self._parts:
                 if part.derivatives:

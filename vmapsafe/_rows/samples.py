@@ -13,7 +13,7 @@ from torch.func import grad, jacrev, vmap
 
 from vmapsafe._block.models import process_group, unwrapped
 from vmapsafe._block.vmap_safe import Block
-from vmapsafe._draws import check_randomness
+from vmapsafe._draws import Draws, check_randomness
 from vmapsafe._errors import (
     VmapSafeTypeError,
     VmapSafeValueError,
@@ -22,20 +22,25 @@ from vmapsafe._errors import (
 )
 from vmapsafe._modes import Options, check_flag
 from vmapsafe._rows.copies import Copies, leaves_of
+from vmapsafe._rows.layers import in_a_row, layers_in, loss_in
+from vmapsafe._rows.merged import Trials, merged
 from vmapsafe._rows.parameters import Parameters, Params
-from vmapsafe._rows.record import LEVEL, Recorded
+from vmapsafe._rows.record import LEVEL, Recorded, recorded
 from vmapsafe._rows.traced import LEVEL as LEVEL_OF_TRACED
 from vmapsafe._rows.traced import Traced
 from vmapsafe._torch import (
     autocasts,
     beyond_reverse_mode,
     current_level,
+    dispatch_modes_are_on,
     innermost,
+    modes_in_force,
     tree_flatten,
     tree_map,
     under,
     without_inference_mode,
 )
+from vmapsafe.rules.alike import DEVICES, NotAlike
 
 Loss = Callable[..., Any]
 
@@ -127,7 +132,7 @@ class Samples:
             loss_fn,
             parameters,
             batch,
-            tree_flatten(batch)[0],
+            _tensors(batch),
             size,
             options,
             randomness,
@@ -137,6 +142,8 @@ class Samples:
 
     def without_updates(self) -> Samples:
         """The same, whose forward updates no running statistics."""
+        if not self.options.update_running_stats:
+            return self
         return replace(self, options=replace(self.options, update_running_stats=False))
 
     def of_other(self, batch: tuple[Any, ...]) -> Samples:
@@ -229,13 +236,17 @@ class Samples:
         Raises:
             Unrecordable: the loss does what only :meth:`rows` can follow.
         """
-        return Recorded(
+        size = len(_tensors(batch)[0])
+        found = self._merged(batch, size)
+        if found is not None:
+            return found
+        return recorded(
             self.called,
             self.parameters.originals,
             self._loss,
             self.values,
             batch,
-            len(tree_flatten(batch)[0][0]),
+            size,
             self.randomness,
             self.has_aux,
             partial(self._in_block, replace(self.options, copies_at=LEVEL)),
@@ -269,6 +280,73 @@ class Samples:
             partial(self._in_block, without_updates),
         )
 
+    def _merged(self, batch: tuple[Any, ...], size: int) -> Recorded | None:
+        """The same from one batch of all samples; None where that cannot be done."""
+        if not self._mergeable():
+            return None
+        found = self._in_a_row(batch)
+        if found is not None:
+            return found
+        trial = self.net, self.loss_fn, self.tensors
+        succeeded = _trials.ended(*trial)
+        if succeeded is False:
+            return None
+        draws = None if succeeded else Draws(self.randomness, of_host=True)
+        try:
+            found = merged(
+                (*self.parameters.known.values(), *self.parameters.buffers),
+                self.parameters.originals,
+                self._loss_of_batch,
+                batch,
+                size,
+                self.has_aux,
+                partial(self._in_block, self.options),
+            )
+        except NotAlike:
+            _trials.note(*trial, succeeded=False)
+            if draws is not None:
+                draws.put_back()
+            return None
+        if not succeeded:
+            _trials.note(*trial, succeeded=True)
+        return found
+
+    def _in_a_row(self, batch: tuple[Any, ...]) -> Recorded | None:
+        """The same from a model of torch's own layers; None for another."""
+        if self.has_aux or len(batch) != 2 or self.options.also:
+            return None
+        x, y = batch
+        loss = loss_in(self.loss_fn)
+        if loss is None or type(x) is not Tensor or type(y) is not Tensor:
+            return None
+        layers = layers_in(self.net)
+        if not layers:
+            return None
+        try:
+            return in_a_row(layers, loss, self.parameters.originals, x, y)
+        except NotAlike:
+            return None
+
+    def _mergeable(self) -> bool:
+        """Whether the samples may be tried as one batch, see ``merged``."""
+        device = self.device
+        return (
+            self.options.fast
+            and self.options.meaning.reads_running_stats
+            and self.keep_batch_dim
+            and self.parameters.are_models_own
+            and device.type in DEVICES
+            and not modes_in_force()
+            and not dispatch_modes_are_on()
+            and not autocasts(device)
+            and all([v.dtype in _DTYPES for v in self.values.values()])
+            and not any([t.requires_grad for t in self.tensors])
+        )
+
+    def _loss_of_batch(self, inputs: Any, *rest: Any) -> Any:
+        """The losses of a batch, which :func:`merged` sees to."""
+        return self._output_and_loss(inputs, rest)
+
     def could_be_watched(self) -> bool:
         """Whether plain autograd has an interest in the rows."""
         if not torch.is_grad_enabled():
@@ -277,7 +355,7 @@ class Samples:
         chosen = {id(known[name]) for name in self.values}
         others = [p for p in known.values() if id(p) not in chosen]
         given = (*self.tensors, *self.values.values())
-        watched = (*given, *others, *self.net.buffers())
+        watched = (*given, *others, *self.parameters.buffers)
         return any([tensor.requires_grad for tensor in watched])
 
     # -- One sample --------------------------------------------------------------------
@@ -372,7 +450,17 @@ class Samples:
         )
 
 
+_DTYPES = (torch.float32, torch.float64)
+_trials = Trials()
 _MADE_UP = 2  # samples in the place of an empty batch
+
+
+def _tensors(batch: tuple[Any, ...]) -> list[Tensor]:
+    """Those of trees of tensors."""
+    if all([type(part) is Tensor for part in batch]):  # for which trees are slow
+        return [*batch]
+    leaves: list[Tensor] = tree_flatten(batch)[0]
+    return leaves
 
 
 def _made_up(batch: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -469,7 +557,7 @@ def _batch_size(called: str, batch: tuple[Any, ...]) -> int:
     """The first dimension of every tensor of the batch, which must agree."""
     shapes: list[tuple[int, tuple[int, ...]]] = []
     for i, part in enumerate(batch):
-        leaves, _ = tree_flatten(part)
+        leaves = [part] if type(part) is Tensor else tree_flatten(part)[0]
         for leaf in leaves:
             if not isinstance(leaf, Tensor) or leaf.dim() == 0:
                 raise VmapSafeValueError(

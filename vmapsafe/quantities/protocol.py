@@ -96,10 +96,16 @@ class Grads:
 
     @staticmethod
     def of_rows(
-        name: str, rows: Tensor, asked: Mapping[str, int] | None = None
+        name: str,
+        rows: Tensor,
+        asked: Mapping[str, int] | None = None,
+        own: bool = False,
     ) -> Grads:
-        """Of rows (n, *shape) that are made already."""
-        return Grads(name, Made(rows.shape[1:]), rows, rows, asked)
+        """Of rows (n, *shape) that are made already.
+
+        If ``own``, they are contiguous, and nothing else uses their memory.
+        """
+        return Grads(name, Made(rows.shape[1:], own), rows, rows, asked)
 
     def __len__(self) -> int:
         return len(self._grad)

@@ -10,6 +10,9 @@ The map, bottom up:
 ``formulas``              rows of a parameter, and quantities of them without the rows
 ``opaque``                formulas that torch.compile does not look into
 ``kept_calls``            the table in which layers say what ``_rows`` keeps of a call
+``alike``                 functions that treat the samples of a batch alike
+``alike_shapes``          those of its shape
+``alike_losses``          losses
 ``references``            slow forms of normalisation, to compare with
 ``normalisation``         norms by the input's statistics, right in every derivative
 ``layer_norm``            layer norm
@@ -29,6 +32,8 @@ The map, bottom up:
 ``random_numbers``        memory for random numbers
 """
 
+from vmapsafe.rules import alike_losses as alike_losses
+from vmapsafe.rules import alike_shapes as alike_shapes
 from vmapsafe.rules import attention as attention
 from vmapsafe.rules import batch_norm as batch_norm
 from vmapsafe.rules import buffers as buffers

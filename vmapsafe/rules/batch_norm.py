@@ -366,7 +366,13 @@ def _keep(
             return own_statistics(x, None, None, eps)
         return by_running_statistics(x, mean, var, None, None, eps)
 
-    return ByKernel(forward, backward, Affine(before, first=2))
+    def rows(
+        grad: Tensor, x: Tensor, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        return operators.rows(grad, x, weight, *statistics, eps, wanted)
+
+    made = Affine(before, first=2)
+    return ByKernel(forward, backward, made, None if training else rows)
 
 
 def _otherwise(
@@ -384,9 +390,10 @@ def _otherwise(
         assert running_var is not None
         statistics = running_mean, running_var
         return by_running_statistics(input, *statistics, weight, bias, eps)
-    x = input.flatten(2) if has_several_layouts(input) else input
     rest = running_mean, running_var, weight, bias, training, momentum, eps
-    return F.batch_norm(x, *rest).view(input.shape)
+    if has_several_layouts(input):
+        return F.batch_norm(input.flatten(2), *rest).view(input.shape)
+    return F.batch_norm(input, *rest)
 
 
 keep_calls(F.batch_norm, KeptCalls(_keep, otherwise=_otherwise))

@@ -54,6 +54,8 @@ class ByKernel:
             and each parameter whether its gradient is wanted. It returns the gradients,
             each in memory of its own.
         affine: how to make it where only one slice is to be seen, if it can be made so.
+        rows: takes the output gradient, the input, and for each parameter whether its
+            rows are wanted, and returns them. It is None if they need more than that.
     """
 
     forward: Callable[[Tensor], Sequence[Tensor]]
@@ -61,6 +63,9 @@ class ByKernel:
         [Tensor, Tensor, Sequence[Tensor], Sequence[bool]], Sequence[Tensor | None]
     ]
     affine: Affine | None = None
+    rows: Callable[[Tensor, Tensor, Sequence[bool]], Sequence[Tensor | None]] | None = (
+        None
+    )
 
 
 @dataclass(frozen=True)
