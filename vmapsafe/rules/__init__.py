@@ -22,6 +22,9 @@ The map, bottom up:
 ``convolution_regimes``   which algorithm is the fastest for which convolution
 ``convolution``           convolutions
 ``embedding``             embeddings
+``gates``                 the steps of recurrent layers
+``through_time``          recurrent layers for per-sample gradients
+``recurrent``             recurrent layers and cells
 ``attention``             scaled dot product attention
 ``buffers``               writes to buffers, which a forward in a block leaves out
 ``layouts``               memory formats that vmap cannot make or query
@@ -40,5 +43,6 @@ from vmapsafe.rules import layouts as layouts
 from vmapsafe.rules import linear as linear
 from vmapsafe.rules import outer_products as outer_products
 from vmapsafe.rules import random_numbers as random_numbers
+from vmapsafe.rules import recurrent as recurrent
 from vmapsafe.rules import rms_norm as rms_norm
 from vmapsafe.rules import sync as sync
