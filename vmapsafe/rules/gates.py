@@ -12,7 +12,7 @@ has weights of its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,8 +49,8 @@ class Steps:
 
 
 class Gradients(NamedTuple):
-    """The gradients by the two products and by the projected hidden states, at all
-    steps, and by the initial states."""
+    """The gradients by the products of the inputs, of the hidden states and of a
+    projection, at all steps, and by the initial states."""
 
     input: Tensor
     hidden: Tensor
@@ -73,7 +73,7 @@ class Kind(ABC):
 
     @abstractmethod
     def back(
-        self, steps: Steps, grad: Tensor, of_last: State, h: Tensor, weights: Weights
+        self, steps: Steps, grad: Tensor, of_last: State, weights: Weights
     ) -> Gradients:
         """The gradients by all products.
 
@@ -81,11 +81,10 @@ class Kind(ABC):
             steps: what ``run`` returned.
             grad: the gradient by the hidden states (T, ..., P).
             of_last: that by the last cell, of an LSTM.
-            h: the products of the hidden states (T, ..., G), bias included.
             weights: those of ``run``.
 
         Returns:
-            The gradients, in memory of their own.
+            The gradients. They share no memory with what is passed.
         """
 
 
@@ -103,26 +102,25 @@ class Elman(Kind):
         return (self.function(x + h),)
 
     def run(self, x: Tensor, state: State, weights: Weights) -> Steps:
-        hidden = _from(state[0], len(x))
-        multiply = _multiply(weights.hidden.mT)
+        hidden = torch.cat([state[0].unsqueeze(0), _biased(x, weights.bias)])
+        add_product = _adder(weights.hidden.mT)
         h = hidden.unbind()
-        for t, one in enumerate(_with(x, weights.bias)):
-            self.in_place(multiply(one, h[t], h[t + 1]))
+        for t in range(len(x)):
+            add_product(h[t + 1], h[t])
+            self.in_place(h[t + 1])
         return Steps(hidden, None, None, ())
 
     def back(
-        self, steps: Steps, grad: Tensor, of_last: State, h: Tensor, weights: Weights
+        self, steps: Steps, grad: Tensor, of_last: State, weights: Weights
     ) -> Gradients:
         slope = self.derivative(steps.hidden[1:])
-        multiply = _multiply(weights.hidden)
-        of_gates = torch.empty_like(slope)
-        slopes, found, grads = slope.unbind(), of_gates.unbind(), grad.unbind()
-        of_h = grads[-1]
-        memory = torch.empty_like(of_h)
+        add_product = _adder(weights.hidden)
+        of_gates, of_hidden = torch.empty_like(slope), _before(grad)
+        slopes, found, of_h = slope.unbind(), of_gates.unbind(), of_hidden.unbind()
         for t in reversed(range(len(grad))):
-            torch.mul(of_h, slopes[t], out=found[t])
-            of_h = multiply(_before(grads, t), found[t], memory)
-        return Gradients(of_gates, of_gates, None, (of_h,))
+            torch.mul(of_h[t + 1], slopes[t], out=found[t])
+            add_product(of_h[t], found[t])
+        return Gradients(of_gates, of_gates, None, (of_h[0],))
 
 
 class GRU(Kind):
@@ -140,53 +138,46 @@ class GRU(Kind):
     def run(self, x: Tensor, state: State, weights: Weights) -> Steps:
         hidden = _from(state[0], len(x))
         size = hidden.size(-1)
-        multiply = _multiply(weights.hidden.mT)
-        zero = x.new_zeros(()) if weights.bias is None else _bias(weights.bias)
-        product = torch.empty_like(x[0])
-        of_r_z, of_n = product[..., : 2 * size], product[..., 2 * size :]
-        r_z, n = x.new_empty(*x.shape[:-1], 2 * size), torch.empty_like(hidden[1:])
-        h, ns, parts = hidden.unbind(), n.unbind(), r_z.unbind()
-        r, z = r_z[..., :size].unbind(), r_z[..., size:].unbind()
-        x_r_z, x_n = x[..., : 2 * size].unbind(), x[..., 2 * size :].unbind()
-        start = zero.expand_as(product)
+        product = _biased(torch.zeros_like(x), weights.bias)
+        r_z = torch.empty_like(product[..., : 2 * size])
+        n = torch.empty_like(hidden[1:])
+        h, products = hidden.unbind(), product.unbind()
+        of_r_z, of_n = (p.unbind() for p in product.split([2 * size, size], -1))
+        x_r_z, x_n = (p.unbind() for p in x.split([2 * size, size], -1))
+        (r, z), both = (p.unbind() for p in r_z.split(size, -1)), r_z.unbind()
+        ns, add_product = n.unbind(), _adder(weights.hidden.mT)
         for t in range(len(x)):
-            multiply(start, h[t], product)
-            torch.add(x_r_z[t], of_r_z, out=parts[t]).sigmoid_()
-            torch.addcmul(x_n[t], r[t], of_n, out=ns[t]).tanh_()
+            add_product(products[t], h[t])
+            torch.add(x_r_z[t], of_r_z[t], out=both[t]).sigmoid_()
+            torch.addcmul(x_n[t], r[t], of_n[t], out=ns[t]).tanh_()
             torch.lerp(ns[t], h[t], z[t], out=h[t + 1])
-        return Steps(hidden, None, None, (r_z, n))
+        return Steps(hidden, None, None, (r_z, n, product[..., 2 * size :]))
 
     def back(
-        self, steps: Steps, grad: Tensor, of_last: State, h: Tensor, weights: Weights
+        self, steps: Steps, grad: Tensor, of_last: State, weights: Weights
     ) -> Gradients:
-        r_z, n = steps.saved
+        r_z, n, of_n = steps.saved
         size = n.size(-1)
-        r, z = r_z[..., :size], r_z[..., size:]
+        r, z = r_z.split(size, -1)
         # What the gradient by h' is multiplied by, for each of the gates.
         by_n = (1 - z) * (1 - n * n)
-        by = torch.empty_like(h)
+        by = torch.empty_like(torch.cat([r_z, n], -1))
+        torch.addcmul(r_z, r_z, r_z, value=-1, out=by[..., : 2 * size])
+        by[..., :size].mul_(by_n * of_n)
+        by[..., size : 2 * size].mul_(steps.hidden[:-1] - n)
         torch.mul(by_n, r, out=by[..., 2 * size :])
-        by_r_z = by[..., : 2 * size].unflatten(-1, (2, size))
-        torch.mul(by_n, h[..., 2 * size :], out=by_r_z[..., 0, :])
-        torch.sub(steps.hidden[:-1], n, out=by_r_z[..., 1, :])
-        by[..., : 2 * size].mul_(r_z * (1 - r_z))
-        multiply = _multiply(weights.hidden)
-        of_hidden, of_h = torch.empty_like(h), torch.empty_like(n)
-        carried = torch.empty_like(n[0])
+        of_products, of_hidden = torch.empty_like(by), _before(grad)
         factors = by.unflatten(-1, (3, size)).unbind()
-        found = of_hidden.unflatten(-1, (3, size)).unbind()
-        flat, zs, totals = of_hidden.unbind(), z.unbind(), of_h.unbind()
-        grads, rest = grad.unbind(), torch.empty_like(carried)
-        totals[-1].copy_(grads[-1])
+        found = of_products.unflatten(-1, (3, size)).unbind()
+        flat, zs, of_h = of_products.unbind(), z.unbind(), of_hidden.unbind()
+        add_product = _adder(weights.hidden)
         for t in reversed(range(len(grad))):
-            torch.mul(totals[t].unsqueeze(-2), factors[t], out=found[t])
-            torch.mul(totals[t], zs[t], out=rest)
-            multiply(rest, flat[t], carried)
-            if t:
-                torch.add(grads[t - 1], carried, out=totals[t - 1])
-        of_input = of_hidden.clone()
-        torch.mul(of_h, by_n, out=of_input[..., 2 * size :])
-        return Gradients(of_input, of_hidden, None, (carried,))
+            torch.mul(of_h[t + 1].unsqueeze(-2), factors[t], out=found[t])
+            of_h[t].addcmul_(of_h[t + 1], zs[t])
+            add_product(of_h[t], flat[t])
+        of_input = of_products.clone()
+        torch.mul(of_hidden[1:], by_n, out=of_input[..., 2 * size :])
+        return Gradients(of_input, of_products, None, (of_h[0],))
 
 
 class LSTM(Kind):
@@ -201,68 +192,61 @@ class LSTM(Kind):
 
     def run(self, x: Tensor, state: State, weights: Weights) -> Steps:
         hidden, cells = (_from(one, len(x)) for one in state)
-        size = cells.size(-1)
-        multiply = _multiply(weights.hidden.mT)
-        gates, tanh = torch.empty_like(x), torch.empty_like(cells[1:])
-        i_f, g, o = (part.unbind() for part in gates.split([2 * size, size, size], -1))
-        i, f = (gates[..., k * size : (k + 1) * size].unbind() for k in (0, 1))
-        all_gates, c, tanhs = gates.unbind(), cells.unbind(), tanh.unbind()
-        h, unprojected = hidden.unbind(), None
-        outputs = h[1:]
-        if weights.projection is not None:
-            unprojected = torch.empty_like(tanh)
-            outputs = unprojected.unbind()
-        for t, one in enumerate(_with(x, weights.bias)):
-            multiply(one, h[t], all_gates[t])
-            i_f[t].sigmoid_()
-            g[t].tanh_()
-            o[t].sigmoid_()
-            torch.mul(f[t], c[t], out=c[t + 1]).addcmul_(i[t], g[t])
+        size, projection = cells.size(-1), weights.projection
+        gates = _biased(x, weights.bias)
+        g, tanh = torch.empty_like(cells[1:]), torch.empty_like(cells[1:])
+        i, f, of_g, o = (part.unbind() for part in gates.split(size, -1))
+        all_gates, gs, c, tanhs = (t.unbind() for t in (gates, g, cells, tanh))
+        h = hidden.unbind()
+        output = hidden[1:] if projection is None else torch.empty_like(g)
+        outputs, add_product = output.unbind(), _adder(weights.hidden.mT)
+        for t in range(len(x)):
+            add_product(all_gates[t], h[t])
+            torch.tanh(of_g[t], out=gs[t])
+            all_gates[t].sigmoid_()  # of g too, which is faster than to leave it out
+            torch.mul(f[t], c[t], out=c[t + 1]).addcmul_(i[t], gs[t])
             torch.tanh(c[t + 1], out=tanhs[t])
             torch.mul(o[t], tanhs[t], out=outputs[t])
-            if weights.projection is not None:
-                torch.matmul(outputs[t], weights.projection.mT, out=h[t + 1])
-        return Steps(hidden, cells, unprojected, (gates, tanh))
+            if projection is not None:
+                torch.matmul(outputs[t], projection.mT, out=h[t + 1])
+        unprojected = None if projection is None else output
+        return Steps(hidden, cells, unprojected, (gates, g, tanh, output))
 
     def back(
-        self, steps: Steps, grad: Tensor, of_last: State, h: Tensor, weights: Weights
+        self, steps: Steps, grad: Tensor, of_last: State, weights: Weights
     ) -> Gradients:
-        gates, tanh = steps.saved
+        gates, g, tanh, output = steps.saved
         assert steps.cells is not None
-        size = tanh.size(-1)
-        i, f, g, o = gates.split(size, -1)
-        # What the gradients by c' and, for o, by h' are multiplied by.
-        by = gates * (1 - gates)
+        size, projection = g.size(-1), weights.projection
+        i, f, _, o = gates.split(size, -1)
+        # What the gradients by c' and, for o, by the output are multiplied by.
+        by = torch.addcmul(gates, gates, gates, value=-1)
         by_i, by_f, by_g, by_o = by.split(size, -1)
         by_i.mul_(g)
         by_f.mul_(steps.cells[:-1])
-        torch.mul(i, 1 - g * g, out=by_g)
+        torch.addcmul(i, i * g, g, value=-1, out=by_g)
         by_o.mul_(tanh)
-        by_h = o * (1 - tanh * tanh)
-        of_gates = torch.empty_like(gates)
-        by_c = by[..., : 3 * size].unflatten(-1, (3, size)).unbind()
-        of_c_gates = of_gates[..., : 3 * size].unflatten(-1, (3, size)).unbind()
+        by_output = torch.addcmul(o, output, tanh, value=-1)
+        of_gates, of_hidden = torch.empty_like(gates), _before(grad)
+        by_c, of_c = (
+            t[..., : 3 * size].unflatten(-1, (3, size)).unbind() for t in (by, of_gates)
+        )
         of_o, flat = of_gates[..., 3 * size :].unbind(), of_gates.unbind()
-        by_os, by_hs, fs = by_o.unbind(), by_h.unbind(), f.unbind()
-        multiply, grads = _multiply(weights.hidden), grad.unbind()
-        of_hidden = torch.empty_like(grad)
-        of_h = of_hidden.unbind()
-        of_h[-1].copy_(grads[-1])
-        of_first = torch.empty_like(grads[0])
+        by_os, by_outputs, fs = by_o.unbind(), by_output.unbind(), f.unbind()
+        of_h, add_product = of_hidden.unbind(), _adder(weights.hidden)
         of_cell = of_last[0].clone()
-        of_output = torch.empty_like(of_cell)
+        three = of_cell.unsqueeze(-2)
         for t in reversed(range(len(grad))):
-            if weights.projection is None:
-                of_output = of_h[t]
-            else:
-                torch.matmul(of_h[t], weights.projection, out=of_output)
-            of_cell.addcmul_(of_output, by_hs[t])
-            torch.mul(of_cell.unsqueeze(-2), by_c[t], out=of_c_gates[t])
+            of_output = of_h[t + 1]
+            if projection is not None:
+                of_output = torch.matmul(of_output, projection)
+            of_cell.addcmul_(of_output, by_outputs[t])
+            torch.mul(three, by_c[t], out=of_c[t])
             torch.mul(of_output, by_os[t], out=of_o[t])
             of_cell.mul_(fs[t])
-            multiply(_before(grads, t), flat[t], of_h[t - 1] if t else of_first)
-        projected = None if weights.projection is None else of_hidden
-        return Gradients(of_gates, of_gates, projected, (of_first, of_cell))
+            add_product(of_h[t], flat[t])
+        projected = None if projection is None else of_hidden[1:]
+        return Gradients(of_gates, of_gates, projected, (of_h[0], of_cell))
 
 
 TANH = Elman(torch.tanh, torch.tanh_, lambda h: 1 - h * h)
@@ -276,26 +260,22 @@ def _from(first: Tensor, steps: int) -> Tensor:
     return states
 
 
-def _bias(bias: Tensor) -> Tensor:
-    """(G), or (B, 1, G)."""
-    return bias if bias.dim() == 1 else bias.unsqueeze(-2)
+def _before(grad: Tensor) -> Tensor:
+    """The gradients by the hidden states (T + 1, ..., P) without those of the steps: 0
+    for the initial one."""
+    return torch.cat([torch.zeros_like(grad[:1]), grad])
 
 
-def _with(x: Tensor, bias: Tensor | None) -> Sequence[Tensor]:
-    return (x if bias is None else x + _bias(bias)).unbind()
+def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    """``x`` (T, ..., G) plus a bias (G) or (B, G), in memory of its own."""
+    if bias is None:
+        return x.clone()
+    return x + (bias if bias.dim() == 1 else bias.unsqueeze(-2))
 
 
-def _before(grads: Sequence[Tensor], t: int) -> Tensor:
-    """The gradient by the hidden state from which step ``t`` begins; that by the first
-    comes from the step alone."""
-    return grads[t - 1] if t else torch.zeros_like(grads[0])
-
-
-def _multiply(matrix: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A function that writes z + h @ matrix into memory, of z, h and the memory."""
-    add = torch.addmm if matrix.dim() == 2 else torch.baddbmm
-
-    def multiply(z: Tensor, h: Tensor, out: Tensor) -> Tensor:
-        return add(z, h, matrix, out=out)
-
-    return multiply
+def _adder(matrix: Tensor) -> Callable[[Tensor, Tensor], object]:
+    """A function that adds the product of its second argument and ``matrix`` to its
+    first, in place."""
+    if matrix.dim() == 2:
+        return lambda z, h: z.addmm_(h, matrix)
+    return lambda z, h: z.baddbmm_(h, matrix)

@@ -7,10 +7,9 @@ gradient by the product. Sample i has the row
 
 It is that of a linear layer which is called once, with the states of all steps as its
 input, as in Opacus's DPLSTM and in BackPACK. So all states are computed first, without
-derivatives. ``F.linear`` of them follows, which is kept like every other call
-(``kept_calls``). Its output has the right value and the gradient that
-:class:`_ThroughTime` computes by going back through all steps. The projection of an
-LSTM is done in the same way.
+derivatives. :func:`products` of them follows, which is kept as ``F.linear`` is
+(``kept_calls``). Its output gets the gradient that :class:`_ThroughTime` computes by
+going back through all steps. The projection of an LSTM is done in the same way.
 
 The states are constants in that call. So this is right for one reverse mode, and not
 for a second derivative.
@@ -27,16 +26,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.overrides import has_torch_function
 
 from vmapsafe._torch import (
     batch_behind,
     below_innermost,
     current_level,
+    handle_torch_function,
     slices_of,
     unseen_by_modes,
+    unwatched,
     vmap_size,
 )
+from vmapsafe.rules.formulas import Bias, Formula
 from vmapsafe.rules.gates import Kind, State, Steps, Weights
+from vmapsafe.rules.kept_calls import ByFormulas, KeptCalls, keep_calls
+from vmapsafe.rules.linear import Weight
 
 
 def through_time(
@@ -63,7 +68,7 @@ def through_time(
 
     with below_innermost():
         given = [batch(x), *map(batch, state)]
-        with torch.no_grad(), unseen_by_modes():
+        with torch.no_grad(), unseen_by_modes(), unwatched():
             values, shared = _values(weights, batch)
             layout = _Layout(size, x.size(1), shared)
             first, *initial = [one.detach() for one in given]
@@ -73,10 +78,10 @@ def through_time(
             unprojected = None
             if steps.unprojected is not None:
                 unprojected = layout.by_sample(steps.unprojected)
-    h = F.linear(slices_of(hidden, level), weights.hidden, weights.bias)
+    h = products(slices_of(hidden, level), weights.hidden, weights.bias)
     projected = None
     if unprojected is not None and weights.projection is not None:
-        projected = F.linear(slices_of(unprojected, level), weights.projection)
+        projected = products(slices_of(unprojected, level), weights.projection)
     with below_innermost():
         outputs = _ThroughTime.apply(
             _Passed(kind, steps, layout, values),
@@ -86,6 +91,41 @@ def through_time(
         )
     found, *last = [slices_of(one, level) for one in outputs]
     return found, tuple(last)
+
+
+# -- The products of all steps ---------------------------------------------------------
+
+
+def products(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A tensor of zeros that has the gradients of ``F.linear``.
+
+    Nobody needs the values, as the states are computed. A mode sees the call.
+    """
+    if has_torch_function((input,)):
+        given = input, weight, bias
+        shown: Tensor = handle_torch_function(products, (), *given)
+        return shown
+    found = F.linear(input, weight, bias)
+    return found - found.detach()
+
+
+def _keep(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> ByFormulas | None:
+    formulas: dict[str, Formula] = {"weight": Weight(weight.shape, None)}
+    if bias is not None:
+        formulas["bias"] = Bias(bias.shape, -1)
+    return ByFormulas(
+        forward=lambda x: x.new_zeros(()).expand(*x.shape[:-1], len(weight)),
+        input_gradient=lambda x, grad: grad @ weight,
+        formulas=formulas,
+    )
+
+
+keep_calls(products, KeptCalls(_keep))
+
+
+# -- The pass back ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -148,7 +188,6 @@ class _ThroughTime(Function):
         *initial: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.passed = passed
-        ctx.save_for_backward(h)
         ctx.set_materialize_grads(False)
         steps, layout = passed.steps, passed.layout
         states = [one for one in (steps.hidden, steps.cells) if one is not None]
@@ -163,7 +202,6 @@ class _ThroughTime(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         passed: _Passed = ctx.passed
         steps, layout = passed.steps, passed.layout
-        (h,) = ctx.saved_tensors
         of_all, *of_last = grads
         with unseen_by_modes():
             if of_all is None:
@@ -178,9 +216,7 @@ class _ThroughTime(Function):
                 for one, cells in zip(of_last[1:], [steps.cells])
                 if cells is not None
             ]
-            found = passed.kind.back(
-                steps, grad, tuple(last), layout.by_time(h), passed.weights
-            )
+            found = passed.kind.back(steps, grad, tuple(last), passed.weights)
             projected = found.projected
             return (
                 None,
