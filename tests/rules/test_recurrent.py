@@ -442,6 +442,18 @@ def written_in_place(net, x):
     return torch.relu_(output.mul_(3)).sum(1) + c[0]
 
 
+def last_written_in_place(net, x):
+    h = net.layer(x)[1]
+    return h.mul_(2)[0]
+
+
+def from_the_input(net, x):
+    """So the weights of the samples differ."""
+    scale = 1 + x.mean().sin()
+    values = {name: p * scale for name, p in net.layer.named_parameters()}
+    return functional_call(net.layer, values, (x,))[0]
+
+
 def last_cell(net, x):
     return net.layer(x)[1][1]
 
@@ -490,10 +502,22 @@ MODELS = {
     "a decoder": lambda: Model(decoder, encoder=LSTM(), decoder=LSTM(H)),
     "used twice": lambda: Model(twice, layer=nn.GRU(H, H, batch_first=True)),
     "written in place": lambda: Model(written_in_place, layer=LSTM()),
+    "written in place, RNN": lambda: Model(
+        last_written_in_place, layer=nn.RNN(C, H, batch_first=True)
+    ),
+    "written in place, GRU": lambda: Model(
+        last_written_in_place, layer=nn.GRU(C, H, batch_first=True)
+    ),
     "the last cell": lambda: Model(last_cell, layer=LSTM()),
     "unused": lambda: Model(unused, layer=LSTM(), head=nn.Linear(C, 2)),
     "a cell in a loop": lambda: Model(cell_in_a_loop, cell=nn.LSTMCell(C, H)),
     "partly frozen": lambda: Model(twice, layer=frozen(LSTM(H))),
+    "frozen": lambda: Model(
+        lambda net, x: net.after(net.layer(net.before(x))[0]),
+        before=nn.Linear(C, C),
+        layer=LSTM().requires_grad_(False),
+        after=nn.Linear(H, 2),
+    ),
     **{
         f"weights that follow from parameters, {name}": lambda make=make: Model(
             lambda net, x: net.layer(x)[0], layer=scaled(make())
@@ -501,6 +525,16 @@ MODELS = {
         for name, make in {
             "RNN": lambda: nn.RNN(C, H, batch_first=True),
             "GRU": lambda: nn.GRU(C, H, batch_first=True, bias=False),
+            "LSTM": lambda: LSTM(proj_size=1, num_layers=2),
+        }.items()
+    },
+    **{
+        f"weights that follow from the input, {name}": lambda make=make: Model(
+            from_the_input, layer=make()
+        )
+        for name, make in {
+            "RNN": lambda: nn.RNN(C, H, batch_first=True),
+            "GRU": lambda: nn.GRU(C, H, batch_first=True, bidirectional=True),
             "LSTM": lambda: LSTM(proj_size=1, num_layers=2),
         }.items()
     },
@@ -512,7 +546,8 @@ MODELS = {
 def test_rows_and_norms_of_models(name, size):
     torch.manual_seed(0)
     net = MODELS[name]()
-    width = next(m for m in net.modules() if hasattr(m, "input_size")).input_size
+    sizes = [getattr(m, "input_size", C) for m in net.modules()]
+    width = H if H in sizes and name != "a decoder" else C
     x = torch.randn(size, T, width, dtype=torch.float64)
     rows = slow_rows(net, loss, x)
     assert_same(per_sample_grads(net, loss, x), rows)

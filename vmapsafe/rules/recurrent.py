@@ -61,7 +61,6 @@ _OF_LAYERS = (
     *("input", "hx", "params", "has_biases", "num_layers", "dropout", "train"),
     *("bidirectional", "batch_first"),
 )
-_OF_PACKED = ("data", "batch_sizes", *_OF_LAYERS[1:-1])
 _OF_CELLS = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
 
 
@@ -120,17 +119,21 @@ class _Layer:
         return bool(self.train and self.dropout and self.num_layers > 1)
 
     @property
+    def projects(self) -> bool:
+        """Whether the hidden states are projected; they are smaller then."""
+        return len({one.size(-1) for one in self.state}) > 1
+
+    @property
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
 
     def weights(self, i: int) -> tuple[Tensor, Tensor | None, Weights]:
         """The i-th weight and bias of the input, and those of the hidden states."""
-        projects = len({one.size(-1) for one in self.state}) > 1
-        each = 2 + 2 * self.has_biases + projects
-        of_input, of_hidden, *rest = self.params[i * each : (i + 1) * each]
-        projection = rest.pop() if projects else None
-        bias, of_states = rest or (None, None)
-        return of_input, bias, Weights(of_hidden, of_states, projection)
+        each = 2 + 2 * self.has_biases + self.projects
+        given = self.params[i * each : (i + 1) * each]
+        bias, of_hidden = given[2:4] if self.has_biases else (None, None)
+        projection = given[-1] if self.projects else None
+        return given[0], bias, Weights(given[1], of_hidden, projection)
 
     def by_torch(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """Call the function itself with another input and other states."""
@@ -228,7 +231,8 @@ def _by_directions(call: Call, layer: _Layer) -> tuple[Tensor, ...]:
 
 
 def _is_recorded(call: Call, x: Tensor, state: State, weights: Weights) -> bool:
-    """Whether the slices have copies of the weights, for one backward pass."""
+    """Whether this is for per-sample gradients by one pass. Under autocast the dtypes
+    differ."""
     if torch.compiler.is_compiling() or call.site is None:
         return False
     level = call.site.copies_at
@@ -236,10 +240,8 @@ def _is_recorded(call: Call, x: Tensor, state: State, weights: Weights) -> bool:
     return (
         level is not None
         and level == current_level()
-        and level in batched_levels(given)
         and only_vmaps()
         and not beyond_reverse_mode()
-        and not autocasts(x.device)
         and len({t.dtype for t in (x, *state, *given)}) == 1
     )
 
@@ -270,11 +272,10 @@ def _in_the_dtypes_of_torch(
 
 def _specimen(layer: _Layer) -> tuple[Tensor, ...]:
     """The outputs for one number, of one layer with one gate of each sort."""
-    projects = len({one.size(-1) for one in layer.state}) > 1
-    cells = 2 if projects else 1
+    cells = 2 if layer.projects else 1
     gates = layer.kind.gates * cells
     shapes = [(gates, 1), (gates, 1), *[(gates,), (gates,)][: 2 * layer.has_biases]]
-    shapes += [(1, cells)] if projects else []
+    shapes += [(1, cells)] if layer.projects else []
     one = _Layer(
         function=layer.function,
         input=_zeros(layer.input, 1, 1, 1),

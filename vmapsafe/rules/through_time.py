@@ -74,10 +74,10 @@ def through_time(
             first, *initial = [one.detach() for one in given]
             starts = tuple([layout.merged(one) for one in initial])
             steps = kind.run(layout.by_time(first), starts, values)
-            hidden = layout.by_sample(steps.hidden[:-1])
+            hidden = _copy(layout.by_sample(steps.hidden[:-1]))
             unprojected = None
             if steps.unprojected is not None:
-                unprojected = layout.by_sample(steps.unprojected)
+                unprojected = _copy(layout.by_sample(steps.unprojected))
     h = products(slices_of(hidden, level), weights.hidden, weights.bias)
     projected = None
     if unprojected is not None and weights.projection is not None:
@@ -142,13 +142,17 @@ class _Layout:
         return x.flatten(1, 2) if self.shared else x
 
     def by_sample(self, x: Tensor) -> Tensor:
-        return self.apart(x, 1).transpose(0, 1).contiguous()
+        return self.apart(x, 1).transpose(0, 1)
 
     def merged(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1) if self.shared else x
 
     def apart(self, x: Tensor, dim: int = 0) -> Tensor:
         return x.unflatten(dim, (self.size, self.sequences)) if self.shared else x
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _values(
@@ -191,10 +195,10 @@ class _ThroughTime(Function):
         ctx.set_materialize_grads(False)
         steps, layout = passed.steps, passed.layout
         states = [one for one in (steps.hidden, steps.cells) if one is not None]
-        # Copies, as the user may write in place what a layer returns.
+        # A copy, as the user may write in place what a layer returns.
         return (
-            layout.by_sample(steps.hidden[1:]).clone(),
-            *[layout.apart(one[-1]).clone() for one in states],
+            _copy(layout.by_sample(steps.hidden[1:])),
+            *[layout.apart(one[-1]) for one in states],
         )
 
     @staticmethod
@@ -220,8 +224,8 @@ class _ThroughTime(Function):
             projected = found.projected
             return (
                 None,
-                layout.by_sample(found.hidden),
+                layout.by_sample(found.hidden).contiguous(),
                 None if projected is None else layout.by_sample(projected),
-                layout.by_sample(found.input),
+                layout.by_sample(found.input).contiguous(),
                 *[layout.apart(one) for one in found.initial],
             )
