@@ -31,6 +31,7 @@ from torch.nn.modules.lazy import LazyModuleMixin as LazyModuleMixin
 from torch.overrides import TorchFunctionMode as TorchFunctionMode
 from torch.overrides import _pop_mode, _push_mode
 from torch.overrides import handle_torch_function as handle_torch_function
+from torch.overrides import has_torch_function as has_torch_function
 
 # The trees torch.func itself uses, and how it spreads in_dims over them (torch 2.13).
 from torch.utils._pytree import _broadcast_to_and_flatten

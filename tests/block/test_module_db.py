@@ -35,9 +35,7 @@ WITH_STATISTICS = [
     if issubclass(INFOS[name].module_cls, _NormBase)
 ]
 # Modules that plain vmap cannot run on torch 2.13, for some sample inputs at least.
-_QUESTION = "asks for the values of a tensor"
 CANNOT_FORWARD = {
-    "nn.GaussianNLLLoss": _QUESTION,
     "nn.LinearCrossEntropyLoss": "masked_select has a size that differs by slice",
 }
 CANNOT_GRAD = {

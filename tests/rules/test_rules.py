@@ -338,6 +338,17 @@ def backward_by_cudnn(case):
     }
 
 
+def gaussian(shape, of_var, full=False, reduction="mean"):
+    return {
+        "input": randn(*shape),
+        "target": randn(*shape),
+        "var": randn(*of_var).square() + 0.5,
+        "full": full,
+        "eps": 1e-6,
+        "reduction": reduction,
+    }
+
+
 GATES = {torch.lstm: 4, torch.gru: 3, torch.rnn_tanh: 1, torch.rnn_relu: 1}
 CELLS = {
     torch.lstm_cell: 4,
@@ -450,6 +461,11 @@ CASES = {
     ],
     "rms_norm, where torch's own fails": RMS_NORMS,
     "in-place write to a buffer, left out": [{"0": randn(3), "1": 1.0}],
+    "gaussian_nll_loss, under transforms": [
+        gaussian((2, 3), (2, 3), full=True),
+        gaussian((2, 3), (2,), reduction="sum"),
+        gaussian((2, 3), (2, 1), reduction="none"),
+    ],
     **{
         f"{function.__name__}, under transforms": [
             recurrent(function),

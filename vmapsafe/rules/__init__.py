@@ -25,6 +25,7 @@ The map, bottom up:
 ``gates``                 the steps of recurrent layers
 ``through_time``          recurrent layers for per-sample gradients
 ``recurrent``             recurrent layers and cells
+``gaussian_nll``          the Gaussian negative log likelihood
 ``attention``             scaled dot product attention
 ``buffers``               writes to buffers, which a forward in a block leaves out
 ``layouts``               memory formats that vmap cannot make or query
@@ -36,6 +37,7 @@ from vmapsafe.rules import batch_norm as batch_norm
 from vmapsafe.rules import buffers as buffers
 from vmapsafe.rules import convolution as convolution
 from vmapsafe.rules import embedding as embedding
+from vmapsafe.rules import gaussian_nll as gaussian_nll
 from vmapsafe.rules import group_norm as group_norm
 from vmapsafe.rules import instance_norm as instance_norm
 from vmapsafe.rules import layer_norm as layer_norm

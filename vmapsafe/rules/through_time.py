@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.overrides import has_torch_function
 
 from vmapsafe._torch import (
     batch_behind,
     below_innermost,
     current_level,
     handle_torch_function,
+    has_torch_function,
     slices_of,
     unseen_by_modes,
     unwatched,
