@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmapsafe._call import Call
+from vmapsafe._errors import VmapSafeValueError
 from vmapsafe._modes import MODES
 from vmapsafe._rule import FunctionRule, register, slice_by_slice
 from vmapsafe._torch import batched_levels, below_all, innermost
+
+_CALLED = "F.gaussian_nll_loss"
 
 
 def _has_batched_variances(call: Call) -> bool:
@@ -29,7 +32,11 @@ def _loss(call: Call) -> Tensor:
     x, var, eps = call["input"], call["var"], call["eps"]
     with below_all():
         if (innermost(var) < 0).any():  # in torch's words
-            raise ValueError("var has negative entry/entries")
+            raise VmapSafeValueError(
+                _CALLED,
+                "var has negative entry/entries",
+                "Make variances positive, by F.softplus or torch.exp",
+            )
     if var.shape != x.shape:
         var = _along_last(x, var)
     # torch clamps the numbers, and leaves the derivative as it is.
@@ -47,12 +54,18 @@ def _along_last(x: Tensor, var: Tensor) -> Tensor:
     if x.dim() == var.dim():
         if sum([n for m, n in zip(x.shape, var.shape) if m != n]) == 1:
             return var
-    raise ValueError("var is of incorrect size")
+    raise VmapSafeValueError(
+        _CALLED,
+        f"var is of incorrect size {tuple(var.shape)}",
+        f"Give one variance for each number of {tuple(x.shape)}, or for each row",
+    )
 
 
 def _reduced(loss: Tensor, reduction: str) -> Tensor:
     if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{reduction} is not valid")
+        raise VmapSafeValueError(
+            _CALLED, f"{reduction} is not valid", 'Choose "none", "mean" or "sum"'
+        )
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()
