@@ -252,7 +252,7 @@ NOTES = {
     "item": (lambda x: x * x.sum().item(), "Keep it a tensor"),
     "in-place": (in_place, "Write the operation out of place"),
     "no batching rule": (
-        lambda x, lstm=nn.LSTM(3, 3): lstm(x)[0],
+        lambda x: torch._foreach_add([x], 1.0)[0],
         "loop over the slices",
     ),
     "boolean mask": (lambda x: x[x > 0], "Use torch.where(mask, a, b)"),

@@ -9,7 +9,7 @@ and names of operators, which rules are for.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from torch.nn.modules.lazy import LazyModuleMixin as LazyModuleMixin
 from torch.overrides import TorchFunctionMode as TorchFunctionMode
 from torch.overrides import _pop_mode, _push_mode
 from torch.overrides import handle_torch_function as handle_torch_function
+from torch.overrides import has_torch_function as has_torch_function
 
 # The trees torch.func itself uses, and how it spreads in_dims over them (torch 2.13).
 from torch.utils._pytree import _broadcast_to_and_flatten
@@ -239,6 +240,21 @@ NATIVE_BATCH_NORMS = frozenset(
 )
 
 
+# What ``nn.utils.rnn.pack_padded_sequence`` calls.
+PACK_SEQUENCES = torch._pack_padded_sequence
+
+
+def list_weights_again(modules: Iterable[torch.nn.Module]) -> None:
+    """Let recurrent layers list the weights that they have now.
+
+    A forward under ``functional_call`` lists those handed in. torch.compile cannot keep
+    them after the transform that they belong to (torch 2.13).
+    """
+    for module in modules:
+        if isinstance(module, torch.nn.RNNBase):
+            module._update_flat_weights()
+
+
 # The transforms around a call. Read in torch 2.13: they are a stack, or None if there
 # are none; their levels begin at 1.
 
@@ -315,6 +331,11 @@ def _sharing(tensor: Tensor, others: Sequence[Tensor]) -> float:
     return -1.0
 
 
+def only_vmaps() -> bool:
+    """Whether every transform around the call is a vmap."""
+    return all([one.key().name == "Vmap" for one in _transforms()])
+
+
 def slices_draw_their_own() -> bool:
     """Whether a vmap around this call has ``randomness="different"``."""
     functorch = torch._C._functorch
@@ -344,7 +365,7 @@ def autograd_records(*tensors: Tensor | None) -> bool:
     empty, and no transform takes derivatives inside it."""
     if not torch.is_grad_enabled():
         return False
-    if not all([one.key().name == "Vmap" for one in _transforms()]):
+    if not only_vmaps():
         return False
     inside = [innermost(t) for t in tensors if t is not None]
     return all([t.numel() > 0 for t in inside]) and any(

@@ -186,7 +186,11 @@ def test_each_transform(case_with_parameters, mode, transform):
         actual = derive(f)(at)
     assert_same_state(model, before)
     f, at = of_parameters(plain, x)
-    close(actual, derive(f)(at))
+    if transform == "vmap":  # which plain torch cannot do with every layer
+        expected = torch.stack([f(v) for v in (at, 1.1 * at, 0.9 * at)])
+    else:
+        expected = derive(f)(at)
+    close(actual, expected)
 
 
 @pytest.mark.parametrize("outer", TRANSFORMS)

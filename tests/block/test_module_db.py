@@ -35,21 +35,11 @@ WITH_STATISTICS = [
     if issubclass(INFOS[name].module_cls, _NormBase)
 ]
 # Modules that plain vmap cannot run on torch 2.13, for some sample inputs at least.
-_QUESTION = "asks for the values of a tensor"
-_RECURRENT = "recurrent layers have no batching rule"
 CANNOT_FORWARD = {
-    "nn.GaussianNLLLoss": _QUESTION,
-    "nn.GRU": _RECURRENT,
-    "nn.LSTM": _RECURRENT,
-    "nn.LSTMCell": _RECURRENT,
     "nn.LinearCrossEntropyLoss": "masked_select has a size that differs by slice",
-    "nn.RNN": _RECURRENT,
 }
 CANNOT_GRAD = {
-    "nn.GRU": _RECURRENT,
-    "nn.LSTM": _RECURRENT,
     "nn.LinearCrossEntropyLoss": "an autograd.Function without a rule for vmap",
-    "nn.RNN": _RECURRENT,
 }
 # Samples of one module that differ in shapes and options can be hundreds; these many
 # are taken, evenly spread.

@@ -15,6 +15,7 @@ from torch import nn
 from vmapsafe import per_sample_grad_norms
 from vmapsafe._rows import looks
 from vmapsafe.rules.kept_calls import KEPT_CALLS, ByFormulas
+from vmapsafe.rules.through_time import products
 
 B = 3
 
@@ -33,6 +34,10 @@ CALLS = {
     F.linear: lambda: [
         (with_zeros(2, 3), randn(4, 3), randn(4)),
         (with_zeros(2, 5, 3), randn(4, 3), None),
+    ],
+    products: lambda: [
+        (with_zeros(4, 2, 3), randn(4, 3), randn(4)),
+        (with_zeros(5, 1, 3), randn(4, 3), None),
     ],
     F.conv1d: lambda: [
         (with_zeros(2, 4, 9), randn(6, 2, 3), randn(6), 2, 1, 1, 2),
@@ -170,8 +175,14 @@ def compare(formula, x, grad):
         close(formula.dots(x, grad, vectors) / scale, expected)
 
 
+class LastStep(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x.mT)[0][:, -1]
+
+
 NETS = {
     F.linear: lambda: nn.Linear(3, 2),
+    products: lambda: LastStep(3, 2, proj_size=1, batch_first=True),
     F.conv1d: lambda: nn.Conv1d(3, 2, 2),
     F.conv2d: lambda: nn.Conv2d(3, 2, 2),
     F.conv3d: lambda: nn.Conv3d(3, 2, 2),

@@ -90,6 +90,19 @@ class Tied(nn.Module):
         return self.b(torch.tanh(self.linear(self.a(x))))
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer after a batch norm layer, which shares its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.layer = nn.LSTM(2, 2, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(self.norm(x).mT)[0]
+        return output
+
+
 class PartlyFrozen(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -169,6 +182,7 @@ CASES = [
         lambda: _net(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.RMSNorm(5), nn.Tanh()),
         (2, 7),
     ),
+    Case("recurrent", Recurrent, (2, 3)),
     Case("used twice", Twice, (4, 3, 3)),
     Case("tied weights", Tied, (4,)),
     Case("partly frozen", PartlyFrozen, (2, 6, 6)),

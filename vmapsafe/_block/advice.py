@@ -73,8 +73,9 @@ _ADVICE = (
     ),
     (
         r"Batching rule not implemented",
-        "torch's vmap does not know this operation; those of nn.LSTM, nn.GRU and "
-        "nn.RNN are examples. Write it with others, or loop over the slices.",
+        "torch's vmap does not know this operation. Inside a block it knows those of "
+        "nn.LSTM, nn.GRU and nn.RNN. Write another one with those that it knows, or "
+        "loop over the slices.",
     ),
     (
         r"running_mean or running_var, which will be updated in place",

@@ -60,6 +60,7 @@ from vmapsafe._torch import (
     innermost_mode,
     is_torchs_own,
     is_wrapped,
+    list_weights_again,
     modes_in_force,
     put_on,
     run_while_compiling,
@@ -404,6 +405,7 @@ class Scope(TorchFunctionMode):
         if _compiling():
             take_off_innermost()
             put_back(self.models, ())
+            list_weights_again(self.covers)
             return "top"
         self.closing = True
         try:

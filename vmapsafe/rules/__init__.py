@@ -26,6 +26,10 @@ The map, bottom up:
 ``convolution_regimes``   which algorithm is the fastest for which convolution
 ``convolution``           convolutions
 ``embedding``             embeddings
+``gates``                 the steps of recurrent layers
+``through_time``          recurrent layers for per-sample gradients
+``recurrent``             recurrent layers and cells
+``gaussian_nll``          the Gaussian negative log likelihood
 ``attention``             scaled dot product attention
 ``buffers``               writes to buffers, which a forward in a block leaves out
 ``layouts``               memory formats that vmap cannot make or query
@@ -39,6 +43,7 @@ from vmapsafe.rules import batch_norm as batch_norm
 from vmapsafe.rules import buffers as buffers
 from vmapsafe.rules import convolution as convolution
 from vmapsafe.rules import embedding as embedding
+from vmapsafe.rules import gaussian_nll as gaussian_nll
 from vmapsafe.rules import group_norm as group_norm
 from vmapsafe.rules import instance_norm as instance_norm
 from vmapsafe.rules import layer_norm as layer_norm
@@ -46,5 +51,6 @@ from vmapsafe.rules import layouts as layouts
 from vmapsafe.rules import linear as linear
 from vmapsafe.rules import outer_products as outer_products
 from vmapsafe.rules import random_numbers as random_numbers
+from vmapsafe.rules import recurrent as recurrent
 from vmapsafe.rules import rms_norm as rms_norm
 from vmapsafe.rules import sync as sync
