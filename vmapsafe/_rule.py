@@ -44,7 +44,7 @@ class FunctionRule:
             several that differ only in name, as in-place methods do.
         modes: the modes in which it holds.
         accepts: whether the rule applies to this call.
-        may_accept: a first look at the positional arguments. False saves the time that
+        may_accept: a first look at the arguments, as given. False saves the time that
             finding the layer and ``accepts`` would take.
         batched: makes the output, from the tensors that the call sees under vmap.
         reference: makes the same output for the whole batch (``call.in_dims``), batch

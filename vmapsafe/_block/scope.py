@@ -150,11 +150,12 @@ class Scope(TorchFunctionMode):
                     return func(*args)
                 if kwargs.get("out") is None and not kwargs.get("inplace"):
                     return func(*args, **kwargs)
-            elif func in self.table.first_looks and not kwargs:
+            elif func in self.table.first_looks:
+                given = kwargs or {}
                 with unseen_by_modes():
-                    needs_a_rule = self.table.first_looks[func](*args)
+                    needs_a_rule = self.table.first_looks[func](*args, **given)
                 if not needs_a_rule:
-                    return func(*args)
+                    return func(*args, **given)
         kwargs = kwargs or {}
         if not self.alive:
             return func(*args, **kwargs)

@@ -138,21 +138,22 @@ def _staying_in_eval(call: Call) -> Tensor:
 
 
 def _may_need_a_rule(
-    x: Any,
-    mean: Any = None,
-    var: Any = None,
+    input: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
     weight: Any = None,
     bias: Any = None,
     training: bool = False,
     *rest: Any,
+    **others: Any,
 ) -> bool:
     """Whether a rule may accept a call of ``F.batch_norm`` with these arguments."""
     return (
         training
-        or not (isinstance(x, Tensor) and isinstance(mean, Tensor))
-        or x.dtype != mean.dtype
-        or has_several_layouts(x)
-        or autocasts(x.device)
+        or not (isinstance(input, Tensor) and isinstance(running_mean, Tensor))
+        or input.dtype != running_mean.dtype
+        or has_several_layouts(input)
+        or autocasts(input.device)
     )
 
 
