@@ -24,7 +24,7 @@ BENCHES = {bench.name: bench for module in MODULES for bench in module.BENCHES}
 # Of entries that several benches fill.
 FIELDS = {
     "batch_norm_operators": {"batch", "channel"},
-    "convolution_regimes": {"winners", "columns", "one_by_one"},
+    "convolution_regimes": {"batch", "winners", "columns", "one_by_one"},
     "formulas": {"launches", "piece"},
     "layer_norm": {"batch", "slice"},
 }

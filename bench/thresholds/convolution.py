@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -174,6 +175,24 @@ def algorithms(device, dtype, batch, **shape):
     return {name: (only(name), run) for name in names}
 
 
+def ours_and_torchs(device, dtype, batch, **shape):
+    """The fastest algorithm, with a kernel of ours in force or without one."""
+    run = algorithms(device, dtype, batch, **shape)["torch"][1]
+    return {"torch": (nullcontext, run), "ours": (lambda: operators.only(RULE), run)}
+
+
+def batches(device):
+    for shape in USUAL:
+        for batch in (1, 4, 8, 16, 64):
+            if of_outputs(batch, **asdict(shape)) < 2**21:
+                yield {"batch": batch, **asdict(shape)}
+
+
+def of_outputs(batch, **shape):
+    shape = Shape(**shape)
+    return batch * shape.outputs * shape.lengths**shape.dims
+
+
 def use(device, **changed):
     return entry(REGIMES, device, replace(REGIMES[device], **changed))
 
@@ -320,6 +339,13 @@ def of_rows(batch, **shape):
 
 
 BENCHES = [
+    Bench(
+        name="convolution, batch",
+        cases=batches,
+        contenders=ours_and_torchs,
+        table="convolution_regimes",
+        propose=from_size(of_outputs, "torch", "ours", "batch"),
+    ),
     Bench(
         name="columns",
         cases=usual_cases,

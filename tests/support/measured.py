@@ -41,6 +41,7 @@ def take_every_size(
         monkeypatch,
         batch_norm={"batch": 0, "channel": 0},
         convolution={
+            "batch": 0,
             "winners": (Winner(algorithm),),
             "columns": columns,
             "one_by_one": 0,

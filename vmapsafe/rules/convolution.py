@@ -37,6 +37,7 @@ from vmapsafe._rule import OperatorRule, register, slice_by_slice
 from vmapsafe._torch import (
     autocast_dtype,
     autocasts,
+    innermost,
     is_plain,
     multiplies_as_it_convolves,
     multiplies_exactly,
@@ -51,6 +52,21 @@ from vmapsafe.rules.precision import HALVES, wide
 
 _backward = torch.ops.aten.convolution_backward.default
 FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)  # by the number of dimensions
+
+
+def _pays(x: Tensor, *others: Any) -> bool:
+    """Whether a call with this input, or output gradient, is large enough."""
+    whole = innermost(x).numel()
+    return whole > x.numel() and whole >= REGIMES[x.device.type].batch
+
+
+def _may_accept(
+    grad: Tensor, x: Tensor, weight: Tensor, sizes: Any, *rest: Any
+) -> bool:
+    """Whether a rule is faster, for an operator's arguments in vmap's wrappers."""
+    *_, transposed, _, groups, _ = rest
+    seen_by = x if transposed else grad
+    return _pays(grad) and _fastest(weight, groups, seen_by.numel()) in ALGORITHMS
 
 
 def _accepts(call: Call) -> bool:
@@ -72,9 +88,14 @@ def algorithm(call: Call) -> str:
     empty = not (grad.numel() and x.numel() and weight.numel())
     if empty or not _products_are_as_precise(weight):
         return "torch"
-    outputs, channels, *kernel = weight.shape
     seen_by = x if call["transposed"] else grad
-    positions = seen_by.numel() // (batch_size(call) * outputs)
+    return _fastest(weight, groups, seen_by.numel() // batch_size(call))
+
+
+def _fastest(weight: Tensor, groups: int, numbers: int) -> str:
+    """The same, from the numbers in the output of a slice."""
+    outputs, channels, *kernel = weight.shape
+    positions = numbers // max(1, outputs)
     shape = (len(kernel), math.prod(kernel), groups, channels, outputs // groups)
     for winner in REGIMES[weight.device.type].winners:
         if winner.holds(*shape, positions):
@@ -351,6 +372,8 @@ register(
             *FUNCTIONS,
             *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
         ),
+        pays=_pays,
+        may_accept=_may_accept,
     )
 )
 

@@ -64,6 +64,8 @@ class Regime:
     """The fastest algorithms on one type of device.
 
     Attributes:
+        batch: from this many numbers in the outputs of the whole batch, another rule
+            under vmap costs less than it saves.
         winners: the first of these that holds is used; if none holds, torch's own rule.
         columns: how many numbers of copied windows to keep at a time, at most, so that
             they stay in the cache.
@@ -72,6 +74,7 @@ class Regime:
             with the groups of all samples, which is what torch's own rule does.
     """
 
+    batch: int
     winners: tuple[Winner, ...]
     columns: int
     one_by_one: int
@@ -83,6 +86,7 @@ DEPTHWISE = {"groups": (2, MANY), "channels": ONE, "outputs": ONE}
 REGIMES = Regimes(
     # An x86 server core, float32, torch 2.13.
     cpu=Regime(
+        batch=2**13,
         winners=(
             Winner("products", kernel=ONE, groups=ONE, channels=(12, MANY)),
             # Few input channels, as in the first layer of a network.
@@ -154,6 +158,7 @@ REGIMES = Regimes(
     ),
     # Not measured: a product of matrices that needs no copies, or one convolution.
     cuda=Regime(
+        batch=0,
         winners=(Winner("products", kernel=ONE, groups=ONE),),
         columns=sys.maxsize,
         one_by_one=sys.maxsize,
