@@ -28,7 +28,7 @@ class Layer(NamedTuple):
     owners: Flags
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Model:
     """One module handed to a block, as it was found at entry.
 
@@ -50,7 +50,7 @@ class Model:
     root: nn.Module
     paths: dict[nn.Module, str]
     layers: dict[nn.Module, Layer] = field(default_factory=dict)
-    buffered: tuple[nn.Module, ...] = ()
+    buffered: list[nn.Module] = field(default_factory=list)
     parts: dict[nn.Module, tuple[type, ...]] = field(default_factory=dict)
     given: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)
     scripted: dict[nn.Module, bool] = field(default_factory=dict)

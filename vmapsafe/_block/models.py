@@ -183,7 +183,7 @@ def _look_at(root: nn.Module, options: Options) -> Model:
     mode, also, compiling = options.meaning, options.also, _compiling()
     paths: dict[nn.Module, str] = {}
     model = Model(root, paths)
-    buffered: list[nn.Module] = []
+    buffered = model.buffered
     of_root = owners_flags(root)
     seen = {root}
     waiting = [(root, "")]
@@ -233,19 +233,18 @@ def _look_at(root: nn.Module, options: Options) -> Model:
                 if needed:
                     parts[module] = needed
                     model.given[module] = vars(module)
-    return Model(
-        root,
-        paths,
-        model.layers,
-        tuple(buffered),
-        parts,
-        model.given,
-        model.scripted,
-        model.computed,
-        model.names,
-        "cpu" if compiling else device_of(root).type,
-        kept_buffers(root) if compiling else [],
-    )
+        model.device = _type_of_device(model)
+    else:
+        model.kept = kept_buffers(root)
+    return model
+
+
+def _type_of_device(model: Model) -> str:
+    for module in model.names:  # those with parameters
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                return parameter.device.type
+    return device_of(model.root).type
 
 
 def _parts(
