@@ -35,6 +35,7 @@ from vmapsafe._block.switched import (
     of_torch,
     own_class,
     owners_flags,
+    owners_training,
     put_buffers_back,
 )
 from vmapsafe._errors import VmapSafeError, VmapSafeTypeError, VmapSafeValueError
@@ -72,7 +73,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def is_frozen(module: nn.Module, root: nn.Module) -> bool:
     """Whether a module is in eval mode in a model that is in training mode."""
-    return _is_frozen(owners_flags(module), owners_flags(root))
+    return _is_frozen(owners_flags(module), Flags(owners_training(root)))
 
 
 def _is_frozen(flags: Flags, of_root: Flags) -> bool:
@@ -184,7 +185,7 @@ def _look_at(root: nn.Module, options: Options) -> Model:
     paths: dict[nn.Module, str] = {}
     model = Model(root, paths)
     buffered = model.buffered
-    of_root = owners_flags(root)
+    of_root = Flags(owners_training(root))
     seen = {root}
     waiting = [(root, "")]
     while waiting:

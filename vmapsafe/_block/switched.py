@@ -43,9 +43,12 @@ _compiling = torch.compiler.is_compiling
 
 def owners_flags(module: nn.Module) -> Flags:
     """The flags that a module has outside all blocks."""
-    return Flags(
-        bool(_owners(module, "training")), _owners(module, "track_running_stats")
-    )
+    return Flags(owners_training(module), _owners(module, "track_running_stats"))
+
+
+def owners_training(module: nn.Module) -> bool:
+    """Whether a module is in training mode outside all blocks."""
+    return bool(_owners(module, "training"))
 
 
 def _owners(module: nn.Module, name: str) -> Any:
