@@ -65,6 +65,11 @@ class Draws:
                 kinds = [*_OF_CPU] if self._unknown else [*_OF_CPU, *_of_devices()]
                 self._states = [(note, back, note()) for note, back in kinds]
 
+    @property
+    def known(self) -> bool:
+        """Whether :meth:`put_back` can set them back."""
+        return not self._unknown
+
     def put_back(self) -> None:
         """Set the generators back: the next draws repeat those made since.
 

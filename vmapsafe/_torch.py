@@ -494,6 +494,7 @@ def multiplies_exactly(device: torch.device) -> bool:
     return _precision(device, "matmul") in ("none", "ieee")
 
 
+@constant_while_compiling
 def multiplies_as_it_convolves(device: torch.device) -> bool:
     """Whether float32 matrices are multiplied there at least as precisely as float32
     convolutions are computed; on CUDA these are not exact unless told so."""

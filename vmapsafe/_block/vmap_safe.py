@@ -317,9 +317,14 @@ _warned_of_statistics: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def was_updated(layer: nn.Module) -> bool:
-    """Whether the running statistics are known to have been updated."""
+    """Whether the running statistics have been updated, which is remembered."""
+    var = layer._buffers.get("running_var")
     known = _updated.get(layer)
-    return known is not None and known() is layer._buffers.get("running_var")
+    if var is not None and (known is None or known() is not var):
+        if never_updated(layer):
+            return False
+        _updated[layer] = weakref.ref(var)
+    return True
 
 
 def _warn_if_never_updated(scope: Scope) -> None:
@@ -334,12 +339,7 @@ def _warn_if_never_updated(scope: Scope) -> None:
         if kind in _warned_of_statistics:
             continue
         for layer in model.layers:
-            var = layer._buffers.get("running_var")
-            known = _updated.get(layer)
-            if var is None or (known is not None and known() is var):
-                continue
-            if not never_updated(layer):
-                _updated[layer] = weakref.ref(var)
+            if was_updated(layer):
                 continue
             _warned_of_statistics.add(kind)
             warn_user(

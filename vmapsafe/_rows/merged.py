@@ -9,7 +9,7 @@ a call with parameters is recorded as in ``record``. Anything else ends the tria
 * a function that is not in the table, or arguments that mix samples;
 * a tensor of which it is not known where it comes from, for example from code that
   torch does not show to modes, such as TorchScript or an autograd.Function;
-* an error, which vmap may word for one sample.
+* an error of a kind that torch raises, which vmap may word for one sample.
 
 Then the forward runs again, under vmap. The code of the model and the loss sees batches
 of one in both: shapes have a 1 where the batch is.
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmapsafe._errors import BlockError
 from vmapsafe._rows.record import Recorded, Uses, no_hooks
 from vmapsafe._torch import (
     TorchFunctionMode,
@@ -37,6 +38,9 @@ from vmapsafe._torch import (
 )
 from vmapsafe.rules.alike import ALIKE, NUMBERS, Found, NotAlike
 from vmapsafe.rules.kept_calls import KEPT_CALLS
+
+# What torch raises. Other errors are the code's own, and may come once only.
+TORCHS = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
 
 
 def merged(
@@ -77,8 +81,12 @@ def merged(
     try:
         with torch.enable_grad(), no_hooks():
             result = in_block(under, mode, loss, *batch)
+    except BlockError:
+        raise
     except Exception as error:
-        raise NotAlike from error
+        if mode.ended or isinstance(error, TORCHS):
+            raise NotAlike from error
+        raise
     if has_aux and (not isinstance(result, (tuple, list)) or len(result) != 2):
         raise NotAlike
     losses, aux = result if has_aux else (result, ())
@@ -139,6 +147,9 @@ class Merged(TorchFunctionMode):
         shared: the parameters and buffers of the model.
         originals: the parameters to differentiate by, by name.
         uses: records those of the parameters.
+
+    Attributes:
+        ended: whether a call may not treat samples alike.
     """
 
     def __init__(
@@ -152,7 +163,7 @@ class Merged(TorchFunctionMode):
         self._device = uses.anchor.device
         # Of the tensors that live: the place, and how often it had been written.
         self._known: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
-        self._ended = False
+        self.ended = False
 
     def begin(self, tensors: Sequence[Tensor]) -> None:
         """Begin with the tensors of the batch."""
@@ -171,7 +182,7 @@ class Merged(TorchFunctionMode):
         """
         if self._uses.written():
             raise NotAlike
-        if self._ended or not isinstance(losses, Tensor) or losses.dim() != 1:
+        if self.ended or not isinstance(losses, Tensor) or losses.dim() != 1:
             raise NotAlike
         for leaf in (losses, *(tree_flatten(aux)[0] if aux != () else ())):
             if not isinstance(leaf, Tensor) or self.place(leaf) not in (0, NUMBERS):
@@ -205,7 +216,7 @@ class Merged(TorchFunctionMode):
                         self._know(tensor, place)
                 return found
         except BaseException:
-            self._ended = True  # also if the code of the model goes on
+            self.ended = True  # also if the code of the model goes on
             raise
 
     def _kept(

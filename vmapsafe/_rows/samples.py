@@ -292,6 +292,8 @@ class Samples:
         if succeeded is False:
             return None
         draws = None if succeeded else Draws(self.randomness, of_host=True)
+        if draws is not None and not draws.known:
+            return None
         try:
             found = merged(
                 (*self.parameters.known.values(), *self.parameters.buffers),
