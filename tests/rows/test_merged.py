@@ -824,3 +824,88 @@ def test_in_other_modes_and_blocks(rowed):
     per_sample_grads(net, F.cross_entropy, x, y, also=(nn.Dropout,))
     per_sample_grads(net, F.cross_entropy, x, y, fast=False)
     assert not rowed
+
+
+def writes_a_copy(h, y):
+    a = h[:, :2].contiguous()  # of one sample a view of h
+    a.mul_(3)
+    return F.cross_entropy(h, y)
+
+
+def writes_what_was_copied(h, y):
+    a = h.transpose(0, 1).unsqueeze(0).contiguous().squeeze(0).transpose(0, 1)
+    h += 1
+    return F.cross_entropy(a, y)
+
+
+def writes_a_flat_copy(h, y):
+    a = h.unsqueeze(2).transpose(1, 2).flatten(1)[:, :3]
+    F.relu(a[:, :2].reshape(-1, 2), inplace=True)
+    return F.cross_entropy(h, y)
+
+
+def writes_a_sum(h, y):
+    v = h[:, 0]
+    total = v.sum()
+    total *= 2
+    return total + v + v.mean()
+
+
+def multiplies_by_itself(h, y):
+    return F.linear(h, h).sum()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(writes_a_copy, writes_what_was_copied, writes_a_flat_copy),
+        *(writes_a_sum, multiplies_by_itself),
+    ],
+)
+def test_what_only_a_batch_shares(loss):
+    """Memory and samples: views of one sample that are copies of a batch, and so on."""
+    net = nn.Linear(4, 4).double()
+    x, y = torch.randn(4, 4, dtype=torch.float64), torch.randint(4, (4,))
+    expected = slow.rows_in(net, "eval", lambda h, y: loss(h, y).sum(), x, y)
+    assert_same(per_sample_grads(net, loss, x, y), expected)
+
+
+def test_a_wider_number_does_not_widen():
+    """A parameter without dimensions leaves the dtype of a float32 tensor."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.scale = nn.Parameter(torch.tensor(1e30, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.layer(x) * self.scale
+
+    def loss(h):
+        return h.square().sum().sqrt()
+
+    losses = per_sample(Scaled(), loss, torch.randn(3, 4), want=q.Losses())
+    assert losses.dtype == torch.float32 and losses.isinf().all()
+
+
+def test_an_input_of_a_frozen_layer_is_written():
+    """Also if the call is too large to be caught."""
+
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(128, 128)
+            self.frozen = nn.Linear(128, 128).requires_grad_(False)
+
+        def forward(self, x):
+            h = self.layer(x)
+            z = self.frozen(h)
+            h += z
+            return h
+
+    net, x = Adds().double(), torch.randn(1025, 128, dtype=torch.float64)
+    y = torch.randint(4, (1025,))
+    found = per_sample_grads(net, F.cross_entropy, x, y)
+    some = slow.rows_in(net, "eval", F.cross_entropy, x[:3], y[:3])
+    assert_same({name: found[name][:3] for name in some}, some)

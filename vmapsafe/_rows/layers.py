@@ -112,6 +112,7 @@ class _AllOfTheBatch:
     """All tensors have the samples in front."""
 
     size = 0
+    copied = False
 
     def place(self, value: Any) -> int | None:
         return 0

@@ -157,6 +157,7 @@ class Merged(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.size = uses.size
+        self.copied = False
         self._uses = uses
         self._name_of = {id(p): name for name, p in originals.items()}
         self._shared = {id(t): t for t in shared if type(t) in (Tensor, nn.Parameter)}
@@ -234,7 +235,7 @@ class Merged(TorchFunctionMode):
             raise NotAlike  # it may use the statistics of the batch, or write
         names = {own: self._name_of.get(id(bound[own])) for own in kept.parameters}
         for own, value in bound.items():
-            if value is not x and names.get(own) is None and isinstance(value, Tensor):
+            if own != "input" and names.get(own) is None and isinstance(value, Tensor):
                 if self.place(value) is not None or value.requires_grad:
                     raise NotAlike
         y = self._uses.recorded(func, kept, bound, self._name_of)

@@ -115,6 +115,7 @@ class Uses:
         first = next(iter(values.values()))
         self.fresh: set[str] = set()
         self.calls: list[Caught] = []
+        self.inputs: list[tuple[Tensor, int]] = []  # of other calls, and versions
         self.starts: list[Tensor] = []
         self.anchor = first.new_empty((), requires_grad=True)  # nobody reads its number
         self.receive: Callable[[str, Formula, Tensor, Tensor], None]
@@ -194,6 +195,8 @@ class Uses:
         for name in names.values():
             if name is not None:
                 self.counts[name] += 1
+        if not by_slices:
+            self.inputs.append((x.detach(), x._version))
         y: Tensor = KeptOutput.apply(self.anchor, x, self, call, names, by_slices)
         return y
 
@@ -247,8 +250,9 @@ class Uses:
         return y
 
     def written(self) -> bool:
-        """Whether an input that was caught has been written since."""
-        return any([one.x._version != one.version for one in self.calls])
+        """Whether an input of a recorded call has been written since."""
+        inputs = [*self.inputs, *[(one.x, one.version) for one in self.calls]]
+        return any([x._version != version for x, version in inputs])
 
 
 # Of functions with right derivatives by parameters; of one sample, these are the rows.

@@ -37,9 +37,12 @@ class Batch(Protocol):
 
     Attributes:
         size: B.
+        copied: whether a function copied the batch, and may give a view of a slice. If
+            one of them is written later, it is not known what the other holds.
     """
 
     size: int
+    copied: bool
 
     def place(self, value: Any) -> int | None:
         """Where a tensor of the batch has B; None for what all samples share. Raises
@@ -108,7 +111,7 @@ def _elementwise(
     at = _INPLACE.get(func)
     if at is not None:
         given = args[at] if len(args) > at else kwargs.get("inplace", False)
-        if given and not x.requires_grad:  # it may be the caller's own
+        if given and (batch.copied or not x.requires_grad):  # or the caller's own
             raise NotAlike
     return func(*args, **kwargs), place
 
@@ -148,7 +151,7 @@ def _pair(
     if place is None:
         raise NotAlike
     if isinstance(other, Tensor):
-        if place == NUMBERS:
+        if place == NUMBERS or other.dtype != x.dtype:  # one number gives its dtype
             raise NotAlike
         missing = x.dim() - other.dim()
         if batch.is_own(other):
@@ -172,7 +175,7 @@ def _pair_in_place(
     """The same, which writes the first."""
     if not args or not isinstance(args[0], Tensor) or not args[0].requires_grad:
         raise NotAlike  # it may be the caller's own
-    if batch.place(args[0]) is None:
+    if batch.copied or batch.place(args[0]) is None:
         raise NotAlike
     return _pair(batch, func, args, kwargs)
 
@@ -200,7 +203,7 @@ def _reduction(
     if dim is None:  # one number a sample
         if place or keeps:
             raise NotAlike
-        return func(x.flatten(1), 1) if x.dim() > 1 else x, NUMBERS
+        return func(x.flatten(1) if x.dim() > 1 else x.unsqueeze(1), 1), NUMBERS
     dims = [dim_of(d, x) for d in (dim if isinstance(dim, (tuple, list)) else (dim,))]
     if not dims or place in dims:
         raise NotAlike

@@ -23,6 +23,13 @@ from vmapsafe.rules.alike import (
 # -- Shapes ----------------------------------------------------------------------------
 
 
+def _noted(batch: Batch, x: Tensor, found: Tensor) -> Tensor:
+    """What a function gives that copies only if it must: fewer slices need a copy."""
+    memory = found.untyped_storage().data_ptr()
+    batch.copied |= memory != x.untyped_storage().data_ptr()
+    return found
+
+
 def _flatten(
     batch: Batch, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Found:
@@ -33,7 +40,7 @@ def _flatten(
     last = dim_of(given.get("end_dim", -1), x)
     if first <= place <= last:
         raise NotAlike
-    return torch.flatten(x, first, last), (
+    return _noted(batch, x, torch.flatten(x, first, last)), (
         place if place < first else place - (last - first)
     )
 
@@ -55,7 +62,7 @@ def _view(
     if first != 1:
         if first != -1 or math.prod(rest) != x.numel() // batch.size:
             raise NotAlike
-    return func(x, (batch.size, *rest)), 0
+    return _noted(batch, x, func(x, (batch.size, *rest))), 0
 
 
 treat_alike(_view, Tensor.view, Tensor.reshape, torch.reshape)
@@ -156,7 +163,8 @@ def _same_shape(
 ) -> Found:
     if len(args) != 1 or kwargs:
         raise NotAlike
-    return func(*args), place_of(batch, args[0])
+    (x,) = args
+    return _noted(batch, x, func(x)), place_of(batch, x)
 
 
 treat_alike(_same_shape, Tensor.contiguous)
