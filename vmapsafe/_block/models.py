@@ -73,11 +73,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 def is_frozen(module: nn.Module, root: nn.Module) -> bool:
     """Whether a module is in eval mode in a model that is in training mode."""
-    return _is_frozen(owners_flags(module), Flags(owners_training(root)))
+    return _is_frozen(owners_flags(module), owners_training(root))
 
 
-def _is_frozen(flags: Flags, of_root: Flags) -> bool:
-    return of_root.training and not flags.training
+def _is_frozen(flags: Flags, root_trains: bool) -> bool:
+    return root_trains and not flags.training
 
 
 def is_lazy(module: nn.Module) -> bool:
@@ -185,7 +185,7 @@ def _look_at(root: nn.Module, options: Options) -> Model:
     paths: dict[nn.Module, str] = {}
     model = Model(root, paths)
     buffered = model.buffered
-    of_root = Flags(owners_training(root))
+    root_trains = owners_training(root)
     seen = {root}
     waiting = [(root, "")]
     while waiting:
@@ -205,7 +205,7 @@ def _look_at(root: nn.Module, options: Options) -> Model:
                 _raise(refusal(module, mode), module, model, mode)
             if isinstance(module, torch.jit.ScriptModule):
                 if is_normalisation(module) and mode.reads_running_stats:
-                    if not _is_frozen(owners_flags(module), of_root):
+                    if not _is_frozen(owners_flags(module), root_trains):
                         model.scripted[module] = module.training
                 continue
         if module._forward_pre_hooks and not compiling:
@@ -218,7 +218,7 @@ def _look_at(root: nn.Module, options: Options) -> Model:
         named = isinstance(module, also) if also else False
         if named or (module._buffers and is_normalisation(module)):
             flags = owners_flags(module)
-            frozen = _is_frozen(flags, of_root)
+            frozen = _is_frozen(flags, root_trains)
             if named and not frozen:
                 _raise(refusal_of_named(mode), module, model, mode)
             if mode.merges and isinstance(module, BatchNormBase):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vmapsafe._call import Function
+from vmapsafe._torch import shares_memory
 from vmapsafe.rules.alike import (
     NUMBERS,
     Batch,
@@ -25,8 +26,7 @@ from vmapsafe.rules.alike import (
 
 def _noted(batch: Batch, x: Tensor, found: Tensor) -> Tensor:
     """What a function gives that copies only if it must: fewer slices need a copy."""
-    memory = found.untyped_storage().data_ptr()
-    batch.copied |= memory != x.untyped_storage().data_ptr()
+    batch.copied |= shares_memory(found, [x]) is None
     return found
 
 
