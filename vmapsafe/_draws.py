@@ -55,6 +55,7 @@ class Draws:
         self._unknown = False
         self._of_host: list[tuple[_PutBack, Any]] = []
         if torch.compiler.is_compiling():
+            self._unknown = randomness != "error"
             return
         if of_host:
             self._of_host = [(back, note()) for note, back in _of_host()]
@@ -74,14 +75,15 @@ class Draws:
         """Set the generators back: the next draws repeat those made since.
 
         Raises:
-            VmapSafeRuntimeError: a CUDA graph is being captured.
+            VmapSafeRuntimeError: a CUDA graph is being captured, or a call compiled.
         """
         if self._unknown:
             raise VmapSafeRuntimeError(
                 "per-sample gradients",
-                "random numbers would have to be drawn again, and the state of CUDA's "
-                "generator is not at hand while a CUDA graph is captured",
-                'Capture with randomness="error", or all samples at once',
+                "random numbers would have to be drawn again, and the state of the "
+                "generators is not at hand while torch.compile traces or a CUDA graph is "
+                "captured",
+                'Use randomness="error", or all samples at once',
             )
         for put_back, state in self._of_host:
             put_back(state)

@@ -227,6 +227,24 @@ def test_random_draws_are_those_of_the_eager_call():
     assert not torch.allclose(function(x, y), expected)
 
 
+@pytest.mark.parametrize(
+    "want, randomness",
+    [(q.WeightedSum(lambda norms: 1 / norms), "different"), (q.Norms(), "same")],
+    ids=["looks twice", "the same draw in each chunk"],
+)
+def test_draws_that_would_be_made_anew_are_refused(want, randomness):
+    """The compiler does not show the state of the generators."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    x, y = batch(4)(), batch(3)()
+
+    def call(x, y):
+        options = {"randomness": randomness, "chunk_size": 2}
+        return per_sample(model, mse, x, y, want=want, **options)
+
+    with pytest.raises(Exception, match="would have to be drawn again"):
+        compiled(call)(x, y)
+
+
 def test_running_statistics_are_updated_once():
     """One training step of the statistics a call."""
     model, x, y = problem("conv2d")

@@ -187,7 +187,8 @@ class Asked:
             try:
                 return computed(samples, wanted, size, recorded_if_unwatched)
             except Unrecordable:
-                draws.put_back()
+                if not torch.compiler.is_compiling():
+                    draws.put_back()
         watched = {
             key: RowsWithDerivatives() for key, q in rows.items() if q.out is None
         }
