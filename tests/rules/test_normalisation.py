@@ -389,6 +389,30 @@ def test_autocast(name, mode, dtype):
             assert (found[n] - row).abs().max() < 0.08 * scale, n
 
 
+@pytest.mark.parametrize("mode", ["eval", "no_running_stats", "group_norm", "sync"])
+def test_a_float32_layer_in_a_bfloat16_network(mode):
+    """Without autocast. torch's own batch norm in eval mode raises in vmap(grad)."""
+    torch.manual_seed(4)
+    layers = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2)
+    net, x = nn.Sequential(*layers), torch.randn(4, 2, 2, 6, 6)
+    net(x[0])
+
+    def rows(net, x):
+        def loss(p, x):
+            return functional_call(net, p, (x,)).float().square().sum()
+
+        with vmap_safe(net, mode=mode, num_groups=2):
+            return vmap(grad(loss), (None, 0))(dict(net.named_parameters()), x)
+
+    expected = rows(net, x)
+    net.bfloat16()[1].float()
+    found = rows(net, x.bfloat16())
+    scale = max(row.abs().max() for row in expected.values())
+    for name, parameter in net.named_parameters():
+        assert found[name].dtype == parameter.dtype
+        assert (found[name] - expected[name]).abs().max() < 0.08 * scale, name
+
+
 # -- Levels ----------------------------------------------------------------------------
 
 
