@@ -81,8 +81,8 @@ class Draws:
             raise VmapSafeRuntimeError(
                 "per-sample gradients",
                 "random numbers would have to be drawn again, and the state of the "
-                "generators is not at hand while torch.compile traces or a CUDA graph is "
-                "captured",
+                "generators is not at hand while torch.compile traces or a CUDA graph "
+                "is captured",
                 'Use randomness="error", or all samples at once',
             )
         for put_back, state in self._of_host:
