@@ -158,14 +158,18 @@ class Case:
             self.mode = "eval"  # its first forward would mix the tasks
         if self.what == "converted":
             self.mode = rng.choice(("no_running_stats", "group_norm"))
+        # Most of these run as one batch without vmap.
+        self.usual = self.what in SHORT and rng.random() < 0.4
+        if self.usual:
+            self.mode = "eval"
         first_order = self.what in WITH_DROPOUT
         self.dtype = torch.float64
         if first_order and rng.random() < 0.25:
             self.dtype = rng.choice((torch.float32, torch.bfloat16))
-        self.autocast = first_order and rng.random() < 0.07
+        self.autocast = first_order and not self.usual and rng.random() < 0.07
         if self.autocast:
             self.dtype = torch.float32
-        self.fast = rng.random() < 0.7
+        self.fast = self.usual or rng.random() < 0.7
         algorithms = "products", "turned products", "sums"
         self.regimes = rng.choice(("", "", *algorithms, "gpu"))
         self.num_groups = rng.choice((1, 1, 2, 2, 3, 32, _one_each, _halves))
@@ -186,6 +190,7 @@ class Case:
             named_twice=self.what in NAMED_TWICE,
             may_bound=self.what in SHORT,
             hand_made=self.what != "converted",
+            usual=self.usual,
         )
         net, self.shape, self.words = builder.net(OUTS, dropout)
         self.net = net.to(self.dtype)
@@ -277,6 +282,8 @@ class Case:
         own = dict(self.net.named_parameters())
         names = list(own)
         self.given = rng.choice(("all", "all", "names", "dict"))
+        if self.usual and rng.random() < 0.8:
+            self.given = "all"
         if short and rng.random() < 0.07:
             self.given = "state"
         if self.updates:

@@ -329,7 +329,8 @@ class Net(nn.Module):
 
 class Builder:
     """Draws a network. ``shape`` is that of one sample on its way; channels come first
-    in it, or last where it is ``tokens``."""
+    in it, or last where it is ``tokens``. ``usual``: of layers that most networks have.
+    """
 
     def __init__(
         self,
@@ -339,8 +340,9 @@ class Builder:
         named_twice: bool,
         may_bound: bool,
         hand_made: bool,
+        usual: bool = False,
     ) -> None:
-        self.rng, self.precise = rng, precise
+        self.rng, self.precise, self.usual = rng, precise, usual
         self.first_order, self.named_twice = first_order, named_twice
         self.hand_made = hand_made
         self.may_bound = may_bound  # embeddings by max_norm, which torch writes
@@ -404,7 +406,7 @@ class Builder:
         groups = rng.choice([g for g in (1, 1, 2, 3, 4) if ins % g == 0])
         outs = groups * rng.choice((1, 2)) if groups > 1 else rng.choice((2, 3, 4))
         dilation = rng.choice((1, 1, 1, 2))
-        if rng.random() < 0.2:
+        if not self.usual and rng.random() < 0.2:
             stride = rng.choice((1, 2))
             padding = rng.choice((0, 0, 1)) if kernel > 1 else 0
             made = TRANSPOSED[d](
@@ -425,10 +427,10 @@ class Builder:
         else:
             around = rng.choice((0, 0, 1, 1, None))  # None is "same"
             stride = 1 if around is None else rng.choice((1, 1, 2))
-            mode = rng.choice(PADDING_MODES)
+            mode = "zeros" if self.usual else rng.choice(PADDING_MODES)
             make = CONVS[d]
             plain = d == 2 and kernel > 1 and mode == "zeros"
-            if plain and self.first_order and rng.random() < 0.1:
+            if plain and self.first_order and not self.usual and rng.random() < 0.1:
                 make = Standardised
             made = make(
                 ins,
@@ -561,7 +563,8 @@ class Builder:
         return Tokens()
 
     def activation(self) -> nn.Module:
-        if self.rng.random() < 0.15 and self.precise and self.first_order:
+        rare = self.rng.random() < 0.15 and not self.usual
+        if rare and self.precise and self.first_order:
             # Of the second dimension, whatever it is; it is not smooth at 0, and
             # torch's has wrong derivatives under two vmaps.
             return nn.PReLU(self.shape[0] if self.rng.random() < 0.5 else 1)
@@ -641,9 +644,22 @@ class Builder:
         ("larger", 1),
     )
     LARGER = (("residual", 2), ("branches", 1))
+    USUAL = (
+        "linear",
+        "conv",
+        "batch_norm",
+        "other_norm",
+        "pool",
+        "activation",
+        "residual",
+    )
 
     def body(self, many: int, nested: bool = False) -> nn.Sequential:
-        kinds = self.LAYERS if nested else self.LAYERS + self.LARGER
+        kinds: tuple[tuple[str, int], ...] = self.LAYERS
+        if not nested:
+            kinds += self.LARGER
+        if self.usual:
+            kinds = tuple([kind for kind in kinds if kind[0] in self.USUAL])
         names, weights = zip(*kinds)
         layers: list[nn.Module] = []
         while len(layers) < many:
