@@ -431,7 +431,7 @@ class Jax:
 
     def __init__(self, w, task):
         python = w.options.get("jax_python") or os.environ.get("VMAPSAFE_JAX_PYTHON")
-        if w.net not in ("BN MLP", "small CNN", "ResNet-18"):
+        if w.net not in ("BN MLP", "small CNN", "conv1d net", "ResNet-18"):
             raise NotImplementedError(f"jax_rows.py has no {w.net}")
         if w.precision == "bf16":
             raise NotImplementedError("bf16 autocast has no counterpart in jax_rows.py")

@@ -35,12 +35,15 @@ EPS = 1e-5
 
 
 def conv(p, name, x, stride=1, padding=0):
+    dims = x.ndim - 2
     y = lax.conv_general_dilated(
-        *(x, p[f"{name}.weight"], (stride, stride), [(padding, padding)] * 2),
-        dimension_numbers=("NCHW", "OIHW", "NCHW"),
+        *(x, p[f"{name}.weight"], (stride,) * dims, [(padding, padding)] * dims),
+        dimension_numbers=(
+            ("NCHW", "OIHW", "NCHW") if dims == 2 else ("NCH", "OIH", "NCH")
+        ),
     )
     bias = p.get(f"{name}.bias")
-    return y if bias is None else y + bias[:, None, None]
+    return y if bias is None else y + bias.reshape((-1,) + (1,) * dims)
 
 
 def batch_norm(p, name, x):
@@ -73,6 +76,13 @@ def small_cnn(p, x):
     return linear(p, "13", x.mean((2, 3)))
 
 
+def conv1d_net(p, x):
+    x = jax.nn.relu(batch_norm(p, "1", conv(p, "0", x, 2, 3)))
+    x = jax.nn.relu(batch_norm(p, "4", conv(p, "3", x, 2, 2)))
+    x = jax.nn.relu(batch_norm(p, "7", conv(p, "6", x, 2, 1)))
+    return linear(p, "11", x.mean(2))
+
+
 def resnet18(p, x):
     x = jax.nn.relu(batch_norm(p, "1", conv(p, "0", x, padding=1)))
     for i in range(8):
@@ -87,7 +97,12 @@ def resnet18(p, x):
     return linear(p, "13", x.mean((2, 3)))
 
 
-NETWORKS = {"BN MLP": mlp, "small CNN": small_cnn, "ResNet-18": resnet18}
+NETWORKS = {
+    "BN MLP": mlp,
+    "small CNN": small_cnn,
+    "conv1d net": conv1d_net,
+    "ResNet-18": resnet18,
+}
 
 
 def functions(net, buffers, bound):
