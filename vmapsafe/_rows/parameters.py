@@ -195,7 +195,13 @@ def _is_state_dict(
 
 
 def _state_names(net: nn.Module) -> set[str]:
-    return {name for name in net.state_dict() if not name.endswith("_extra_state")}
+    """The keys of the model's state dict, which torch.compile of 2.11 cannot make."""
+    found = {name for name, _ in net.named_parameters(remove_duplicate=False)}
+    for path, module in net.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found.add(f"{path}.{name}" if path else name)
+    return found
 
 
 def _of_state_dict(

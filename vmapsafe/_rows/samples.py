@@ -268,17 +268,18 @@ class Samples:
         """As :meth:`recorded`, while torch.compile traces."""
         options = replace(self.options, copies_at=LEVEL_OF_TRACED)
         without_updates = replace(options, update_running_stats=False)
-        return Traced(
-            self.parameters.originals,
-            self._loss,
-            self.values,
-            batch,
-            len(tree_flatten(batch)[0][0]),
-            self.randomness,
-            self.has_aux,
-            partial(self._in_block, options),
-            partial(self._in_block, without_updates),
-        )
+        with without_inference_mode():
+            return Traced(
+                self.parameters.originals,
+                self._loss,
+                self.values,
+                batch,
+                len(tree_flatten(batch)[0][0]),
+                self.randomness,
+                self.has_aux,
+                partial(self._in_block, options),
+                partial(self._in_block, without_updates),
+            )
 
     def _merged(self, batch: tuple[Any, ...], size: int) -> Recorded | None:
         """The same from one batch of all samples; None where that cannot be done."""
