@@ -30,6 +30,7 @@ folder's docstring has the map of its own files.
 from vmapsafe import quantities as quantities
 from vmapsafe import rules as _rules
 from vmapsafe._block.batched import batched as batched
+from vmapsafe._block.covers import covers as covers
 from vmapsafe._block.vmap_safe import vmap_safe as vmap_safe
 from vmapsafe._check.check import check as check
 from vmapsafe._convert import convert as convert
@@ -63,6 +64,7 @@ __all__ = [
     "check",
     "clipped_grad_sum",
     "convert",
+    "covers",
     "norm_layer",
     "over",
     "per_sample",

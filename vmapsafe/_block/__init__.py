@@ -11,6 +11,7 @@ The map, bottom up:
 ``backward``     code that runs in backward: in the blocks it was made in, or refused
 ``writes``       what a call writes, and which buffer of a model that is
 ``callers``      which layer makes a call
+``covers``       ``covers``: whether a block makes a module safe
 ``scope``        one open block of one thread: which rules hold, for which layers
 ``advice``       notes for errors of torch's vmap: which layer, and what to do
 ``vmap_safe``    ``vmap_safe``: a block as users write it
