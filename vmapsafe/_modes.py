@@ -44,8 +44,8 @@ class Mode:
         becomes: what batch norm normalises with, for reports.
         reads_running_stats: whether layers normalise with their running statistics, so
             that a layer that the block does not reach can be put in eval mode by hand.
-        merges: whether slices share their statistics. The slices are one batch, which
-            can update running statistics.
+        merges: whether slices share their statistics, as one batch.
+        can_update: whether layers use statistics that can update the running ones.
         by_rule: whether a rule computes the mode. The layer shows eval mode, so that it
             passes its buffers to ``F.batch_norm``, where the rule finds them.
     """
@@ -56,6 +56,7 @@ class Mode:
     becomes: str
     reads_running_stats: bool = False
     merges: bool = False
+    can_update: bool = False
     by_rule: bool = False
 
 
@@ -77,6 +78,7 @@ MODES: Mapping[str, Mode] = {
             batch_norm=Flags(training=True, track_running_stats=False),
             others=Flags(training=True),
             becomes="with the statistics of the slice",
+            can_update=True,
         ),
         Mode(
             "group_norm",
@@ -91,6 +93,7 @@ MODES: Mapping[str, Mode] = {
             others=Flags(training=True),
             becomes="with the statistics of all slices together",
             merges=True,
+            can_update=True,
             by_rule=True,
         ),
     )
@@ -187,12 +190,18 @@ class Options:
                 "innermost first",
                 "Pass an int of at least 1, or None for all",
             )
-        if not self.meaning.merges:
+        if levels is not None and not self.meaning.merges:
             raise VmapSafeValueError(
                 called,
-                'update_running_stats and sync_levels have a meaning in "sync" only, '
-                "where all slices are one batch",
-                'Use mode="sync", or leave them out',
+                'sync_levels has a meaning in "sync" only, where slices are one batch',
+                'Use mode="sync", or leave sync_levels out',
+            )
+        if self.update_running_stats and not self.meaning.can_update:
+            raise VmapSafeValueError(
+                called,
+                f'"{self.mode}" has no statistics to update the running ones with',
+                'Use mode="sync", or "no_running_stats" where each slice has running '
+                "statistics of its own, or leave update_running_stats out",
             )
 
 

@@ -173,7 +173,7 @@ def test_in_a_decorated_function():
 
 
 def test_what_is_covered_works():
-    """A library that refuses batch norm unless it is covered gets a plain loop's rows."""
+    """A library that refuses batch norm unless it is covered gets a loop's rows."""
 
     def gradients(model, x):
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]

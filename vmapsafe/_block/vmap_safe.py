@@ -123,7 +123,8 @@ def vmap_safe(
     mode                batch norm normalises a slice with          running statistics
     ==================  ==========================================  ===================
     "eval"              the running statistics                      read
-    "no_running_stats"  the statistics of the slice                 kept
+    "no_running_stats"  the statistics of the slice                 kept, or written by
+                                                                    update_running_stats
     "group_norm"        the statistics of groups of channels of     kept
                         each sample, with its own weight, bias, eps
     "sync"              the statistics of all slices together, as   kept, or written by
@@ -148,9 +149,11 @@ def vmap_safe(
         num_groups: for "group_norm", the number of groups, or a function of the
             number of channels. If it does not divide the channels, each channel is a
             group.
-        update_running_stats: in "sync", whether a call updates the running statistics
-            and their counter as one training step of ``model(x)`` would, under every
-            transform.
+        update_running_stats: whether a call updates the running statistics and their
+            counter as one training step of ``model(x)`` would, under every transform.
+            In "sync" the slices that are merged are one step. In "no_running_stats"
+            each slice is a step of its own, and so each needs buffers of its own, which
+            ``functional_call`` hands in, stacked.
         sync_levels: in "sync", how many nested vmaps are merged, counted from the
             innermost; None for all. A vmap is merged if it batches a layer's input but
             none of the model's parameters or buffers.
@@ -172,7 +175,8 @@ def vmap_safe(
 
     Raises:
         VmapSafeValueError: the mode is unknown, ``num_groups`` is below 1, or, on use,
-            a lazy layer has not seen a batch.
+            a lazy layer has not seen a batch; in a call, slices that are not merged
+            would update the same buffers.
         VmapSafeTypeError: an argument is not a module, or, on use, the block cannot
             switch a layer, or there is no model in the ``with`` or among the arguments.
         BlockError: on use, another thread holds the model with other options; after the
@@ -184,7 +188,9 @@ def vmap_safe(
             does not happen inside the block.
 
     It does not copy the model. It does not cover a copy made inside the block, which
-    has the flags that the model has outside. It does not make clipped per-sample
+    has the flags that the model has outside: open a block for the copy as well, or, if
+    a library makes copies, give it a module whose ``forward`` opens the block, since
+    its copies do so too. It does not make clipped per-sample
     gradients differentially private by itself.
     """
     options = Options(

@@ -120,6 +120,13 @@ class Samples:
                 "params is a state dict, whose tensors are never written",
                 "Leave update_running_stats out, or pass the parameters alone",
             )
+        if options.update_running_stats and not options.meaning.merges:
+            raise VmapSafeValueError(
+                f"{called} with update_running_stats=True",
+                f'in "{options.mode}" each sample would need running statistics of its '
+                "own",
+                'Use mode="sync", or leave update_running_stats out',
+            )
         size = _batch_size(called, batch)
         if size == 0:
             _check_one_process(called, net, options)

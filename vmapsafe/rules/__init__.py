@@ -18,6 +18,7 @@ The map, bottom up:
 ``layer_norm``            layer norm
 ``rms_norm``              RMS norm
 ``group_norm``            group norm
+``running_statistics``    updates of running statistics
 ``batch_norm_operators``  the operators of batch norm
 ``batch_norm``            batch norm, in every mode but "sync"
 ``sync``                  batch norm across the vmapped axis

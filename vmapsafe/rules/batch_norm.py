@@ -32,6 +32,7 @@ from vmapsafe.rules.normalisation import (
     per_channel,
 )
 from vmapsafe.rules.precision import wide
+from vmapsafe.rules.running_statistics import update_running_statistics
 
 # -- "no_running_stats": the statistics of the slice ---------------------------------
 
@@ -47,13 +48,20 @@ def _by_own_statistics(call: Call) -> Tensor:
     return own_statistics(x, call["weight"], call["bias"], call["eps"])
 
 
+def _of_the_slice(call: Call) -> Tensor:
+    y = _by_own_statistics(call)
+    if call.site is not None and call.site.update_running_stats:
+        update_running_statistics(call)
+    return y
+
+
 register(
     FunctionRule(
         name="batch_norm, statistics of the slice",
         functions=(F.batch_norm,),
         modes=("no_running_stats",),
         accepts=of_a_layer,
-        batched=_by_own_statistics,
+        batched=_of_the_slice,
         reference=slice_by_slice(references.batch_norm),
     )
 )

@@ -22,7 +22,7 @@ from vmapsafe.rules.normalisation import (
     scaled_and_shifted,
     torchs_own_fails,
 )
-from vmapsafe.rules.sync import UpdateRunningStats
+from vmapsafe.rules.running_statistics import update_running_statistics
 
 
 def _unwritten(call: Call) -> Tensor:
@@ -43,6 +43,13 @@ def _unwritten(call: Call) -> Tensor:
     return y.view(x.shape)
 
 
+def _of_the_slice(call: Call) -> Tensor:
+    y = _unwritten(call)
+    if call.site is not None and call.site.update_running_stats:
+        update_running_statistics(call)
+    return y
+
+
 def _uses_own_statistics(call: Call) -> bool:
     x: Tensor = call["input"]
     if call["running_mean"] is not None or not call["use_input_stats"]:
@@ -56,7 +63,7 @@ register(
         functions=(F.instance_norm,),
         modes=("no_running_stats",),
         accepts=of_a_layer,
-        batched=_unwritten,
+        batched=_of_the_slice,
         reference=slice_by_slice(references.instance_norm),
     )
 )
@@ -104,21 +111,11 @@ def _across_slices(call: Call) -> Tensor:
 
     Each sample is normalised alone, so only the running statistics are merged.
     """
-    site, x = call.site, call["input"]
+    site = call.site
     assert site is not None
     y = _unwritten(call)
     if site.update_running_stats:
-        UpdateRunningStats.apply(
-            x,
-            call["running_mean"],
-            call["running_var"],
-            None,  # torch's instance norm does not count
-            call["momentum"],
-            "instance_norm",
-            site.merged_levels(x),
-            None,
-            site.path(),
-        )
+        update_running_statistics(call, site.merged_levels(call["input"]))
     return y
 
 

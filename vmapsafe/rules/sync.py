@@ -29,7 +29,6 @@ same order.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -38,13 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from vmapsafe._call import Call, Site
+from vmapsafe._call import Call
 from vmapsafe._errors import VmapSafeRuntimeError, VmapSafeValueError
 from vmapsafe._rule import FunctionRule, register
 from vmapsafe._torch import (
     current_level,
     derivatives_inside,
-    unseen_by_modes,
     vmap_size,
     whole_while_compiling,
 )
@@ -57,8 +55,11 @@ from vmapsafe.rules.normalisation import (
     scaled_and_shifted,
 )
 from vmapsafe.rules.precision import wide
-
-Levels = tuple[int, ...]
+from vmapsafe.rules.running_statistics import (
+    Levels,
+    update_running_statistics,
+    with_count,
+)
 
 
 @whole_while_compiling
@@ -151,85 +152,6 @@ class AsOneBatch(Function):
         return torch.stack(members), 0
 
 
-@whole_while_compiling
-class UpdateRunningStats(Function):
-    """One training step's update of a layer's buffers, in place, below all transforms.
-
-    ``kernel`` names the function that writes them, "batch_norm" or "instance_norm". The
-    call has an effect but not a result, so it returns a zero.
-    """
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        count: Tensor | None,
-        momentum: float | None,
-        kernel: str,
-        merged: Levels,
-        group: Any,
-        label: str,
-    ) -> Tensor:
-        # Blocks around this one would leave these writes out, so hide them.
-        with torch.no_grad(), unseen_by_modes():
-            factor: float | Tensor = 0.0 if momentum is None else momentum
-            if count is not None:
-                count.add_(1)
-                if momentum is None and count.device.type == "cpu":
-                    factor = 1.0 / float(count)
-                elif momentum is None:
-                    factor = count.to(mean.dtype).reciprocal()
-            if group is not None:
-                _update_across_processes(wide(x), mean, var, factor, group)
-            elif not isinstance(factor, Tensor):
-                getattr(F, kernel)(x, mean, var, None, None, True, factor)
-            else:  # the kernel takes numbers; to read one would wait for the device
-                own = torch.zeros_like(mean), torch.zeros_like(var)
-                getattr(F, kernel)(x, *own, None, None, True, 1.0)
-                mean.lerp_(own[0], factor)
-                var.lerp_(own[1], factor)
-        return x.new_zeros(())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return (None,) * 9
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return None
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: Any,
-        x: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        count: Tensor | None,
-        *rest: Any,
-    ) -> tuple[Tensor, None]:
-        merged, label = rest[2], rest[4]
-        x_dim, mean_dim = in_dims[:2]
-        if x_dim is not None and current_level() + 1 in merged:
-            x = x.movedim(x_dim, 0).flatten(0, 1)
-            return UpdateRunningStats.apply(x, mean, var, count, *rest), None
-        if mean_dim is None:
-            raise VmapSafeRuntimeError(
-                f"update_running_stats=True for {label}",
-                f"{info.batch_size} slices that are not merged share its buffers",
-                "Batch the buffers too (stack_module_state), or leave "
-                "sync_levels out",
-            )
-        for parts in _members(info.batch_size, in_dims, x, mean, var, count):
-            UpdateRunningStats.apply(*parts, *rest)
-        return x.new_zeros(()), None
-
-
 def _members(
     size: int, in_dims: Any, *tensors: Tensor | None
 ) -> list[list[Tensor | None]]:
@@ -248,28 +170,6 @@ def _as_one_batch(x: Any, weight: Any, bias: Any, eps: float, merged: Levels) ->
         y: Tensor = AsOneBatch.apply(x, weight, bias, eps, merged)
         return y
     return own_statistics(x, weight, bias, eps)
-
-
-def _update_across_processes(
-    x: Tensor, mean: Tensor, var: Tensor, factor: float | Tensor, group: Any
-) -> None:
-    dims = [d for d in range(x.dim()) if d != 1]
-    total = _with_count(x.sum(dims), x)
-    dist.all_reduce(total, group=group)
-    batch_mean, size = total[:-1] / total[-1], total[-1]
-    squares = (x - per_channel(batch_mean, x)).square().sum(dims)
-    dist.all_reduce(squares, group=group)
-    mean.lerp_(batch_mean.to(mean.dtype), factor)
-    var.lerp_((squares / (size - 1)).to(var.dtype), factor)
-
-
-def _with_count(sums: Tensor, x: Tensor) -> Tensor:
-    """(C + 1,): the sums, and the number of values of a channel.
-
-    That number differs by process. So one message carries both.
-    """
-    count = math.prod([x.size(d) for d in range(x.dim()) if d != 1])
-    return torch.cat([sums, x.new_full((1,), float(count))])
 
 
 # -- The rule --------------------------------------------------------------------------
@@ -303,10 +203,15 @@ def _across_slices(call: Call) -> Tensor:
             'rows="jacobian" would mix losses of all of them',
             'Use rows="contribution", or one process',
         )
-    if torch.compiler.is_compiling():
-        _check_compilable(site, group)
+    if torch.compiler.is_compiling() and group is not None:
+        raise VmapSafeRuntimeError(
+            f"batch_norm of {site.path()}",
+            f"statistics of {dist.get_world_size(group)} processes, which "
+            "torch.compile cannot trace",
+            'Run it without torch.compile, or without mode="sync"',
+        )
     if site.update_running_stats:
-        _update(call, merged, group)
+        update_running_statistics(call, merged, group)
     inside = merged and derivatives_inside(merged[0]) > 0
     detached = site.rows == "detached"
     if group is None and not inside and not detached:
@@ -315,21 +220,6 @@ def _across_slices(call: Call) -> Tensor:
         y = wide(_as_one_batch(x, None, None, call["eps"], merged))
         return scaled_and_shifted(y, call["weight"], call["bias"]).to(x.dtype)
     return _by_sums(call, merged, group, detached)
-
-
-def _check_compilable(site: Site, group: Any) -> None:
-    found = ""
-    if group is not None:
-        found = f"statistics of {dist.get_world_size(group)} processes"
-    layer: Any = site.layer
-    if site.update_running_stats and site.tracks and layer.momentum is None:
-        found = "momentum=None, whose average needs the value of a counter"
-    if found:
-        raise VmapSafeRuntimeError(
-            f"batch_norm of {site.path()}",
-            f"{found}, which torch.compile cannot trace",
-            'Run it without torch.compile, or without mode="sync"',
-        )
 
 
 def _by_sums(call: Call, merged: Levels, group: Any, detached: bool) -> Tensor:
@@ -341,34 +231,12 @@ def _by_sums(call: Call, merged: Levels, group: Any, detached: bool) -> Tensor:
         summed: Tensor = SumOverMerged.apply(values, source, merged, group)
         return summed
 
-    sums = total(_with_count(source.sum(dims), x))
+    sums = total(with_count(source.sum(dims), x))
     mean, count = sums[:-1] / sums[-1], sums[-1]
     squares = (source - per_channel(mean, x)).square().sum(dims)
     var = total(squares) / count
     y = (x - per_channel(mean, x)) * per_channel(torch.rsqrt(var + call["eps"]), x)
     return scaled_and_shifted(y, call["weight"], call["bias"]).to(call["input"].dtype)
-
-
-def _update(call: Call, merged: Levels, group: Any) -> None:
-    """Update the layer's buffers as it does in training.
-
-    The block has switched off the layer's own update.
-    """
-    site = call.site
-    assert site is not None and site.layer is not None
-    layer: Any = site.layer
-    if site.tracks and layer.running_mean is not None:
-        UpdateRunningStats.apply(
-            call["input"],
-            layer.running_mean,
-            layer.running_var,
-            layer.num_batches_tracked,
-            layer.momentum,
-            "batch_norm",
-            merged,
-            group,
-            site.path(),
-        )
 
 
 def _whole_batch(call: Call) -> Tensor:
