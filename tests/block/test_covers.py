@@ -285,3 +285,11 @@ def test_a_forward_that_opens_the_block(copied, within, mode):
     ]
     torch.testing.assert_close(rows, torch.stack(loop))
     assert twin.model[1].training and twin.model[1].num_batches_tracked == 1
+
+
+def test_a_forward_that_opens_the_block_in_sync():
+    """The slices are one batch, also where the block is opened inside the vmap."""
+    x, safe = torch.randn(5, 6, 3).double(), Safe(net(), mode="sync")
+    twin, plain = copy.deepcopy(safe), copy.deepcopy(safe.model)
+    expected = plain(x.flatten(0, 1)).view(5, 6, 4)
+    torch.testing.assert_close(vmap(twin)(x), expected)

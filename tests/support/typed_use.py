@@ -13,6 +13,7 @@ from vmapsafe import (
     check,
     clipped_grad_sum,
     convert,
+    covers,
     norm_layer,
     over,
     per_sample,
@@ -159,3 +160,9 @@ def conversions(net: Net) -> None:
     assert_type(convert(net, "group_norm", num_groups=lambda c: c // 2), nn.Module)
     assert_type(norm_layer("eval")(64, eps=1e-3), nn.Module)
     convert(net, "evil")  # type: ignore[arg-type]
+
+
+def libraries(net: Net) -> None:
+    assert_type(covers(net), bool)
+    assert_type(covers(net, "eval", "group_norm"), bool)
+    covers(net, "evil")  # type: ignore[arg-type]
