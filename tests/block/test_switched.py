@@ -634,6 +634,25 @@ def test_a_copy_that_runs_inside(how, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_copy_with_another_state(mode):
+    """A warning says that it is not covered, whatever its numbers are by then."""
+    model, other = mlp(), mlp()
+    state = {name: t + 1 for name, t in other.state_dict().items()}
+    x = torch.randn(6, 4).double()
+    with block(model, mode), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        twin = copy.deepcopy(model)
+        twin.load_state_dict(state)
+        other.load_state_dict(state)
+        other(x)  # not a copy
+        assert not said
+        torch.testing.assert_close(twin(x), copy.deepcopy(other)(x))
+        twin(x)
+    said = [str(w.message) for w in said if "a copy of '1'" in str(w.message)]
+    assert len(said) == (mode != "eval")
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_stacked_states_inside(mode):
     """The members' states are those of outside."""
     models = [mlp() for _ in range(2)]

@@ -73,7 +73,7 @@ class Callers:
             if _compiling() or found._parameters.get("weight") is bound["weight"]:
                 return found
             # Another layer may share the statistics.
-            nearest = _nearest_module()
+            nearest = nearest_module()
             if nearest is None or nearest._buffers.get("running_mean") is not mean:
                 return found
             return nearest if nearest in self._layers else None
@@ -84,7 +84,7 @@ class Callers:
             or not self._mode.reads_running_stats
             or bound.get("training", True)
         ):
-            nearest = _nearest_module()
+            nearest = nearest_module()
             if nearest in self._layers:
                 return nearest
         return self._by_weights(bound)
@@ -261,7 +261,7 @@ def in_a_forward(modules: Collection[nn.Module]) -> bool:
     return False
 
 
-def _nearest_module() -> nn.Module | None:
+def nearest_module() -> nn.Module | None:
     """The module whose method is running."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -35,6 +36,7 @@ class Open(Protocol):
         since: the number of the first node of autograd made in it.
         closing: whether its thread is closing it.
         copied: whether a module was copied inside it.
+        copies: the copies of layers made inside it that are known, and their originals.
     """
 
     options: Options
@@ -47,6 +49,7 @@ class Open(Protocol):
     since: int
     closing: bool
     copied: bool
+    copies: weakref.WeakKeyDictionary[nn.Module, nn.Module]
 
     @property
     def alive(self) -> bool:

@@ -30,6 +30,7 @@ from vmapsafe._block.callers import (
     Callers,
     SiteInBlock,
     in_a_forward,
+    nearest_module,
 )
 from vmapsafe._block.covered import Layer, Model
 from vmapsafe._block.models import (
@@ -100,6 +101,8 @@ class Scope(TorchFunctionMode):
         self._leading = operators.leading(recorded) if self.fast else ()
         self._buffers = BuffersOf(models)
         self.copied = False  # whether a layer was, inside
+        self.copies: weakref.WeakKeyDictionary[nn.Module, nn.Module]
+        self.copies = weakref.WeakKeyDictionary()
         self._handling = 0  # how many calls it is handling
         self.warns = True  # of writes that are left out
         self._traced = _compiling()
@@ -291,26 +294,35 @@ class Scope(TorchFunctionMode):
 
         The copy normalises as its own flags say.
         """
-        mean = bound["running_mean"]
         if not self.copied or self.mode.reads_running_stats or _compiling():
             return
-        if mean is None or is_wrapped(mean) or mean in self._looked_at:
+        caller = nearest_module()
+        original = None if caller is None else self.copies.get(caller)
+        if original is None:
+            original = self._with_statistics(bound["running_mean"])
+        if original is None:
             return
+        self.copied = False
+        warn_user(
+            worded(
+                str(self),
+                f"a copy of {self.covers[original].label(original)} runs in the block, "
+                "which does not cover it",
+                "Hand the copy to vmap_safe as well",
+            ),
+            UserWarning,
+        )
+
+    def _with_statistics(self, mean: Tensor | None) -> nn.Module | None:
+        """The layer whose statistics a copy has, if it came out of a pickle."""
+        if mean is None or is_wrapped(mean) or mean in self._looked_at:
+            return None
         self._looked_at[mean] = True
         for layer in self.layers:
             own = layer._buffers.get("running_mean")
             if own is not None and not is_wrapped(own) and _same(own, mean):
-                warn_user(
-                    worded(
-                        str(self),
-                        f"a copy of {self.covers[layer].label(layer)} runs in the "
-                        "block, which does not cover it",
-                        "Hand the copy to vmap_safe as well",
-                    ),
-                    UserWarning,
-                )
-                self.copied = False
-                return
+                return layer
+        return None
 
     def _owns(self, module: nn.Module) -> bool:
         """Whether this is the innermost block that covers the module."""

@@ -141,13 +141,29 @@ class Switched(nn.Module):
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         # Copies and pickles are of the owner's class.
         block = covering(self)
-        if block is not None:
-            block.copied = True
         reduced: Any = super().__reduce_ex__(protocol)
         how, given, *rest = reduced
         ours = type(self)
+        if block is not None:
+            block.copied = True
+            # A pickle would store what is called here.
+            if sys._getframe(1).f_globals.get("__name__") == "copy":
+                how = _noting(block, self, how)
         given = tuple([ours._vmapsafe_own if a is ours else a for a in given])
         return (how, given, *rest)
+
+
+def _noting(
+    block: Open, original: nn.Module, make: Callable[..., nn.Module]
+) -> Callable[..., nn.Module]:
+    """``make``, whose results the block knows as copies."""
+
+    def noting(*given: Any) -> nn.Module:
+        made = make(*given)
+        block.copies[made] = original
+        return made
+
+    return noting
 
 
 # -- Flags -----------------------------------------------------------------------------
