@@ -17,7 +17,7 @@ folder's docstring has the map of its own files.
 ``rules/``       all that is known of a layer, a file a family
 ``_processes``   results of several processes, put together
 ``quantities/``  public: what can be wanted of per-sample gradients
-``_block/``      ``vmap_safe``, ``batched``: rules in force, and the model put back
+``_block/``      ``vmap_safe``, ``batched``, ``covers``: rules in force for a model
 ``_rows/``       per-sample gradients, and quantities of them, from one backward pass
 ``_data/``       ``over``: a whole data set, into files
 ``_convert``     ``convert`` and ``norm_layer``: permanent conversions

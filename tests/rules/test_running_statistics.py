@@ -133,7 +133,8 @@ def test_other_dimensions_and_chunks():
             given = {name: made(b.movedim(0, -1)) for name, b in buffers.items()}
             with block(model):
                 vmap(call(model), (None, dims, 0), chunk_size=size)({}, given, x)
-            [m(one) for m, one in zip(copies, x)]
+            for plain, one in zip(copies, x):
+                plain(one)
             found = {name: b.movedim(-1, 0) for name, b in given.items()}
             assert_same(found, joined(copies))
 
@@ -161,14 +162,16 @@ def test_data_that_tasks_share():
     copies = [trained(model, buffers, i) for i in range(TASKS)]
     with block(model):
         vmap(call(model), (None, 0, None))({}, buffers, x[0])
-    [m(x[0]) for m in copies]
+    for plain in copies:
+        plain(x[0])
     assert_same(buffers, joined(copies))
     buffers = stacked(model, 2, TASKS)
     copies = [trained(model, buffers, (i, j)) for i in (0, 1) for j in range(TASKS)]
     with block(model):
         inner = vmap(call(model), (None, 0, 0))
         vmap(inner, (None, 0, None))({}, buffers, x)
-    [m(x[i % TASKS]) for i, m in enumerate(copies)]
+    for i, plain in enumerate(copies):
+        plain(x[i % TASKS])
     assert_same({n: b.flatten(0, 1) for n, b in buffers.items()}, joined(copies))
 
 
@@ -221,10 +224,13 @@ def test_steps_of_adaptation_inside():
     assert copies[0].twice.num_batches_tracked == 6  # of three forwards
 
 
-def scalar(model, buffers, x):
-    return lambda params: vmap(
-        lambda b, x: functional_call(model, (params, b), (x,)).sin().square().mean()
-    )(buffers, x).sum()
+def mean_of_tasks(model, buffers, x):
+    """A function of the parameters."""
+
+    def of_task(params, buffers, x):
+        return call(model)(params, buffers, x).sin().square().mean()
+
+    return lambda params: vmap(of_task, (None, 0, 0))(params, buffers, x).mean()
 
 
 OUTSIDE = {
@@ -234,7 +240,6 @@ OUTSIDE = {
     "hessian": lambda f, p: hessian(lambda b: f({**p, "first.bias": b}))(
         p["first.bias"]
     ),
-    "vmap(grad)": lambda f, p: None,
 }
 
 
@@ -245,14 +250,28 @@ def test_one_step_under_every_transform(name):
     buffers = stacked(model)
     copies = [trained(model, buffers, i) for i in range(TASKS)]
     with block(model):
-        if name == "vmap(grad)":
-            summed = vmap(
-                grad(lambda *given: call(model)(*given).sin().sum()), (None, 0, 0)
-            )
-            summed(params, buffers, x)
-        else:
-            OUTSIDE[name](scalar(model, buffers, x), params)
-    [m(one) for m, one in zip(copies, x)]
+        OUTSIDE[name](mean_of_tasks(model, buffers, x), params)
+    for plain, one in zip(copies, x):
+        plain(one)
+    assert_same(buffers, joined(copies))
+
+
+def test_gradients_inside():
+    """vmap(grad): the gradient of each task, and one step."""
+    model, x = net(), torch.randn(TASKS, 6, 3).double()
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    buffers = stacked(model)
+    copies = [trained(model, buffers, i) for i in range(TASKS)]
+
+    def loss(params, buffers, x):
+        return call(model)(params, buffers, x).sin().sum()
+
+    with block(model):
+        found = vmap(grad(loss), (None, 0, 0))(params, buffers, x)
+    slow = []
+    for plain, one in zip(copies, x):
+        slow.append(torch.autograd.grad(plain(one).sin().sum(), plain.parameters()))
+    assert_same(list(found.values()), [torch.stack(column) for column in zip(*slow)])
     assert_same(buffers, joined(copies))
 
 
@@ -262,9 +281,9 @@ def test_plain_backward():
     copies = [trained(model, buffers, i) for i in range(TASKS)]
     with block(model):
         params = dict(model.named_parameters())
-        scalar(model, buffers, x)(params).backward()
+        mean_of_tasks(model, buffers, x)(params).backward()
     for m, one in zip(copies, x):
-        m(one).sin().square().mean().backward()
+        (m(one).sin().square().mean() / TASKS).backward()
     total = [sum(ps) for ps in zip(*[[p.grad for p in m.parameters()] for m in copies])]
     assert_same([p.grad for p in model.parameters()], total)
     assert_same(buffers, joined(copies))
@@ -317,7 +336,8 @@ def test_a_layer_made_by_hand(function, mode):
     with vmap_safe(model, mode=mode, update_running_stats=True):
         vmap(call(model), (None, 0, 0))({}, buffers, x)
         model(x[0])
-    [m(one) for m, one in zip(copies, x)]
+    for plain, one in zip(copies, x):
+        plain(one)
     assert_same(buffers, joined(copies))
     plain = ByHand(function).double()
     plain(x[0])
