@@ -66,13 +66,13 @@ def update_running_statistics(
         return
     if torch.compiler.is_compiling():
         prepare_compiling()
-    if momentum is None and torch.compiler.is_compiling():
-        raise VmapSafeRuntimeError(
-            f"batch_norm of {site.path()}",
-            "momentum=None, whose average needs the value of a counter, which "
-            "torch.compile cannot trace",
-            "Run it without torch.compile, or without update_running_stats",
-        )
+        if momentum is None:
+            raise VmapSafeRuntimeError(
+                f"batch_norm of {site.path()}",
+                "momentum=None, whose average needs the value of a counter, which "
+                "torch.compile cannot trace",
+                "Run it without torch.compile, or without update_running_stats",
+            )
     kernel = "batch_norm" if call.function is F.batch_norm else "instance_norm"
     given = call["input"], mean, var, count, momentum
     UpdateRunningStats.apply(*given, kernel, merged, group, site.path())
