@@ -6,6 +6,7 @@ its layers to leave out. A torch.Generator of a model's own is not known here.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -53,12 +54,12 @@ class Draws:
     def __init__(self, randomness: str, of_host: bool = False) -> None:
         self._states: list[tuple[_Note, _PutBack, Any]] = []
         self._unknown = False
-        self._of_host: list[tuple[_PutBack, Any]] = []
+        self._of_host: list[tuple[_Note, _PutBack, Any]] = []
         if torch.compiler.is_compiling():
             self._unknown = randomness != "error"
             return
         if of_host:
-            self._of_host = [(back, note()) for note, back in _of_host()]
+            self._of_host = [(note, back, note()) for note, back in _of_host()]
         if randomness != "error":
             # While a CUDA graph is captured, torch refuses to give or set a state.
             self._unknown = _captures()
@@ -85,7 +86,7 @@ class Draws:
                 "is captured",
                 'Use randomness="error", or all samples at once',
             )
-        for put_back, state in self._of_host:
+        for _, put_back, state in self._of_host:
             put_back(state)
         if self._states:
             with below_all():
@@ -93,9 +94,21 @@ class Draws:
                     put_back(state)
 
     def moved(self) -> bool:
-        """Whether anything was drawn since from torch's."""
+        """Whether anything was drawn since."""
+        known = [*self._of_host, *self._states]
         with below_all():
-            return any([not _equal(note(), state) for note, _, state in self._states])
+            return any([not _equal(note(), state) for note, _, state in known])
+
+
+def begin_draws(at: str) -> None:
+    """Set all generators to a state that follows from a text."""
+    number = int.from_bytes(hashlib.sha256(at.encode()).digest()[:8])
+    with below_all():
+        torch.manual_seed(number)
+    random.seed(number)
+    numpy = sys.modules.get("numpy.random")
+    if numpy is not None:
+        numpy.seed(number % 2**32)
 
 
 # The state of a generator, or of those of all devices of a kind.
@@ -106,7 +119,9 @@ _PutBack = Callable[[Any], object]
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return torch.equal(a, b)
-    return all([torch.equal(*pair) for pair in zip(a, b)])
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all([_equal(*pair) for pair in zip(a, b)])
+    return bytes(a) == bytes(b) if hasattr(a, "tobytes") else bool(a == b)
 
 
 def _of_host() -> Iterator[tuple[_Note, _PutBack]]:

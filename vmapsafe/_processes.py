@@ -6,17 +6,74 @@ process first says whether it has failed, and if one has, all raise.
 
 from __future__ import annotations
 
+import secrets
 import zlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vmapsafe._errors import VmapSafeRuntimeError, VmapSafeValueError
+from vmapsafe._errors import VmapSafeRuntimeError, VmapSafeValueError, worded
+from vmapsafe._torch import added_up
 
 T = TypeVar("T")
+
+
+class Process(NamedTuple):
+    """One of several processes that work together.
+
+    Attributes:
+        rank: its number.
+        world: how many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+
+def this_process() -> Process:
+    """This one, of the default group; if there is none, it is alone."""
+    if dist.is_available() and dist.is_initialized():
+        return Process(dist.get_rank(), dist.get_world_size())
+    return Process()
+
+
+def name_of_run(device: torch.device) -> str:
+    """A name for what the processes do together.
+
+    Args:
+        device: one that the process group can send from.
+
+    Returns:
+        A new one, the same in all processes.
+    """
+    number = torch.tensor(secrets.randbits(60), device=device)
+    dist.broadcast(number, 0)
+    return f"{int(number):015x}"
+
+
+class Shares:
+    """The next numbers, 0, 1, 2, ..., dealt to whichever process asks for one.
+
+    No process waits for another one. Each is asked about numbers in order.
+
+    Args:
+        name: that no other shares have; the same in all processes.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._asked, self._own = 0, -1
+
+    def takes_next(self) -> bool:
+        """Whether the next number is this process's."""
+        number = self._asked
+        self._asked += 1
+        if self._own < number:
+            self._own = added_up(self._name, 1) - 1
+        return self._own == number
 
 
 def check_all_or_none(called: str, option: str, value: str | None, one: str) -> None:
@@ -69,7 +126,14 @@ def agreed(called: str, device: torch.device, compute: Callable[[], T]) -> T:
     except BaseException as error:
         failed = error
     flag = torch.tensor(float(failed is not None), device=device)
-    dist.all_reduce(flag)
+    try:
+        dist.all_reduce(flag)
+    except RuntimeError as error:
+        if failed is not None:
+            raise failed from error
+        ended = "another process has ended, or does not answer"
+        error.add_note(worded(called, ended, "See its error"))
+        raise
     if failed is not None:
         raise failed
     if flag:

@@ -32,6 +32,7 @@ from vmapsafe import (
 )
 from vmapsafe import quantities as q
 from vmapsafe._data import folder as files
+from vmapsafe._data import npy
 from vmapsafe.testing import assert_same
 
 # Python 3.12 on, where anything has left a thread; tqdm does.
@@ -365,7 +366,7 @@ def _dies_at(moment, monkeypatch):
 
     for owner, name in (
         *((os, "fsync"), (os, "replace"), (builtins, "open")),
-        *((files._Growing, "write"), (files._Growing, "_write")),
+        *((npy.Growing, "write"), (npy.Growing, "_write")),
     ):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
 
@@ -380,6 +381,7 @@ from torch.utils.data import DataLoader
 from vmapsafe import over, per_sample_grads
 from vmapsafe import quantities as q
 from vmapsafe._data import folder as files
+from vmapsafe._data import npy
 
 class Killed(Stops):
     def __getitem__(self, i):

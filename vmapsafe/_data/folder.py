@@ -6,46 +6,41 @@ checksum of their rows. New rows are written after those that are counted. A che
 first flushes them to the disk, then lets each file's header grow (numpy leaves room for
 that), and then replaces ``state.json`` in one step. So every file can be loaded at
 whatever moment a process dies, except for an empty one before the first batch. A later
-run reads the rows that ``state.json`` counts, never writes them again, and writes on
-after them. Only one process may write to a folder at a time.
+run reads the rows that are counted, never writes them again, and writes the others.
+
+Several processes of one run write to the same files, each the rows of its own batches
+at their places. None touches ``state.json`` or lets a header grow: each notes in a
+journal of its own which batches are finished. When all are, one process checks that no
+batch is missing, counts them in ``state.json``, and removes the journals. So a complete
+folder does not show how many processes it is from. Before that, a later run with any
+number of processes reads ``state.json`` and all journals. Only one run may write to a
+folder at a time.
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
-import math
 import os
 import time
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    BinaryIO,
-    Literal,
-    NamedTuple,
-    NoReturn,
-    TypeAlias,
-)
+from typing import Any, Literal, NamedTuple, NoReturn
 from urllib.parse import quote
 
-import torch
 from torch import Tensor
 
-from vmapsafe._errors import VmapSafeValueError
-
-if TYPE_CHECKING:
-    import numpy
-    from numpy.typing import NDArray
-
-Array: TypeAlias = "NDArray[Any]"
+from vmapsafe._data.checksums import Piece, joined, piece_of
+from vmapsafe._data.journal import Finished, Journal, read_journal
+from vmapsafe._data.npy import Array, Growing, Written, array_of, kind_of
+from vmapsafe._errors import VmapSafeValueError, worded
+from vmapsafe._processes import Process
 
 
 class Done(NamedTuple):
-    """What is finished: one object, so that no interrupt comes between its parts.
+    """What is finished without a gap: one object, so that no interrupt comes between
+    its parts.
 
     Attributes:
         batches: their number.
@@ -59,31 +54,48 @@ class Done(NamedTuple):
     sums: Mapping[str, int]
     data: int
 
+    def followed_by(self, batch: Finished) -> Done:
+        """The same and the next batch."""
+        return Done(
+            self.batches + 1,
+            self.samples + batch.samples,
+            {n: joined(self.sums.get(n, 0), piece) for n, piece in batch.sums.items()},
+            joined(self.data, batch.data),
+        )
+
 
 class Folder:
-    """Rows of some tensors, batch after batch; writes nothing before the first one.
+    """Rows of some tensors, batch by batch; writes nothing before the first one.
 
     Args:
         called: the public function, for errors.
         path: of the folder.
         asked: what the results answer, to be compared with what the folder answers.
+        process: this one of several, which checks its share of what is there.
 
     Attributes:
-        done: what is finished.
-        complete: whether no batch is missing; the caller sets it.
+        done: what is finished without a gap.
+        ahead: what several processes have finished after that, by batch.
+        complete: whether no batch is missing.
 
     Raises:
         VmapSafeValueError: the folder holds something else, or damaged files.
     """
 
     def __init__(
-        self, called: str, path: Path, asked: Mapping[str, str | int | None]
+        self,
+        called: str,
+        path: Path,
+        asked: Mapping[str, str | int | None],
+        process: Process = Process(),
     ) -> None:
-        self._called, self._path = called, path
-        self._files: dict[str, _Growing] = {}
-        self._next = 0.0
+        self._called, self._path, self._process = called, path, process
+        self._files: dict[str, Growing] = {}
+        self._journal: Journal | None = None
+        self._next, self._unsaved = 0.0, False
         self._state: dict[str, Any] = {"asked": dict(asked), "first": None, "files": {}}
         self.done, self.complete = Done(0, 0, {}, 0), False
+        self.ahead: dict[int, Finished] = {}
         if path.is_dir() and any([p.name != _NEW for p in path.iterdir()]):
             self._continue()
         elif path.exists() and not path.is_dir():
@@ -91,7 +103,6 @@ class Folder:
                 "is not a folder",
                 "Pass the path of a folder; it is created if missing",
             )
-        self._was_complete = self.complete
 
     def __enter__(self) -> Folder:
         return self
@@ -102,54 +113,122 @@ class Folder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Count what was written, and close the files."""
         try:
-            if self._files or (self.complete and not self._was_complete):
+            if self._unsaved:
                 self._checkpoint()
         finally:
-            for file in self._files.values():
+            files, self._files = self._files, {}
+            for file in files.values():
                 file.close()
+            journal, self._journal = self._journal, None
+            if journal is not None:
+                journal.close()
 
-    def check_data(self, digest: str) -> None:
-        """Raise unless the first batch is what it was."""
+    def has(self, batch: int) -> bool:
+        """Whether the rows of a batch are there."""
+        return batch < self.done.batches or batch in self.ahead
+
+    @property
+    def batches(self) -> int:
+        """The number of finished batches."""
+        return self.done.batches + len(self.ahead)
+
+    def check_data(self, digest: str | None) -> None:
+        """Raise unless the first batch, if there is one, is what it was."""
         if self._state["first"] is None:
             self._state["first"] = digest
         elif self._state["first"] != digest:
+            at = self._process
             self.refuse(
                 "was begun with another first batch: other data, or another order",
-                "Give the same loader, or another path",
+                (
+                    "Give the same loader, or another path"
+                    if at.world == 1
+                    else f"Give each of the {at.world} processes the loader of the "
+                    "whole data set, not shuffled: save deals the batches"
+                ),
             )
 
-    def append(self, rows: Mapping[str, Tensor], data: int) -> None:
-        """Write the rows of the next batch.
+    def append(
+        self,
+        batch: int,
+        start: int,
+        order: int,
+        rows: Mapping[str, Tensor],
+        data: Piece,
+    ) -> None:
+        """Write the rows of a batch.
 
         Args:
+            batch: its number.
+            start: the number of rows before it.
+            order: a checksum of what the loader gave up to this batch.
             rows: (B, ...) each, by name.
-            data: the checksum of all batches up to this one.
+            data: the checksum of the batch.
         """
-        arrays = {name: _array(row) for name, row in rows.items()}
-        files = {n: _kind(a.dtype, a.shape) for n, a in arrays.items()}
-        if not self._state["files"]:
-            self._state["files"] = files
-            self._path.mkdir(parents=True, exist_ok=True)
-            self._write_state()  # so that the folder is known to be ours
-        if self._state["files"] != files:
-            self.refuse(
-                f"holds {self._state['files']}, and now came {files}",
-                "Ask for the same, or give another path",
-            )
-        done = self.done
-        if not self._files:
+        arrays = {name: array_of(row) for name, row in rows.items()}
+        files = {n: kind_of(a.dtype, a.shape[1:]) for n, a in arrays.items()}
+        with self._disk():
+            if not self._state["files"]:
+                self._state["files"] = files
+                if self._journal is None:
+                    self._path.mkdir(parents=True, exist_ok=True)
+                    self._write_state()  # so that the folder is known to be ours
+            if self._state["files"] != files:
+                self.refuse(
+                    f"holds {self._state['files']}, and now came {files}",
+                    "Ask for the same, or give another path",
+                )
+            if not self._files:
+                for name, a in arrays.items():
+                    self._files[name] = Growing(
+                        self._file(name), a.dtype, a.shape[1:], self.done.samples
+                    )
+            sums = {}
             for name, array in arrays.items():
-                self._files[name] = _Growing(self._file(name), array, done.samples)
-        sums = {}
-        for name, array in arrays.items():
-            written = array.tobytes()
-            self._files[name].write(written, done.samples)
-            sums[name] = zlib.crc32(written, done.sums.get(name, 0))
-        samples = done.samples + len(next(iter(arrays.values())))
-        self.done = Done(done.batches + 1, samples, sums, data)
-        if time.monotonic() >= self._next:
-            self._checkpoint()
+                written = array.tobytes()
+                self._files[name].write(written, start)
+                sums[name] = piece_of(written)
+            samples = len(next(iter(arrays.values())))
+            self._unsaved = True
+            finished = Finished(batch, start, samples, order, data, sums)
+            if self._journal is not None:
+                self._journal.add(files, finished)
+            else:
+                self.ahead[batch] = finished
+                self._count()
+            if time.monotonic() >= self._next:
+                self._checkpoint()
+
+    def count(self, total: int) -> None:
+        """Raise unless the rows of all batches are there.
+
+        Args:
+            total: the number of batches.
+        """
+        self._count()
+        if self.ahead or self.done.batches != total:
+            self.refuse(
+                f"has {self.batches} of {total} batches, and batch "
+                f"{self.done.batches} is missing",
+                "Give all processes the same loader, and call save again",
+            )
+
+    def finish(self) -> None:
+        """Let the folder be complete."""
+        before, self.complete = self.complete, True
+        with self._disk():
+            if not before:
+                self._open_all()
+                for file in self._files.values():
+                    file.cut(self.done.samples)
+                self._checkpoint()
+            for path in self._journals():
+                path.unlink()
 
     def arrays(self) -> dict[str, Array]:
         """The finished rows by name, memory-mapped if there are any."""
@@ -164,6 +243,34 @@ class Folder:
     def refuse(self, found: str, do: str) -> NoReturn:
         """Raise a VmapSafeValueError about the folder."""
         raise VmapSafeValueError(self._called, f"{str(self._path)!r} {found}", do)
+
+    # -- Several processes -------------------------------------------------------------
+
+    def join(self, run: str) -> None:
+        """Begin to write together with others, of which process 0 comes first.
+
+        Args:
+            run: a name that no other run has.
+        """
+        with self._disk():
+            if self._process.rank == 0:
+                self._path.mkdir(parents=True, exist_ok=True)
+                if not (self._path / _STATE).exists():
+                    self._write_state()
+            elif not (self._path / _journal_name(run, 0)).exists():
+                self.refuse(
+                    f"is not the folder that process 0 sees; this is process "
+                    f"{self._process.rank} of {self._process.world}",
+                    "Give all processes the same path, on a disk that they share",
+                )
+            self._journal = Journal(self._path / _journal_name(run, self._process.rank))
+
+    def collect(self, run: str) -> None:
+        """Read what all processes of a run have finished, and check a share of it."""
+        known = {*self.ahead}
+        for rank in range(self._process.world):
+            self._read_journal(self._path / _journal_name(run, rank))
+        self._check_rows([b for b in sorted(self.ahead) if b not in known], [])
 
     # -- Reading what is there ---------------------------------------------------------
 
@@ -193,39 +300,109 @@ class Folder:
                 "Ask for the same, or give another path",
             )
         self._state = state
-        if self.done.batches:  # else files need not be there
-            for name in state["files"]:
-                if not self._holds_rows(name):
-                    self.refuse(
-                        f"lacks rows of {_file_name(name)} that {_STATE} counts, or "
-                        "they have changed",
-                        "Give another path",
-                    )
+        if not self.complete:
+            for path in self._journals():
+                self._read_journal(path)
+        # Files need not be there before the first batch.
+        names = [*state["files"]] if self.done.batches else []
+        self._check_rows(sorted(self.ahead), names)
 
-    def _holds_rows(self, name: str) -> bool:
+    def _read_journal(self, path: Path) -> None:
+        try:
+            kinds, finished = read_journal(path)
+        except (ValueError, FileNotFoundError):
+            self.refuse(f"holds a {path.name} that cannot be read", "Give another path")
+        if not finished:
+            return
+        self._state["files"] = self._state["files"] or kinds
+        if kinds != self._state["files"]:
+            self.refuse(
+                f"holds {self._state['files']}, and {path.name} counts {kinds}",
+                "Give another path",
+            )
+        for one in finished:
+            if one.batch >= self.done.batches:
+                self.ahead[one.batch] = one
+
+    def _check_rows(self, batches: Sequence[int], names: Sequence[str]) -> None:
+        """Raise unless the rows are there that are counted: a share of them.
+
+        Args:
+            batches: of those ahead.
+            names: of files, whose rows without a gap are checked.
+        """
+        rank, world = self._process
+        mine = batches[rank::world]
+        for i, name in enumerate(self._state["files"]):
+            whole = name in names and i % world == rank
+            if (whole or mine) and not self._holds_rows(name, mine, whole):
+                by = _STATE if whole else "a journal"
+                self.refuse(
+                    f"lacks rows of {_file_name(name)} that {by} counts, or they have "
+                    "changed",
+                    "Give another path",
+                )
+
+    def _holds_rows(self, name: str, batches: Sequence[int], whole: bool) -> bool:
         """Whether the file of a tensor holds the rows that are counted."""
         samples = self.done.samples
         try:
-            with open(self._file(name), "rb") as file:
-                kind, rows, size = _read_header(file)
-                if kind != self._state["files"][name] or rows < samples:
+            with open(self._file(name), "rb") as opened:
+                file = Written(opened)
+                if file.kind != self._state["files"][name] or file.rows < samples:
                     return False
-                if self.complete and rows != samples:
+                if self.complete and file.rows != samples:
                     return False
-                return _sum_of_rows(file, samples * size) == self.done.sums[name]
-        except (FileNotFoundError, ValueError):  # numpy's, for headers
+                if whole and file.crc(0, samples) != self.done.sums[name]:
+                    return False
+                for one in [self.ahead[batch] for batch in batches]:
+                    if file.crc(one.start, one.samples) != one.sums[name].crc:
+                        return False
+                return True
+        except (FileNotFoundError, ValueError, KeyError):  # numpy's, for headers
             return False
+
+    def _journals(self) -> list[Path]:
+        return sorted(self._path.glob(_journal_name("*", "*")))
 
     def _file(self, name: str) -> Path:
         return self._path / _file_name(name)
 
     # -- Writing -----------------------------------------------------------------------
 
+    def _count(self) -> None:
+        """Count batches ahead that come next."""
+        while (batch := self.ahead.get(self.done.batches)) is not None:
+            if batch.start != self.done.samples:
+                self.refuse(
+                    f"has batch {batch.batch} after {batch.start} samples, and there "
+                    f"are {self.done.samples} before it",
+                    "Give another path",
+                )
+            self.done = self.done.followed_by(batch)
+            del self.ahead[batch.batch]
+
+    def _open_all(self) -> None:
+        for name in self._state["files"]:
+            if name not in self._files:
+                with open(self._file(name), "rb") as opened:
+                    file = Written(opened)
+                self._files[name] = Growing(
+                    self._file(name), file.dtype, file.shape, self.done.samples
+                )
+
     def _checkpoint(self) -> None:
         started = time.monotonic()
-        for file in self._files.values():
-            file.finish(self.done.samples)
-        self._write_state()
+        with self._disk():
+            for file in self._files.values():
+                file.flush()
+            if self._journal is not None:
+                self._journal.flush()
+            else:
+                for file in self._files.values():
+                    file.say(self.done.samples)
+                self._write_state()
+        self._unsaved = False
         now = time.monotonic()
         self._next = now + max(_SECONDS, _TIMES * (now - started))
 
@@ -242,6 +419,22 @@ class Folder:
             os.fsync(file.fileno())
         os.replace(beside, self._path / _STATE)
 
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Say, where a disk fails, what that means for the run."""
+        try:
+            yield
+        except OSError as error:
+            note = worded(
+                self._called,
+                f"{str(self._path)!r} cannot be written, and what is finished stays "
+                "there",
+                "Call save again when there is room: it continues",
+            )
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+            raise
+
 
 _STATE, _NEW = "state.json", "state.json.new"
 # The time between checkpoints, in seconds and as a multiple of the time that the last
@@ -249,96 +442,10 @@ _STATE, _NEW = "state.json", "state.json.new"
 _SECONDS, _TIMES = 1.0, 10
 
 
-class _Growing:
-    """One file of rows, whose header says how many are finished."""
-
-    def __init__(self, path: Path, like: Array, rows: int) -> None:
-        """Open or make a file that has ``rows`` rows, for more like those of ``like``.
-
-        Rows after these, of a run that died, are cut off.
-        """
-        self._dtype, self._shape = like.dtype, like.shape[1:]
-        # Without a buffer: each write goes where it belongs at once.
-        self._file = open(path, "r+b" if path.exists() else "w+b", buffering=0)
-        self._write(0, self._header(rows))
-        self._file.truncate(self._place(rows))
-
-    def write(self, rows: bytes, after: int) -> None:
-        """Write rows after that many others."""
-        self._write(self._place(after), rows)
-
-    def finish(self, rows: int) -> None:
-        """Flush so many rows to the disk, then say that they are there."""
-        os.fsync(self._file.fileno())
-        self._write(0, self._header(rows))
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _write(self, place: int, data: bytes) -> None:
-        self._file.seek(place)
-        left = memoryview(data)
-        while left:
-            left = left[self._file.write(left) :]
-
-    def _place(self, row: int) -> int:
-        size: int = self._dtype.itemsize * math.prod(self._shape)
-        return len(self._header(row)) + row * size
-
-    def _header(self, rows: int) -> bytes:
-        """A header of the same length for any number of rows."""
-        from numpy.lib import format
-
-        written = io.BytesIO()
-        header = {
-            "descr": format.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (rows, *self._shape),
-        }
-        format.write_array_header_1_0(written, header)
-        return written.getvalue()
-
-
-def _read_header(file: BinaryIO) -> tuple[str, int, int]:
-    """(kind of rows, how many, bytes of one); the file stands at the rows then.
-
-    A header that is not ours raises a plain ValueError, as numpy's functions do.
-    """
-    from numpy.lib import format
-
-    if format.read_magic(file) != (1, 0):
-        raise ValueError
-    shape, fortran_order, dtype = format.read_array_header_1_0(file)
-    if fortran_order or not shape:
-        raise ValueError
-    return _kind(dtype, shape), shape[0], dtype.itemsize * math.prod(shape[1:])
-
-
-def _kind(dtype: numpy.dtype[Any], shape: tuple[int, ...]) -> str:
-    return f"{dtype} {tuple(shape[1:])}"
-
-
-def _sum_of_rows(file: BinaryIO, size: int) -> int | None:
-    """The checksum of the next ``size`` bytes; None if there are fewer."""
-    found = 0
-    while size:
-        piece = file.read(min(size, 2**24))
-        if not piece:
-            return None
-        found = zlib.crc32(piece, found)
-        size -= len(piece)
-    return found
-
-
-def _array(rows: Tensor) -> Array:
-    """The rows in numpy, which has no bfloat16."""
-    rows = rows.detach()
-    if rows.dtype == torch.bfloat16:
-        rows = rows.float()
-    return rows.cpu().contiguous().numpy()
-
-
 def _file_name(name: str) -> str:
     """A name for the file of a tensor, whose own name may hold slashes."""
     return f"{quote(name, safe='')}.npy"
+
+
+def _journal_name(run: str, rank: object) -> str:
+    return f"finished-{run}-{rank}.jsonl"

@@ -18,20 +18,23 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler
 
-from vmapsafe._block.models import device_of
+from vmapsafe._block.models import device_of, process_group
 from vmapsafe._data.batches import Keys, moved, parts_of, several, size_of
-from vmapsafe._data.fingerprint import digest, fingerprint, number_of, with_defaults
-from vmapsafe._data.folder import Array, Folder
-from vmapsafe._data.rest import Rest, in_order, summed
+from vmapsafe._data.fingerprint import fingerprint, number_of, with_defaults
+from vmapsafe._data.npy import Array
+from vmapsafe._data.rest import Batch, in_order
+from vmapsafe._data.saving import Job, save_alone, save_together
+from vmapsafe._draws import Draws, begin_draws
 from vmapsafe._errors import (
     MissingExtraError,
     VmapSafeTypeError,
     VmapSafeValueError,
     a_kind,
 )
-from vmapsafe._torch import tree_flatten
+from vmapsafe._modes import MODES
+from vmapsafe._processes import Process, agreed, this_process
 from vmapsafe.quantities.protocol import Paired, Quantity, Reduces
 
 Result = TypeVar("Result", covariant=True)
@@ -95,9 +98,9 @@ def over(
     ``loss_fn`` takes after the output, where a list of inputs is positional arguments
     of the model; or a dict, with ``keys``. Its tensors are moved to the device of the
     model's first parameter. Each batch is a call of its own, so that in "sync" it has
-    statistics of its own. Nothing is gathered from other processes: each goes over its
-    own loader. With ``gather="all"`` among the options all loaders must have the same
-    number of batches.
+    statistics of its own. In a loop nothing is gathered from other processes: each goes
+    over its own loader. With ``gather="all"`` among the options all loaders must have
+    the same number of batches. ``save`` is for all processes together.
     """
     return Over(loader, function, model, loss_fn, keys, progress, options)
 
@@ -128,15 +131,19 @@ class Over(Generic[Result]):
 
     def __iter__(self) -> Iterator[Result]:
         """Begin the loader anew."""
-        with self._progress(0) as done:
-            for batch in self._loader:
+        with self._progress(0, Process()) as show:
+            for finished, batch in enumerate(self._loader, 1):
                 result = self._result(self._moved(parts_of(batch, self._keys)))
-                done()
+                show(finished)
                 yield result
 
     @overload
     def save(
-        self: Over[Tensor], path: str | os.PathLike[str], *, repeatable: bool = False
+        self: Over[Tensor],
+        path: str | os.PathLike[str],
+        *,
+        repeatable: bool = False,
+        seed: int | None = None,
     ) -> Array: ...
 
     @overload
@@ -145,15 +152,24 @@ class Over(Generic[Result]):
         path: str | os.PathLike[str],
         *,
         repeatable: bool = False,
+        seed: int | None = None,
     ) -> dict[str, Array]: ...
 
     @overload
     def save(
-        self, path: str | os.PathLike[str], *, repeatable: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        repeatable: bool = False,
+        seed: int | None = None,
     ) -> Array | dict[str, Array]: ...
 
     def save(
-        self, path: str | os.PathLike[str], *, repeatable: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        repeatable: bool = False,
+        seed: int | None = None,
     ) -> Array | dict[str, Array]:
         """Write all results as ``.npy`` files to a folder; continue an interrupted run.
 
@@ -178,6 +194,9 @@ class Over(Generic[Result]):
             repeatable: whether you promise that ``loader`` gives the same batches in
                 the same order each time. Without a promise that is only known of a
                 DataLoader without shuffling and without a sampler of your own.
+            seed: a number from which each batch draws its random numbers, whichever
+                process computes it; the generators of torch, Python and numpy are then
+                put back. What ``loader`` draws does not follow from it.
 
         Returns:
             A memory-mapped numpy array (N, ...), read-only, where N is the number of
@@ -188,7 +207,11 @@ class Over(Generic[Result]):
             VmapSafeValueError: results that are not one row a sample; a loader without
                 batches, or of no known order; options whose results cannot be
                 continued; a folder that holds something else, or results of something
-                else. The error says what differs.
+                else. The error says what differs. With several processes also: random
+                draws without ``seed``.
+            VmapSafeTypeError: ``seed`` is not an int.
+            VmapSafeRuntimeError: another process failed.
+            OSError: the disk is full, or fails. The folder stays right.
             MissingExtraError: numpy is missing, which the extra ``[disk]`` brings.
 
         ``state.json`` in the folder holds what was asked: the function and the loss by
@@ -202,46 +225,76 @@ class Over(Generic[Result]):
         again; their checksum must be what it was. Every second or so the files on the
         disk are valid ``.npy`` files of what is finished, and a run that is killed
         loses what came after that. A continued run gives bit-identical files, unless
-        the loss or the data draw random numbers. bfloat16 is written as float32.
+        the data draw random numbers, or the model or the loss without ``seed``.
+        bfloat16 is written as float32.
+
+        If torch.distributed has a process group of several processes, all of them call
+        ``save`` with the same arguments, and each with the loader of the whole data
+        set. Each computes the next batch that nobody has taken, and none waits for
+        another one before the end. They write to one folder, on a disk that they share.
+        It becomes the folder that one process would write, to the byte, if each process
+        has as many threads as that one. Any of them may be killed; a later run with any
+        number of processes continues. Until it is complete the ``.npy`` files show only
+        what was finished without a gap before. A loader that has no indices of samples,
+        as one of an IterableDataset, is read in full by each process. Processes whose
+        loaders give something else, or whose models differ, are refused.
         """
         _check_numpy()
-        self._check_saved(repeatable)
-        asked = fingerprint(
-            self._loader,
-            self._function,
-            self._model,
-            self._loss_fn,
-            self._keys,
-            self._asked,
-        )
-        with Folder(_SAVE, Path(path), asked) as folder:
-            begun = folder.done
-            batches = Rest(self._loader, begun.batches, folder.complete)
-            with self._progress(begun.batches) as done:
-                for index, batch in batches:
-                    parts = parts_of(batch, self._keys)
-                    leaves = tree_flatten(parts)[0]
-                    if index == 0:
-                        folder.check_data(digest(leaves))
-                    if index < begun.batches:
-                        batches.passed(leaves)
-                        continue
-                    if index == begun.batches:
-                        batches.check(folder)
-                    rows = _rows_of(self._result(self._moved(parts)), size_of(parts))
-                    folder.append(rows, summed(leaves, folder.done.data))
-                    done()
-            if not batches.total and not begun.batches:
+        process = this_process()
+
+        def prepare() -> Job:
+            self._check_saved(repeatable, seed, process)
+            asked = fingerprint(
+                self._loader,
+                self._function,
+                self._model,
+                self._loss_fn,
+                self._keys,
+                self._asked,
+            )
+            if seed is not None:
+                asked["draws from"] = seed
+            return Job(
+                _SAVE,
+                Path(path),
+                asked,
+                self._loader,
+                self._keys,
+                lambda batch: self._rows(batch, seed, process),
+                lambda finished: self._progress(finished, process),
+            )
+
+        if process.world == 1:
+            arrays = save_alone(prepare())
+        else:
+            device = device_of(self._model)
+            job = agreed(_SAVE, device, prepare)
+            arrays = save_together(job, process, device)
+        return arrays[_ALONE] if list(arrays) == [_ALONE] else arrays
+
+    def _rows(
+        self, batch: Batch, seed: int | None, process: Process
+    ) -> Mapping[str, Tensor]:
+        """The rows of a batch by name, from draws that do not depend on others."""
+        parts = self._moved(batch.parts)
+        if seed is None and process.world == 1:
+            return _rows_of(self._result(parts), size_of(parts))
+        draws = Draws("different", of_host=True)
+        if seed is None:
+            rows = _rows_of(self._result(parts), size_of(parts))
+            if draws.moved():
                 raise VmapSafeValueError(
                     _SAVE,
-                    "the loader gave no batch, so that the results have no shape",
-                    "Give a loader with at least one",
+                    f"the function draws random numbers, and {process.world} "
+                    "processes would draw other ones than one process",
+                    "Write save(..., seed=0), from which each batch draws its own",
                 )
-            if folder.done == begun:
-                batches.check(folder)
-            folder.complete = True
-        arrays = folder.arrays()
-        return arrays[_ALONE] if list(arrays) == [_ALONE] else arrays
+            return rows
+        try:
+            begin_draws(f"{seed} {batch.number}")
+            return _rows_of(self._result(parts), size_of(parts))
+        finally:
+            draws.put_back()
 
     def _result(self, batch: tuple[object, ...]) -> Result:
         return self._function(self._model, self._loss_fn, *batch, **self._options)
@@ -250,16 +303,23 @@ class Over(Generic[Result]):
         return moved(parts, device_of(self._model))
 
     @contextlib.contextmanager
-    def _progress(self, finished: int) -> Iterator[Callable[[], object]]:
-        """A bar around a loop, if there is to be one; gives what to call a batch."""
-        if self._bar is None:
-            yield lambda: None
+    def _progress(
+        self, finished: int, process: Process
+    ) -> Iterator[Callable[[int], object]]:
+        """A bar around a loop, if there is to be one; gives what to call with the
+        number of batches finished. Of several processes the first one shows it."""
+        if self._bar is None or process.rank:
+            yield lambda finished: None
             return
         total = number_of(self._loader)
         with self._bar(total=total, initial=finished, unit="batch") as bar:
-            yield bar.update
+            yield lambda finished: bar.update(finished - bar.n)
 
-    def _check_saved(self, repeatable: bool) -> None:
+    def _check_saved(self, repeatable: bool, seed: object, process: Process) -> None:
+        if seed is not None and not isinstance(seed, int):
+            raise VmapSafeTypeError(
+                _SAVE, f"seed is {a_kind(seed)}", "Give an int, or leave seed out"
+            )
         for option, value, why in (
             ("has_aux", True, "the files do not hold aux"),
             (
@@ -276,6 +336,8 @@ class Over(Generic[Result]):
         want = self._options.get("want")
         for one in want.values() if isinstance(want, Mapping) else [want]:
             _check_quantity(one)
+        if process.world > 1:
+            self._check_shared(process)
         if not repeatable and not in_order(self._loader):
             raise VmapSafeValueError(
                 _SAVE,
@@ -283,6 +345,30 @@ class Over(Generic[Result]):
                 "interrupted run could not be continued",
                 "Give a DataLoader with shuffle=False, or say repeatable=True",
             )
+
+    def _check_shared(self, process: Process) -> None:
+        """Raise where the processes that deal the batches would wait for another or
+        leave batches out."""
+        loader: Any = self._loader
+        if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+            raise VmapSafeValueError(
+                _SAVE,
+                "the loader has a DistributedSampler, and save deals the batches of "
+                f"the whole data set to the {process.world} processes itself",
+                "Give a loader without a sampler",
+            )
+        mode = MODES.get(str(self._asked.get("mode")))
+        if mode is None or not mode.merges:
+            return
+        for path, module in self._model.named_modules():
+            if process_group(module) is not None:
+                raise VmapSafeValueError(
+                    _SAVE,
+                    f"in mode {mode.name!r} {path!r}, a SyncBatchNorm, takes "
+                    "statistics of a batch of each process, and here each has "
+                    "batches of its own",
+                    "Make it a BatchNorm, or give it a process_group of one process",
+                )
 
 
 _OVER, _SAVE = "over(...)", "over(...).save(...)"
@@ -372,7 +458,7 @@ def _tqdm() -> Callable[..., Any]:
 
 def _check_numpy() -> None:
     try:
-        import numpy  # noqa: F401
+        import numpy.random  # noqa: F401
     except ImportError:
         raise MissingExtraError(
             _SAVE,

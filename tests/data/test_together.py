@@ -1,0 +1,570 @@
+"""A folder that several processes fill together: the one that one process fills."""
+
+import errno
+import json
+import os
+import random
+import time
+
+import numpy
+import pytest
+import slow
+import torch
+import torch.nn.functional as F
+from folders import contents, counted
+from forked import together
+from nets import small_mlp
+from small_data import Stops, X, Y
+from state import assert_same_state, everything
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from vmapsafe import over, per_sample, per_sample_grad_norms, per_sample_grads
+from vmapsafe import quantities as q
+from vmapsafe._data import folder as files
+from vmapsafe._data import npy
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    # Python 3.12 on, where anything has left a thread; tqdm does.
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
+]
+
+WORLDS = [2, 3]
+DATA = TensorDataset(X, Y)
+
+
+def loader(data=DATA, **options):
+    return DataLoader(data, **{"batch_size": 2, **options})
+
+
+def save(folder, batches=None, function=per_sample_grads, model=None, **options):
+    """``over(...).save``; its own options are repeatable and seed."""
+    saving = {"repeatable": True, "seed": options.pop("seed", None)}
+    batches = loader() if batches is None else batches
+    results = over(batches, function, model or small_mlp(), F.cross_entropy, **options)
+    return results.save(folder, **saving)
+
+
+def assert_right(folder):
+    """Against a loop of plain backward passes."""
+    expected = slow.rows(small_mlp().eval(), F.cross_entropy, X, Y)
+    for name, rows in expected.items():
+        found = numpy.load(folder / f"{name}.npy")
+        numpy.testing.assert_allclose(found, rows, rtol=1e-10, atol=1e-13)
+
+
+# -- The same folder -------------------------------------------------------------------
+
+WANTED = {"a/b": q.Sketch(6), "norms": q.Norms(), "each": q.Norms(per_parameter=True)}
+FUNCTIONS = {
+    "rows": {},
+    "norms": {"function": per_sample_grad_norms},
+    "in sync": {"function": per_sample_grad_norms, "mode": "sync"},
+    "several": {"function": per_sample, "want": WANTED},
+    "bfloat16": {
+        "model": small_mlp().bfloat16(),
+        "batches": [(x.bfloat16(), y) for x, y in zip(X.split(3), Y.split(3))],
+    },
+    "nothing": {"function": lambda model, loss_fn, x, y: {"x": x[:, :0], "y": y}},
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_same_bytes(tmp_path, name, world):
+    """Rows, state and names of files; each process returns all rows, and leaves the
+    model as it was."""
+    alone = save(tmp_path / "alone", **FUNCTIONS[name])
+    alone = alone if isinstance(alone, dict) else {"result": alone}
+
+    def work(rank):
+        model = FUNCTIONS[name].get("model") or small_mlp()
+        before = everything(model)
+        found = save(tmp_path / "both", **{**FUNCTIONS[name], "model": model})
+        assert_same_state(model, before)
+        found = found if isinstance(found, dict) else {"result": found}
+        assert [*found] == [*alone]
+        for key, rows in found.items():
+            assert numpy.array_equal(rows, alone[key])
+            assert not rows.flags.writeable
+
+    together(world, tmp_path / "run", work)
+    assert contents(tmp_path / "both") == contents(tmp_path / "alone")
+    if name == "rows":
+        assert_right(tmp_path / "both")
+
+
+class Stream(IterableDataset):
+    def __init__(self, x=X):
+        self.x = x
+
+    def __iter__(self):
+        return zip(self.x, Y)
+
+
+LOADERS = {
+    "tensors": lambda: loader(),
+    "last one left out": lambda: loader(batch_size=3, drop_last=True),
+    "one batch": lambda: loader(batch_size=10),
+    "data set": lambda: loader(Stops()),
+    "part": lambda: loader(Subset(DATA, range(9, 0, -2))),
+    "workers": lambda: loader(Stops(), num_workers=2),
+    "own sampler": lambda: loader(sampler=range(9, -1, -1)),
+    "own batches": lambda: DataLoader(DATA, batch_sampler=[[3], [1, 2], [0, 9, 7]]),
+    "stream": lambda: loader(Stream()),
+    "list": lambda: [*zip(X.split(3), Y.split(3))],
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_any_loader(tmp_path, name):
+    """A folder of no process, one or three is completed by one, two or three, and no
+    batch is computed twice."""
+
+    def numbers(model, loss_fn, x, y):
+        if len(computed) == stop[0]:
+            raise KeyboardInterrupt
+        computed.append(len(x))
+        return {"x": x + 1, "y": y}
+
+    def work(rank):
+        computed.clear()
+        save(folder, LOADERS[name](), numbers)
+        return len(computed)
+
+    computed, stop = [], [-1]
+    folder = tmp_path / "alone"
+    batches = work(0)
+    whole = contents(folder)
+    for i, (before, after) in enumerate([(0, 2), (1, 2), (3, 1), (3, 3)]):
+        folder, stop[0] = tmp_path / f"{i}", 1
+        if before and batches > before:
+            together(before, tmp_path / f"before {i}", work, fails=True)
+            assert len(counted(folder)) in range(1, before + 1)
+        stop[0], left = -1, batches - len(counted(folder))
+        assert sum(together(after, tmp_path / f"run {i}", work)) == left
+        assert contents(folder) == whole
+
+
+def test_none_waits(tmp_path):
+    """While one process is slow, the others compute all other batches."""
+
+    def slowly(model, loss_fn, x, y):
+        if slow_one:
+            time.sleep(1)
+        computed.append(1)
+        return x
+
+    slow_one, computed = [], []
+
+    def work(rank):
+        slow_one[:] = [1] * (rank == 1)
+        save(tmp_path / "both", loader(batch_size=1), slowly)
+        return len(computed)
+
+    assert together(2, tmp_path / "run", work) == [9, 1]
+    assert numpy.array_equal(numpy.load(tmp_path / "both" / "result.npy"), X)
+
+
+def test_progress(tmp_path, capfd):
+    """One bar, of all batches; one of a resumed run begins where it is."""
+
+    def work(rank):
+        save(tmp_path / "both", per_batch(), progress=True)
+
+    def per_batch():
+        return loader(Stops(stop), batch_size=1)
+
+    stop = 7
+    together(2, tmp_path / "first", work, fails=True)
+    capfd.readouterr()
+    begun, stop = len(counted(tmp_path / "both")), None
+    assert begun
+    together(2, tmp_path / "second", work)
+    shown = capfd.readouterr().err
+    assert shown.count("10/10") == 1 and f" {begun}/10 " in shown
+
+
+# -- Random draws ----------------------------------------------------------------------
+
+
+class Draws(nn.Module):
+    """The network with dropout, and a layer left out by Python's or numpy's draws."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.net, self.kind = small_mlp(), kind
+        self.drop = nn.Dropout()
+
+    def forward(self, x):
+        if self.kind == "torch":
+            x = self.drop(x)
+        if self.kind == "python":
+            x = x * random.random()
+        if self.kind == "numpy":
+            x = x * float(numpy.random.rand())
+        return self.net(x)
+
+
+@pytest.mark.parametrize("kind", ["torch", "python", "numpy"])
+def test_draws(tmp_path, kind):
+    """They are refused without a seed. With one they are those of one process, also of
+    one that is interrupted, and the generators are put back."""
+
+    model = Draws(kind).double()
+
+    def drawn(folder, seed, batches=None):
+        return save(
+            tmp_path / folder,
+            batches,
+            per_sample_grad_norms,
+            model,
+            randomness="different",
+            seed=seed,
+        )
+
+    def states():
+        numpy_ = [*map(repr, numpy.random.get_state(legacy=True))]
+        return torch.get_rng_state().tolist(), repr(random.getstate()), numpy_
+
+    def work(rank):
+        found = []
+        for use in (lambda: [*loader()], lambda: drawn("both", seed=3)):
+            random.seed(rank)
+            torch.manual_seed(rank)
+            numpy.random.seed(rank)
+            use()
+            found.append(states())
+        assert found[0] == found[1]  # but for the one number that loaders draw
+
+    whole = drawn("alone", seed=3)
+    assert len({*drawn("other", seed=4)} & {*whole}) == 0
+    stops = loader(Stops(5, OSError))
+    with pytest.raises(OSError):
+        drawn("again", 3, stops)
+    drawn("again", 3, stops)
+    together(2, tmp_path / "run", work)
+    for folder in ("both", "again"):
+        assert contents(tmp_path / folder) == contents(tmp_path / "alone")
+    with pytest.raises(ValueError, match="draws from was 3 and is 4. Ask for the same"):
+        drawn("both", seed=4)
+    for rank, said in enumerate(
+        together(2, tmp_path / "none", lambda rank: drawn("no", None), fails=True)
+    ):
+        assert rank or "draws random numbers, and 2 processes would draw other" in said
+    assert counted(tmp_path / "no") == []
+
+
+# -- What one process does wrong -------------------------------------------------------
+
+
+def refused(world, tmp_path, work, *texts):
+    """All fail; each process with the text at its place, or because another failed."""
+    said = together(world, tmp_path / f"run {time.monotonic_ns()}", work, fails=True)
+    for rank, one in enumerate(said):
+        own = texts[rank] if rank < len(texts) else None
+        assert (own or "processes failed. See their errors") in one, one
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_shuffled(tmp_path, world):
+    """A DataLoader with shuffle=True is refused; with a promise that does not hold, the
+    first batch tells."""
+
+    def work(rank):
+        model, batches = small_mlp(), loader(shuffle=True)
+        torch.manual_seed(rank)
+        results = over(batches, per_sample_grads, model, F.cross_entropy)
+        results.save(tmp_path / "both", repeatable=promised)
+
+    promised = False
+    refused(world, tmp_path, work, *["say repeatable=True"] * world)
+    promised = True
+    text = f"of the {world} processes the loader of the whole data set, not shuffled"
+    refused(world, tmp_path, work, None, *[text] * (world - 1))
+    assert counted(tmp_path / "both") == []
+
+
+class ByRank(IterableDataset):
+    """Other data in each process, after the first batch."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __iter__(self):
+        x = X.clone()
+        x[2:] += self.rank
+        return zip(x, Y)
+
+
+OTHER_ORDERS = {
+    "indices": lambda rank: loader(sampler=[0, 1, *torch.randperm(8).add(2).tolist()]),
+    "data": lambda rank: loader(ByRank(rank)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ORDERS)
+def test_another_order_after_the_first_batch(tmp_path, name):
+    """The folder never becomes complete, also not by a run with a right loader."""
+
+    def work(rank):
+        torch.manual_seed(rank)
+        save(tmp_path / "both", OTHER_ORDERS[name](rank))
+
+    said = together(2, tmp_path / "run", work, fails=True)
+    assert "the loader gives another order of these" in "".join(said)
+    assert len(counted(tmp_path / "both")) == 5
+    for _ in range(2):
+        torch.manual_seed(0)
+        with pytest.raises(ValueError, match="the loader gives another order of these"):
+            save(tmp_path / "both", OTHER_ORDERS[name](0))
+    assert not json.loads((tmp_path / "both" / "state.json").read_text())["complete"]
+
+
+def test_other_numbers_of_batches(tmp_path):
+    """A loader that ends earlier in one process."""
+
+    def work(rank):
+        # Without a length, so that the first look cannot tell.
+        save(tmp_path / "both", loader(Stream(X[: 10 - 4 * (rank == first)])))
+
+    for first in range(2):
+        together(2, tmp_path / f"run {first}", work, fails=True)
+        assert not json.loads((tmp_path / "both" / "state.json").read_text())[
+            "complete"
+        ]
+
+
+def test_distributed_sampler(tmp_path):
+    def work(rank):
+        sampler = DistributedSampler(DATA, shuffle=False)
+        save(tmp_path / "both", loader(sampler=sampler))
+
+    text = "has a DistributedSampler, and save deals the batches of the whole data set"
+    refused(2, tmp_path, work, text, text)
+    assert not (tmp_path / "both").exists()
+
+
+def test_sync_batch_norm(tmp_path):
+    """It would wait for batches that the other process does not have."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.SyncBatchNorm(3)).double()
+
+    def work(rank):
+        save(tmp_path / "both", model=net, mode="sync")
+
+    text = "in mode 'sync' '1', a SyncBatchNorm, takes statistics of a batch of each"
+    refused(2, tmp_path, work, text, text)
+    assert not (tmp_path / "both").exists()
+
+
+def test_another_model_or_path_in_one_process(tmp_path):
+    def another_model(rank):
+        torch.manual_seed(rank)
+        save(tmp_path / "one", model=nn.Linear(4, 3).double())
+
+    def another_path(rank):
+        save(tmp_path / f"of {rank}")
+
+    def not_a_folder(rank):
+        save(tmp_path / ("file" if rank == 0 else "three"))
+
+    (tmp_path / "file").write_text("mine")
+    refused(2, tmp_path, another_model, None, "begun with something else: parameters")
+    text = "is not the folder that process 0 sees; this is process 1 of 2. Give all"
+    refused(2, tmp_path, another_path, None, text)
+    refused(2, tmp_path, not_a_folder, "is not a folder. Pass the path of a folder")
+    assert not (tmp_path / "three").exists()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_no_batch(tmp_path):
+    def work(rank):
+        save(tmp_path / "both", loader(TensorDataset(X[:0], Y[:0])))
+
+    refused(2, tmp_path, work, "the loader gave no batch, so that the results have no")
+    assert not (tmp_path / "both").exists()
+
+
+def test_one_that_fails(tmp_path):
+    """The others compute what they can, raise too, and any later run goes on."""
+
+    def fails(model, loss_fn, x, y):
+        if x[0, 0] == X[4, 0] and broken[0]:
+            raise FloatingPointError("mine")
+        computed.append(1)
+        return x
+
+    def work(rank):
+        computed.clear()
+        save(tmp_path / "both", function=fails)
+        return len(computed)
+
+    computed, broken = [], [True]
+    said = together(3, tmp_path / "run", work, fails=True)
+    failed = ["FloatingPointError: mine" in one for one in said]
+    assert sum(failed) == 1
+    text = "over(...).save(...): 1 of 3 processes failed. See their errors."
+    assert all([text in one for one, own in zip(said, failed) if not own])
+    assert sorted(counted(tmp_path / "both")) == [0, 1, 3, 4]
+    broken[0] = False
+    assert work(0) == 1
+    assert numpy.array_equal(numpy.load(tmp_path / "both" / "result.npy"), X)
+
+
+# -- A full disk, and damages ----------------------------------------------------------
+
+
+def full_after(size, patch):
+    """Let the disk have room for so many bytes of rows and notes."""
+
+    def write(self, place, data):
+        part = data[: max(0, size - sum(used))]
+        used.append(len(part))
+        whole(self, place, part)
+        if len(part) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    used, whole = [], npy.Growing._write
+    patch.setattr(npy.Growing, "_write", write)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("size", [0, 500, 1000, 2500])
+def test_full_disk(tmp_path, world, size):
+    """The error says what it means; a run with more room goes on."""
+
+    def work(rank):
+        files._SECONDS = files._TIMES = 0
+        if size >= 0:
+            full_after(size, pytest.MonkeyPatch())
+        save(tmp_path / "both")
+
+    save(tmp_path / "alone")
+    said = together(world, tmp_path / "run", work, fails=True)
+    said = "".join(said)
+    assert "OSError: [Errno 28] No space left on device\n" in said
+    text = "what is finished stays there. Call save again when there is room: it conti"
+    assert text in said
+    size = -1
+    together(2, tmp_path / "again", work)
+    assert contents(tmp_path / "both") == contents(tmp_path / "alone")
+
+
+@pytest.fixture
+def part(tmp_path):
+    """A folder that two processes have begun, and one of its two journals."""
+
+    def work(rank):
+        save(tmp_path / "both", loader(Stops(7, OSError), batch_size=1))
+
+    together(2, tmp_path / "run", work, fails=True)
+    found = [p for p in (tmp_path / "both").glob("*.jsonl") if p.stat().st_size]
+    assert found
+    return tmp_path / "both", found[0]
+
+
+def half_a_line(path):
+    path.write_text(path.read_text()[:-20])
+
+
+def without_lines(path):
+    path.unlink()
+
+
+def garbage(path):
+    path.write_text("garbage\n" + path.read_text())
+
+
+def a_list(path):
+    path.write_text("[1, 2]\n" * 3)
+
+
+def other_kinds(path):
+    path.write_text(path.read_text().replace("float64", "float32", 1))
+
+
+def a_number_less(path):
+    path.write_text(path.read_text().replace('"order"', '"other"', 1))
+
+
+def negative(path):
+    path.write_text(path.read_text().replace('"start": ', '"start": -1', 1))
+
+
+def rows_changed(path):
+    with open(path.parent / "0.weight.npy", "r+b") as file:
+        file.seek(200)
+        file.write(b"changed")
+
+
+def rows_cut(path):
+    os.truncate(path.parent / "0.weight.npy", 300)
+
+
+DAMAGES = {
+    half_a_line: None,
+    without_lines: None,
+    garbage: "jsonl that cannot be read. Give another path.",
+    a_list: "jsonl that cannot be read. Give another path.",
+    other_kinds: "'0.weight': 'float32 (6, 4)'",
+    a_number_less: "jsonl that cannot be read. Give another path.",
+    negative: "jsonl that cannot be read. Give another path.",
+    rows_changed: "lacks rows of 0.weight.npy that a journal counts, or they have chan",
+    rows_cut: "lacks rows of 0.weight.npy that a journal counts, or they have changed",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("world", [1, 2])
+def test_damages(tmp_path, part, damage, world):
+    """What is not counted is computed again; anything else is refused, untouched."""
+    folder, path = part
+    damage(path)
+    before = contents(folder)
+
+    def work(rank):
+        save(folder, loader(Stops(), batch_size=1))
+
+    said = together(world, tmp_path / "again", work, fails=DAMAGES[damage] is not None)
+    if DAMAGES[damage] is not None:
+        assert DAMAGES[damage] in "".join(said)
+        now = contents(folder)
+        assert {name: now[name] for name in before} == before
+        return
+    save(tmp_path / "alone", loader(Stops(), batch_size=1))
+    assert contents(folder) == contents(tmp_path / "alone")
+
+
+def test_other_data_in_a_batch_ahead(tmp_path):
+    """Data in memory are compared, also those of batches after a gap."""
+
+    def stops(model, loss_fn, x, y):
+        if x[0, 0] == X[0, 0] and missing[0]:
+            raise FloatingPointError
+        return x
+
+    def work(rank):
+        save(tmp_path / "both", loader(TensorDataset(x, Y), batch_size=1), stops)
+
+    x, missing = X, [True]
+    together(2, tmp_path / "run", work, fails=True)
+    assert sorted(counted(tmp_path / "both")) == [*range(1, 10)]
+    x, missing[0] = X.clone(), False
+    x[5] += 1
+    for world in (1, 2):
+        text = "and the loader gives other data in these. Give the same loader"
+        refused(world, tmp_path, work, *[text] * world)
+    x = X
+    together(1, tmp_path / "right", work)
+    assert numpy.array_equal(numpy.load(tmp_path / "both" / "result.npy"), X)
+
+
+def test_journals_left_by_a_complete_run(tmp_path):
+    """One that was killed before it removed them."""
+    save(tmp_path / "both")
+    before = contents(tmp_path / "both")
+    (tmp_path / "both" / "finished-1-0.jsonl").write_text("{}\n")
+    together(2, tmp_path / "run", lambda rank: save(tmp_path / "both") and None)
+    assert contents(tmp_path / "both") == before
