@@ -12,7 +12,7 @@ import slow
 import torch
 import torch.nn.functional as F
 from folders import contents, counted
-from forked import together
+from forked import Forked, together
 from nets import small_mlp
 from small_data import Stops, X, Y
 from state import assert_same_state, everything
@@ -184,7 +184,7 @@ def test_progress(tmp_path, capfd):
     assert begun
     together(2, tmp_path / "second", work)
     shown = capfd.readouterr().err
-    assert shown.count("10/10") == 1 and f" {begun}/10 " in shown
+    assert shown.count("\n") == 1 and "10/10" in shown and f" {begun}/10 " in shown
 
 
 # -- Random draws ----------------------------------------------------------------------
@@ -299,6 +299,11 @@ class ByRank(IterableDataset):
         return zip(x, Y)
 
 
+def takes_time(model, loss_fn, x, y):
+    time.sleep(0.1)  # so that each process computes some
+    return x
+
+
 OTHER_ORDERS = {
     "indices": lambda rank: loader(sampler=[0, 1, *torch.randperm(8).add(2).tolist()]),
     "data": lambda rank: loader(ByRank(rank)),
@@ -311,7 +316,7 @@ def test_another_order_after_the_first_batch(tmp_path, name):
 
     def work(rank):
         torch.manual_seed(rank)
-        save(tmp_path / "both", OTHER_ORDERS[name](rank))
+        save(tmp_path / "both", OTHER_ORDERS[name](rank), takes_time)
 
     said = together(2, tmp_path / "run", work, fails=True)
     assert "the loader gives another order of these" in "".join(said)
@@ -319,7 +324,7 @@ def test_another_order_after_the_first_batch(tmp_path, name):
     for _ in range(2):
         torch.manual_seed(0)
         with pytest.raises(ValueError, match="the loader gives another order of these"):
-            save(tmp_path / "both", OTHER_ORDERS[name](0))
+            save(tmp_path / "both", OTHER_ORDERS[name](0), takes_time)
     assert not json.loads((tmp_path / "both" / "state.json").read_text())["complete"]
 
 
@@ -413,6 +418,30 @@ def test_one_that_fails(tmp_path):
     assert numpy.array_equal(numpy.load(tmp_path / "both" / "result.npy"), X)
 
 
+def test_one_that_ends(tmp_path):
+    """The other one says so, and any later run goes on."""
+
+    def work(rank):
+        files._SECONDS = files._TIMES = 0
+        save(tmp_path / "both", function=ends)
+
+    def ends(model, loss_fn, x, y):
+        if ending:
+            os._exit(0) if x[0, 0] == X[0, 0] else time.sleep(0.1)
+        return x
+
+    ending = [1]
+    forked = Forked(2, tmp_path / "run", work)
+    assert forked.wait()
+    assert forked.codes == {0: 0, 1: 1}
+    text = "over(...).save(...): another process has ended, or does not answer. See it"
+    assert text in forked.returned(1)
+    assert counted(tmp_path / "both")
+    ending.clear()
+    work(0)
+    assert numpy.array_equal(numpy.load(tmp_path / "both" / "result.npy"), X)
+
+
 # -- A full disk, and damages ----------------------------------------------------------
 
 
@@ -450,6 +479,29 @@ def test_full_disk(tmp_path, world, size):
     size = -1
     together(2, tmp_path / "again", work)
     assert contents(tmp_path / "both") == contents(tmp_path / "alone")
+
+
+def test_a_disk_that_mixes_writes(tmp_path):
+    """Such as a network disk that writes whole pages: it shows before the end."""
+
+    def more(self, place, data):
+        whole(self, place, bytes(data) + bytes(8) * (place > 0))
+
+    def first_is_slow(model, loss_fn, x, y):
+        time.sleep(0.3 * bool(x[0, 0] == X[0, 0]))
+        return x
+
+    def work(rank):
+        if rank == 0:
+            pytest.MonkeyPatch().setattr(npy.Growing, "_write", more)
+        save(tmp_path / "both", function=first_is_slow)
+
+    whole = npy.Growing._write
+    text = "lacks rows of result.npy that a journal counts, or they have changed."
+    for _ in range(2):
+        said = together(2, tmp_path / f"run {time.monotonic_ns()}", work, fails=True)
+        assert text in "".join(said)
+    assert not json.loads((tmp_path / "both" / "state.json").read_text())["complete"]
 
 
 @pytest.fixture

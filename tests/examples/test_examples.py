@@ -2,7 +2,9 @@
 
 import importlib
 import pkgutil
+import re
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -41,6 +43,12 @@ FOUND = {
         "last scale": (80, 200),
         "too large in sync": (1.1, 1.4),
         "too large in eval": (0.9, 1.1),
+    },
+    "many_processes": {
+        "batches": (24, 24),
+        "difference": (0, 0),
+        "correlation": (0.9, 1),
+        "same class": (0.85, 1),
     },
     "tracin": {
         "difference": (0, 1e-10),
@@ -99,6 +107,22 @@ def test_all_are_here():
     folder = examples.__path__[0]
     files = pkgutil.iter_modules([folder])
     assert {file.name for file in files} == {"digits", "wrong_labels", *FOUND}
+
+
+def test_in_two_processes(tmp_path):
+    """As the line in README.rst starts it; the second time nothing is computed."""
+    pytest.importorskip("sklearn")
+    line = f"""{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2
+        -m vmapsafe.examples.many_processes {tmp_path / "folder"}"""
+    for total in (24, 0):
+        ended = subprocess.run(line.split(), capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        counts = re.findall(r"process (\d) of 2 computed (\d+) batches", ended.stdout)
+        assert [rank for rank, _ in counts] == ["0", "1"]
+        assert sum(int(count) for _, count in counts) == total
+        assert "largest difference from the sketches of one process: 0.0\n" in (
+            ended.stdout
+        )
 
 
 def test_without_scikit_learn(monkeypatch):

@@ -34,8 +34,9 @@ def sampled(leaves: Iterable[object]) -> Piece:
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             flat = leaf.detach().reshape(-1)
-            some = flat[:: 1 + len(flat) // _MANY].cpu().contiguous()
-            data = some.view(torch.uint8).numpy().data
+            if flat.numel() >= _MANY:
+                flat = flat[:: 1 + flat.numel() // _MANY]
+            data = flat.cpu().contiguous().view(torch.uint8).numpy().data
             crc, size = zlib.crc32(data, crc), size + data.nbytes
     return Piece(crc, size)
 

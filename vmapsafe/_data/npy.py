@@ -40,11 +40,14 @@ class Growing:
         # Without a buffer: each write goes where it belongs at once. Created by the
         # same call, which never empties a file that another process has just created.
         self._file = open(path, "r+b", buffering=0, opener=_created)
-        self._write(0, self._header(rows))
+        header = self._header(rows)
+        self._begin = len(header)  # the same for any number of rows
+        self._size: int = dtype.itemsize * math.prod(shape)
+        self._write(0, header)
 
     def write(self, rows: bytes, after: int) -> None:
         """Write rows after that many others."""
-        self._write(self._place(after), rows)
+        self._write(self._begin + after * self._size, rows)
 
     def flush(self) -> None:
         """Flush what was written to the disk."""
@@ -57,7 +60,7 @@ class Growing:
 
     def cut(self, rows: int) -> None:
         """Cut off what comes after so many rows."""
-        self._file.truncate(self._place(rows))
+        self._file.truncate(self._begin + rows * self._size)
 
     def close(self) -> None:
         self._file.close()
@@ -68,12 +71,7 @@ class Growing:
         while left:
             left = left[self._file.write(left) :]
 
-    def _place(self, row: int) -> int:
-        size: int = self._dtype.itemsize * math.prod(self._shape)
-        return len(self._header(row)) + row * size
-
     def _header(self, rows: int) -> bytes:
-        """A header of the same length for any number of rows."""
         from numpy.lib import format
 
         written = io.BytesIO()

@@ -8,7 +8,7 @@ next batch that nobody has taken. If one fails or dies, what all have noted stay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,8 +60,7 @@ def save_alone(job: Job) -> dict[str, Array]:
     with Folder(job.called, job.path, job.asked) as folder:
         batches = _begun(job, folder)
         with job.progress(folder.batches) as show:
-            for batch in batches:
-                _append(job, folder, batch)
+            for _ in _computed(job, folder, batches):
                 show(folder.batches)
         batches.check()
         folder.count(batches.total)
@@ -101,8 +100,7 @@ def save_together(job: Job, process: Process, device: torch.device) -> dict[str,
 
     def compute() -> None:
         finished = folder.batches
-        for batch in batches:
-            _append(job, folder, batch)
+        for _ in _computed(job, folder, batches):
             show(finished + added_up(f"vmapsafe {run} finished", 1))
         folder.close()
 
@@ -139,6 +137,11 @@ def _begun(
     return batches
 
 
-def _append(job: Job, folder: Folder, batch: Batch) -> None:
-    rows = job.compute(batch)
-    folder.append(batch.number, batch.start, batch.order, rows, batch.data)
+def _computed(job: Job, folder: Folder, batches: Rest) -> Iterator[None]:
+    """Compute batch after batch; stop when the rows of each are written."""
+    for batch in batches:
+        # The rows before stay until these are there. If their memory were free by now,
+        # it would go back to the system, and fresh pages are slow.
+        rows = job.compute(batch)
+        folder.append(batch.number, batch.start, batch.order, rows, batch.data)
+        yield

@@ -6,6 +6,7 @@
 ``digits``            the data and the network
 ``wrong_labels``      ``python -m vmapsafe``: wrong labels, found by large gradients
 ``attribution``       which training images a prediction comes from (TRAK)
+``many_processes``    the same by several processes, which fill one folder together
 ``tracin``            which training images helped, and which did harm (TracIn)
 ``selection``         a few images whose mean gradient is near that of all
 ``noise_scale``       the gradient noise scale, logged by the training steps
