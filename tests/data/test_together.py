@@ -96,6 +96,36 @@ def test_same_bytes(tmp_path, name, world):
         assert_right(tmp_path / "both")
 
 
+@pytest.mark.parametrize("before,after", [(2, 1), (1, 2), (3, 2)])
+def test_names_in_any_order(tmp_path, before, after):
+    """Those of a function whose dicts have another order now and then."""
+
+    def both(model, loss_fn, x, y):
+        if len(computed) == stop[0]:
+            raise KeyboardInterrupt
+        computed.append(1)
+        found = {"x": x, "y": y}
+        return found if y[0] != order[0] else dict(reversed(found.items()))
+
+    def work(rank):
+        computed.clear()
+        save(folder, loader(batch_size=1), both)
+
+    computed, stop, order = [], [-1], [-1]
+    folder = tmp_path / "alone"
+    work(0)
+    folder, stop[0], order[0] = tmp_path / "both", 3, 0
+    together(before, tmp_path / "before", work, fails=True)
+    stop[0], order[0] = -1, 1
+    together(after, tmp_path / "after", work)
+    for name, truth in (("x", X), ("y", Y)):
+        assert numpy.array_equal(numpy.load(folder / f"{name}.npy"), truth)
+    one, two = [
+        json.loads((tmp_path / f / "state.json").read_text()) for f in ("alone", "both")
+    ]
+    assert one == two
+
+
 class Stream(IterableDataset):
     def __init__(self, x=X):
         self.x = x

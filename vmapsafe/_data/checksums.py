@@ -23,11 +23,6 @@ class Piece(NamedTuple):
     size: int
 
 
-def piece_of(data: bytes) -> Piece:
-    """The checksum of all of them."""
-    return Piece(zlib.crc32(data), len(data))
-
-
 def sampled(leaves: Iterable[object]) -> Piece:
     """A checksum of a batch, which reads part of a large one."""
     crc = size = 0
@@ -45,8 +40,8 @@ def joined(before: int, piece: Piece) -> int:
     """The checksum of some bytes with a piece after them.
 
     >>> import zlib
-    >>> from vmapsafe._data.checksums import joined, piece_of
-    >>> joined(zlib.crc32(b"some bytes"), piece_of(b" and more"))
+    >>> from vmapsafe._data.checksums import Piece, joined
+    >>> joined(zlib.crc32(b"some bytes"), Piece(zlib.crc32(b" and more"), 9))
     1279967567
     >>> zlib.crc32(b"some bytes and more")
     1279967567

@@ -20,9 +20,12 @@ folder at a time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
+import zlib
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -31,9 +34,16 @@ from urllib.parse import quote
 
 from torch import Tensor
 
-from vmapsafe._data.checksums import Piece, joined, piece_of
+from vmapsafe._data.checksums import Piece, joined
 from vmapsafe._data.journal import Finished, Journal, read_journal
-from vmapsafe._data.npy import Array, Growing, Written, array_of, kind_of
+from vmapsafe._data.npy import (
+    Array,
+    Growing,
+    Written,
+    array_of,
+    kind_of,
+    size_of_row,
+)
 from vmapsafe._errors import VmapSafeValueError, worded
 from vmapsafe._processes import Process
 
@@ -54,14 +64,22 @@ class Done(NamedTuple):
     sums: Mapping[str, int]
     data: int
 
-    def followed_by(self, batch: Finished) -> Done:
-        """The same and the next batch."""
-        return Done(
-            self.batches + 1,
-            self.samples + batch.samples,
-            {n: joined(self.sums.get(n, 0), piece) for n, piece in batch.sums.items()},
-            joined(self.data, batch.data),
-        )
+    def followed_by(self, batch: Finished, sizes: Mapping[str, int]) -> Done:
+        """The same and the next batch.
+
+        Args:
+            batch: the next one.
+            sizes: the bytes of a row in each file, by name.
+
+        Returns:
+            What is finished then.
+        """
+        sums = {
+            name: joined(self.sums.get(name, 0), Piece(crc, batch.samples * size))
+            for (name, size), crc in zip(sizes.items(), batch.sums)
+        }
+        samples = self.samples + batch.samples
+        return Done(self.batches + 1, samples, sums, joined(self.data, batch.data))
 
 
 class Folder:
@@ -188,16 +206,16 @@ class Folder:
                     self._files[name] = Growing(
                         self._file(name), a.dtype, a.shape[1:], self.done.samples
                     )
-            sums = {}
-            for name, array in arrays.items():
-                written = array.tobytes()
+            sums = array("I")
+            for name in self._state["files"]:  # another batch may have another order
+                written = arrays[name].tobytes()
                 self._files[name].write(written, start)
-                sums[name] = piece_of(written)
+                sums.append(zlib.crc32(written))
             samples = len(next(iter(arrays.values())))
             self._unsaved = True
             finished = Finished(batch, start, samples, order, data, sums)
             if self._journal is not None:
-                self._journal.add(files, finished)
+                self._journal.add(self._state["files"], finished)
             else:
                 self.ahead[batch] = finished
                 self._count()
@@ -310,19 +328,22 @@ class Folder:
     def _read_journal(self, path: Path) -> None:
         try:
             kinds, finished = read_journal(path)
+            if any([len(one.sums) != len(kinds) for one in finished]):
+                raise ValueError("not a checksum for each file")
         except (ValueError, FileNotFoundError):
             self.refuse(f"holds a {path.name} that cannot be read", "Give another path")
         if not finished:
             return
-        self._state["files"] = self._state["files"] or kinds
-        if kinds != self._state["files"]:
+        files = self._state["files"] = self._state["files"] or kinds
+        if kinds != files:
             self.refuse(
-                f"holds {self._state['files']}, and {path.name} counts {kinds}",
-                "Give another path",
+                f"holds {files}, and {path.name} counts {kinds}", "Give another path"
             )
+        places = [[*kinds].index(name) for name in files]
         for one in finished:
             if one.batch >= self.done.batches:
-                self.ahead[one.batch] = one
+                sums = array("I", [one.sums[place] for place in places])
+                self.ahead[one.batch] = one._replace(sums=sums)
 
     def _check_rows(self, batches: Sequence[int], names: Sequence[str]) -> None:
         """Raise unless the rows are there that are counted: a share of them.
@@ -335,7 +356,7 @@ class Folder:
         mine = batches[rank::world]
         for i, name in enumerate(self._state["files"]):
             whole = name in names and i % world == rank
-            if (whole or mine) and not self._holds_rows(name, mine, whole):
+            if (whole or mine) and not self._holds_rows(name, i, mine, whole):
                 by = _STATE if whole else "a journal"
                 self.refuse(
                     f"lacks rows of {_file_name(name)} that {by} counts, or they have "
@@ -343,7 +364,9 @@ class Folder:
                     "Give another path",
                 )
 
-    def _holds_rows(self, name: str, batches: Sequence[int], whole: bool) -> bool:
+    def _holds_rows(
+        self, name: str, place: int, batches: Sequence[int], whole: bool
+    ) -> bool:
         """Whether the file of a tensor holds the rows that are counted."""
         samples = self.done.samples
         try:
@@ -356,10 +379,10 @@ class Folder:
                 if whole and file.crc(0, samples) != self.done.sums[name]:
                     return False
                 for one in [self.ahead[batch] for batch in batches]:
-                    if file.crc(one.start, one.samples) != one.sums[name].crc:
+                    if file.crc(one.start, one.samples) != one.sums[place]:
                         return False
                 return True
-        except (FileNotFoundError, ValueError, KeyError):  # numpy's, for headers
+        except (FileNotFoundError, ValueError):  # numpy's, for headers
             return False
 
     def _journals(self) -> list[Path]:
@@ -370,6 +393,10 @@ class Folder:
 
     # -- Writing -----------------------------------------------------------------------
 
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {n: size_of_row(kind) for n, kind in self._state["files"].items()}
+
     def _count(self) -> None:
         """Count batches ahead that come next."""
         while (batch := self.ahead.get(self.done.batches)) is not None:
@@ -379,7 +406,7 @@ class Folder:
                     f"are {self.done.samples} before it",
                     "Give another path",
                 )
-            self.done = self.done.followed_by(batch)
+            self.done = self.done.followed_by(batch, self._sizes)
             del self.ahead[batch.batch]
 
     def _open_all(self) -> None:
