@@ -271,6 +271,8 @@ def test_draws(tmp_path, kind):
 
     whole = drawn("alone", seed=3)
     assert len({*drawn("other", seed=4)} & {*whole}) == 0
+    same = loader(TensorDataset(X[[0, 1] * 5], Y[[0, 1] * 5]))
+    assert len({*drawn("same", 3, same)[::2]}) > 1  # each batch draws its own
     stops = loader(Stops(5, OSError))
     with pytest.raises(OSError):
         drawn("again", 3, stops)
@@ -370,6 +372,31 @@ def test_other_numbers_of_batches(tmp_path):
         assert not json.loads((tmp_path / "both" / "state.json").read_text())[
             "complete"
         ]
+
+
+class Waits(IterableDataset):
+    """Three samples, or two, that come late, in process 1."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __iter__(self):
+        yield X[0], Y[0]
+        time.sleep(0.3 * self.rank)
+        yield X[1], Y[1]
+        if self.rank == 0:
+            time.sleep(0.6)
+            yield X[2], Y[2]
+
+
+def test_dealt_to_a_process_whose_loader_lacks_it(tmp_path):
+    def work(rank):
+        save(tmp_path / "both", loader(Waits(rank), batch_size=1))
+
+    refused(
+        2, tmp_path, work, "has 2 of 3 batches, and batch 2 is missing. Give all pr"
+    )
+    assert counted(tmp_path / "both") == [0, 1]
 
 
 def test_distributed_sampler(tmp_path):
