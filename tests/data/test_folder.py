@@ -277,6 +277,33 @@ def test_other_data(tmp_path, batches, complete):
     assert_right(saved(tmp_path, LOADERS[batches](X, Y)))
 
 
+class Batches:
+    """Indices of samples, of which nobody knows how many there are."""
+
+    def __init__(self, *sizes):
+        self.sizes = sizes
+
+    def __iter__(self):
+        samples = iter(range(N))
+        return iter([[next(samples) for _ in range(size)] for size in self.sizes])
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_other_numbers(tmp_path, complete):
+    """Of batches, and of samples in them, where data are not loaded again."""
+
+    def loader(*sizes):
+        return DataLoader(Loaded(), batch_sampler=Batches(*sizes))
+
+    begun(tmp_path, complete, loader=loader(4, 4, 4, 4))
+    text = f"{15 if complete else 11} samples in these"
+    refused(tmp_path, text, loader=loader(4, 3, 4, 4))
+    refused(tmp_path, "the loader gives 2 batches", loader=loader(4, 4))
+    if complete:
+        refused(tmp_path, "the loader gives more", loader=loader(4, 4, 4, 4, 1))
+    assert len(saved(tmp_path, loader(4, 4, 4, 4))["3.bias"]) == 16
+
+
 def scaled(scale):
     return lambda output, target: scale * F.cross_entropy(output, target)
 

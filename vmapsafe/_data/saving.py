@@ -3,13 +3,14 @@
 Several processes wait for one another when they begin and when they end: until process
 0 has looked at the folder, until all have, until all batches are computed, until all
 rows have been read again, and until the folder is complete. Between that each takes the
-next batch that nobody has taken. If one fails or dies, what all have noted stays.
+next batch that nobody has taken. If one fails, all stop after their batch. If one fails
+or dies, what all have noted stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from vmapsafe._data.batches import Places
 from vmapsafe._data.folder import Folder
 from vmapsafe._data.npy import Array
 from vmapsafe._data.rest import Batch, Rest
-from vmapsafe._errors import VmapSafeValueError
+from vmapsafe._errors import VmapSafeRuntimeError, VmapSafeValueError
 from vmapsafe._processes import Process, Shares, agreed, name_of_run
 from vmapsafe._torch import added_up
 
@@ -99,9 +100,19 @@ def save_together(job: Job, process: Process, device: torch.device) -> dict[str,
         return folder, batches
 
     def compute() -> None:
-        finished = folder.batches
-        for _ in _computed(job, folder, batches):
-            show(finished + added_up(f"vmapsafe {run} finished", 1))
+        begun, counted = folder.batches, f"vmapsafe {run} finished"
+        try:
+            for _ in _computed(job, folder, batches):
+                finished = added_up(counted, 1)
+                if finished > _FAILED:
+                    raise VmapSafeRuntimeError(
+                        job.called, "another process failed", "See its error"
+                    )
+                show(begun + finished)
+        except BaseException:
+            with suppress(RuntimeError):  # of a process that has ended
+                added_up(counted, _FAILED)  # the others need not go on
+            raise
         folder.close()
 
     def look() -> None:
@@ -119,6 +130,10 @@ def save_together(job: Job, process: Process, device: torch.device) -> dict[str,
         agreed(job.called, device, look)
         agreed(job.called, device, lambda: folder.finish() if leads else None)
     return folder.arrays()
+
+
+# More than there are batches: what a process adds to their number when it fails.
+_FAILED = 2**48
 
 
 def _begun(
