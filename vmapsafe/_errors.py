@@ -52,6 +52,10 @@ class VmapSafeRuntimeError(VmapSafeError, RuntimeError):
     """A call cannot give the right result, which shows while it runs."""
 
 
+class NotUnderVmap(VmapSafeRuntimeError):
+    """A call that vmap cannot make, and a loop over the slices can."""
+
+
 class BlockError(VmapSafeRuntimeError):
     """A block was opened or closed where it cannot be, e.g. in the wrong order."""
 
@@ -66,6 +70,10 @@ class NeverUpdatedWarning(UserWarning):
 
 class LeftOutWarning(UserWarning):
     """A forward writes a buffer of its module; inside a block it does not happen."""
+
+
+class FallbackWarning(UserWarning):
+    """vmap cannot run a function, so that its slices run one after another."""
 
 
 def warn_user(text: str, category: type[Warning]) -> None:

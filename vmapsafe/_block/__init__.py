@@ -13,6 +13,7 @@ The map, bottom up:
 ``callers``      which layer makes a call
 ``covers``       ``covers``: whether a block makes a module safe
 ``scope``        one open block of one thread: which rules hold, for which layers
+``refusals``     what torch's vmap refuses, and which of it a loop can run
 ``advice``       notes for errors of torch's vmap: which layer, and what to do
 ``vmap_safe``    ``vmap_safe``: a block as users write it
 ``batched``      ``batched``: functions of a batch, run on batches of one

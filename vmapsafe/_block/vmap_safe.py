@@ -298,7 +298,7 @@ def _leave(scope: Scope, error: BaseException | None) -> None:
     found = ""
     try:
         if error is not None and not torch.compiler.is_compiling():
-            advise(error, scope.models)
+            advise(error, scope.models, not scope.mode.merges)
     finally:
         try:
             found = scope.close()

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmapsafe._call import Call, Function
-from vmapsafe._errors import VmapSafeRuntimeError, VmapSafeValueError
+from vmapsafe._errors import NotUnderVmap, VmapSafeValueError
 from vmapsafe._modes import MODES
 from vmapsafe._rule import FunctionRule, register, slice_by_slice
 from vmapsafe._torch import (
@@ -396,11 +396,12 @@ def _is_packed_under_vmap(call: Call) -> bool:
 
 
 def _refuse(call: Call) -> Any:
-    raise VmapSafeRuntimeError(
+    raise NotUnderVmap(
         f"torch.{call.function.__name__.lstrip('_')} under vmap",
         "the sequences are packed, so that their lengths decide what is computed",
         "Run the layer on the padded sequences, and take each output at its sequence's "
-        "last step with torch.gather; or loop over the slices",
+        'last step with torch.gather. Or pass fallback="loop" to batched, or to '
+        "per_sample and its short forms: they then loop over the slices",
     )
 
 
