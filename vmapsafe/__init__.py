@@ -37,6 +37,7 @@ from vmapsafe._convert import convert as convert
 from vmapsafe._convert import norm_layer as norm_layer
 from vmapsafe._data.over import over as over
 from vmapsafe._errors import BlockError as BlockError
+from vmapsafe._errors import FallbackWarning as FallbackWarning
 from vmapsafe._errors import LeftOutWarning as LeftOutWarning
 from vmapsafe._errors import MissingExtraError as MissingExtraError
 from vmapsafe._errors import NeverUpdatedWarning as NeverUpdatedWarning
@@ -53,6 +54,7 @@ from vmapsafe._rows.per_sample import per_sample_sketch as per_sample_sketch
 __version__ = "0.1.0"
 __all__ = [
     "BlockError",
+    "FallbackWarning",
     "LeftOutWarning",
     "MissingExtraError",
     "NeverUpdatedWarning",

@@ -221,6 +221,36 @@ _autograd: Any = torch._C._autograd
 hooks_are_enabled: Callable[[], bool] = _autograd._saved_tensors_hooks_is_enabled
 
 
+def run_backward(
+    loss: Tensor, inputs: Sequence[Tensor], accumulate: bool, create_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Run backward with this thread's modes in force, which torch.autograd takes off.
+
+    Args:
+        loss: a tensor without dimensions.
+        inputs: what to differentiate by.
+        accumulate: whether to add to ``.grad`` of all leaves, as ``loss.backward()``
+            does, and take those of ``inputs``.
+        create_graph: whether derivatives of the gradients will be wanted.
+
+    Returns:
+        The gradients; None where there is none.
+    """
+    run = torch.autograd.graph._engine_run_backward  # read in torch 2.13
+    ones = (torch.ones_like(loss),)
+    into = () if accumulate else tuple(inputs)
+    found = run(
+        (loss,),
+        ones,
+        create_graph,
+        create_graph,
+        into,
+        True,
+        accumulate_grad=accumulate,
+    )
+    return tuple([leaf.grad for leaf in inputs]) if accumulate else found
+
+
 def below_modes(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a higher-order operator as it calls itself below all modes."""
     keys = _compute_keyset(  # type: ignore[no-untyped-call]

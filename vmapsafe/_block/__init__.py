@@ -15,6 +15,7 @@ The map, bottom up:
 ``scope``        one open block of one thread: which rules hold, for which layers
 ``refusals``     what torch's vmap refuses, and which of it a loop can run
 ``advice``       notes for errors of torch's vmap: which layer, and what to do
+``loop``         ``fallback="loop"``: slices one after another, where vmap refuses
 ``vmap_safe``    ``vmap_safe``: a block as users write it
 ``batched``      ``batched``: functions of a batch, run on batches of one
 """

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
 
 from torch import nn
 
+from vmapsafe._block import refusals
 from vmapsafe._block.covered import Model
-from vmapsafe._block.refusals import TWO_DEVICES
-from vmapsafe._block.refusals import advice_for as advice_for
-from vmapsafe._block.refusals import asks_for_randomness as asks_for_randomness
-from vmapsafe._block.refusals import avoided_by_a_loop
+from vmapsafe._block.refusals import TWO_DEVICES, avoided_by_a_loop, frames_of
 from vmapsafe._torch import CODE_OF_CALLS, HOME_OF_VMAP, current_level
+
+# What others ask of an error.
+advice_for, asks_for_randomness = refusals.advice_for, refusals.asks_for_randomness
 
 # What torch says about an input that lacks a dimension.
 _DIMENSIONS = re.compile(
@@ -63,7 +64,7 @@ def advise(error: BaseException, models: Iterable[Model], may_loop: bool) -> Non
     """
     if not isinstance(error, (RuntimeError, ValueError, IndexError, AssertionError)):
         return
-    frames = list(_frames(error))
+    frames = list(frames_of(error))
     advice = advice_for(error)
     if advice is None and _DIMENSIONS.search(str(error)):
         advice = _of_dimensions(frames)
@@ -107,7 +108,7 @@ def _of_dimensions(frames: Sequence[FrameType]) -> str | None:
 
 def module_of(error: BaseException, models: Iterable[Model]) -> str | None:
     """The innermost module of the models whose forward raised an error."""
-    return _module(_frames(error), models)
+    return _module(frames_of(error), models)
 
 
 def _where(frames: Iterable[FrameType], models: Iterable[Model]) -> str:
@@ -129,10 +130,3 @@ def _module(frames: Iterable[FrameType], models: Iterable[Model]) -> str | None:
 def _is_call(frame: FrameType) -> bool:
     """Whether a module is called there, and not another method of it."""
     return frame.f_code.co_name == "forward" or frame.f_code is CODE_OF_CALLS
-
-
-def _frames(error: BaseException) -> Iterator[FrameType]:
-    traceback = error.__traceback__
-    while traceback is not None:
-        yield traceback.tb_frame
-        traceback = traceback.tb_next

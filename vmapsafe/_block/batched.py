@@ -11,6 +11,16 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from vmapsafe._block.loop import (
+    Before,
+    Fallback,
+    a_block_merges,
+    by_vmap_or_loop,
+    check_fallback,
+    in_turn,
+    modules_in,
+    stacked,
+)
 from vmapsafe._draws import Draws, Randomness
 from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, shown
 from vmapsafe._torch import broadcast_to_leaves, tree_flatten, tree_map, tree_unflatten
@@ -31,6 +41,7 @@ def batched(
     *,
     chunk_size: int | None = None,
     keep_batch_dim: bool = True,
+    fallback: Fallback = "error",
 ) -> Callable[P, R]: ...
 
 
@@ -43,6 +54,7 @@ def batched(
     *,
     chunk_size: int | None = None,
     keep_batch_dim: bool = True,
+    fallback: Fallback = "error",
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
 
@@ -54,6 +66,7 @@ def batched(
     *,
     chunk_size: int | None = None,
     keep_batch_dim: bool = True,
+    fallback: Fallback = "error",
 ) -> Callable[P, R] | Callable[[Callable[P, R]], Callable[P, R]]:
     """Vectorise a function that is written for a batch: each slice is a batch of one.
 
@@ -94,17 +107,34 @@ def batched(
             output that has a dimension loses its first, which must be 1. False: slices
             come without their batch dimension and outputs stay as they are, as in vmap.
             Functions that return gradients of parameters need False.
+        fallback: what to do where vmap refuses the code, as it does if the code calls
+            ``.item()``, decides by the numbers of a tensor, takes a boolean mask, calls
+            an autograd.Function that has not a rule for vmap, packs sequences or uses
+            torch.utils.checkpoint. "error" raises vmap's error. "loop" runs the slices
+            one after another, with the same results, and warns once. Other errors are
+            raised: those of the code itself, about shapes, or for a draw with
+            ``randomness="error"``. In "sync" a loop is refused.
 
     Returns:
         The vectorised function, with the types of ``function``; or a decorator.
 
     Raises:
         VmapSafeTypeError: ``function`` is not callable.
-        VmapSafeValueError: on a call: no argument has a batch dimension, batch sizes
-            disagree, or the first dimension of an output is not 1.
+        VmapSafeValueError: an unknown ``fallback``; on a call: no argument has a batch
+            dimension, batch sizes disagree, or the first dimension of an output is not
+            1; with ``fallback="loop"``, a block in "sync" is open, or slices give
+            outputs that do not fit together.
+        VmapSafeRuntimeError: on a call with ``fallback="loop"``: the code has written
+            on its input before vmap refused it, or a slice draws random numbers with
+            ``randomness="error"``.
+
+    Warns:
+        FallbackWarning: vmap refuses the code, and the slices run one after another.
 
     It does not open a block of ``vmap_safe``: put the call in one, or decorate with
-    both.
+    both. A loop begins with the random state, and the buffers of the modules that the
+    function holds, as they were before vmap refused the code. What else the code had
+    changed by then stays. While torch.compile traces there is not a loop.
     """
     if function is None:
         return functools.partial(
@@ -114,12 +144,15 @@ def batched(
             randomness=randomness,
             chunk_size=chunk_size,
             keep_batch_dim=keep_batch_dim,
+            fallback=fallback,
         )
     if not callable(function):
         raise VmapSafeTypeError(
             "batched(...)", f"{shown(function)} is not callable", "Pass a function"
         )
     name = getattr(function, "__name__", type(function).__name__)
+    called = f"batched({name})(...)"
+    check_fallback(called, fallback, merges=False)
     # torch.compile cannot trace inspect; without a dict, names only word errors.
     needs_names = isinstance(in_dims, dict) or not torch.compiler.is_compiling()
     names = _parameter_names(function) if needs_names else ()
@@ -130,32 +163,78 @@ def batched(
         leaves, tree = tree_flatten((args, kwargs))
         dims = _dims_of_leaves(name, names, specs, args, kwargs)
         mapped = [(i, dim) for i, dim in enumerate(dims) if dim is not None]
+        tensors = [leaves[i] for i, _ in mapped]
         # torch puts only the CPU's generator back for each chunk (read in 2.13).
         several = chunk_size is not None and randomness == "same"
         draws = Draws(randomness) if several else None
 
         def one(*slices: Tensor) -> R:
-            if draws is not None:
-                draws.put_back()
             filled = list(leaves)
             for (i, dim), piece in zip(mapped, slices):
                 filled[i] = piece.unsqueeze(dim) if keep_batch_dim else piece
             inner_args, inner_kwargs = tree_unflatten(filled, tree)
             output = function(*inner_args, **inner_kwargs)
             if keep_batch_dim:
-                called = f"batched({name})(...)"
                 output = tree_map(lambda leaf: without_batch_dim(called, leaf), output)
             return output
 
-        return vmap(
-            one,
-            in_dims=tuple([dim for _, dim in mapped]),
-            out_dims=out_dims,
-            randomness=randomness,
-            chunk_size=chunk_size,
-        )(*[leaves[i] for i, _ in mapped])
+        def one_of_chunk(*slices: Tensor) -> R:
+            assert draws is not None
+            draws.put_back()
+            return one(*slices)
+
+        def by_vmap() -> R:
+            return vmap(
+                one if draws is None else one_of_chunk,
+                in_dims=tuple([dim for _, dim in mapped]),
+                out_dims=out_dims,
+                randomness=randomness,
+                chunk_size=chunk_size,
+            )(*tensors)
+
+        if fallback == "error" or torch.compiler.is_compiling():
+            return by_vmap()
+        check_fallback(called, fallback, merges=a_block_merges())
+
+        def by_loop() -> R:
+            dims = [dim for _, dim in mapped]
+            return _one_by_one(called, one, tensors, dims, randomness, out_dims)
+
+        held = modules_in([function, *leaves])
+        before = Before(randomness, tensors, held)
+        code = getattr(function, "__code__", type(function))
+        return by_vmap_or_loop(called, by_vmap, by_loop, before, held, code)
 
     return wrapper
+
+
+def _one_by_one(
+    called: str,
+    one: Callable[..., R],
+    tensors: Sequence[Tensor],
+    dims: Sequence[int],
+    randomness: str,
+    out_dims: OutDims,
+) -> R:
+    """What ``vmap`` of ``one`` would give, by a loop over the slices."""
+    size = tensors[0].size(dims[0])
+    if not size:  # one slice of zeros tells the structure and the shapes
+        tensors = [t.new_zeros(_with_one(t, dim)) for t, dim in zip(tensors, dims)]
+
+    def run(i: int) -> R:
+        return one(*[t.select(dim, i) for t, dim in zip(tensors, dims)])
+
+    draws = Draws(randomness, of_host=True)
+    outputs = in_turn(called, size or 1, randomness, run)
+    if not size:
+        draws.put_back()
+    together: R = stacked(called, outputs, out_dims, size)
+    return together
+
+
+def _with_one(tensor: Tensor, dim: int) -> list[int]:
+    """Its shape, with 1 as the size of a dimension."""
+    return [1 if d == dim else size for d, size in enumerate(tensor.shape)]
 
 
 def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:

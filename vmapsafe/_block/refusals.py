@@ -8,6 +8,8 @@ from __future__ import annotations
 import dis
 import os
 import re
+from collections.abc import Iterator
+from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -23,14 +25,11 @@ class Refusal(NamedTuple):
         do: what to do, in sentences.
         why: what the code does that vmap refuses and a loop over the slices can run;
             empty where a loop would not help.
-        of_saved_tensors: whether it is about the tensors that autograd saves, which
-            torch.utils.checkpoint replaces.
     """
 
     said: str
     do: str
     why: str = ""
-    of_saved_tensors: bool = False
 
 
 _VALUE = "The code asks for the value of a tensor, which differs from slice to slice. "
@@ -56,7 +55,6 @@ _REFUSALS = (
         "Such hooks are what torch.utils.checkpoint and save_on_cpu set. Leave them "
         "out under vmap, and take a smaller chunk_size to save memory.",
         "it sets hooks for saved tensors, as torch.utils.checkpoint does",
-        of_saved_tensors=True,
     ),
     Refusal(
         r"does not have vmap support",
@@ -177,6 +175,34 @@ def avoided_by_a_loop(error: BaseException) -> Refusal | None:
         return None
     refusal = refusal_of(error)
     return refusal if refusal is not None and refusal.why else None
+
+
+def is_of_checkpoint(error: BaseException) -> bool:
+    """Whether vmap has refused a call of torch.utils.checkpoint itself, and not what
+    the checkpointed function does."""
+    names = [frame.f_globals.get("__name__", "") for frame in frames_of(error)]
+    while names and names[-1].startswith(_BELOW) and names[-1] != CHECKPOINT:
+        names.pop()
+    return bool(names) and names[-1] == CHECKPOINT
+
+
+CHECKPOINT = "torch.utils.checkpoint"
+# Modules whose frames may lie inside that call. Layers and losses do not.
+_BELOW = ("torch.autograd.", "torch._", "torch.o", "contextlib", "vmapsafe.")
+
+
+def is_of_reentrant_checkpoint(error: BaseException) -> bool:
+    """Whether backward has met a checkpoint with ``use_reentrant=True``, which does not
+    run where gradients by some tensors alone are asked for."""
+    return "use_reentrant=True, torch.utils.checkpoint is incompatible" in str(error)
+
+
+def frames_of(error: BaseException) -> Iterator[FrameType]:
+    """Those that an error has left, the innermost last."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback.tb_frame
+        traceback = traceback.tb_next
 
 
 def _is_of_user(error: BaseException) -> bool:

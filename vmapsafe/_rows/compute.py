@@ -1,8 +1,9 @@
 """One call for some quantities: in chunks, for an empty batch, in several processes.
 
-There are two ways to a quantity. Recording the forward gives it from one backward pass
-and makes no more rows than it needs. ``vmap(grad)`` makes all rows; it follows every
-loss, and derivatives of its rows pass through.
+There are three ways to a quantity. Recording the forward gives it from one backward
+pass and makes no more rows than it needs. ``vmap(grad)`` makes all rows; it follows
+every loss, and derivatives of its rows pass through. A loop of plain autograd runs what
+vmap refuses.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from vmapsafe._block.loop import (
+    Before,
+    Fallback,
+    by_vmap_or_loop,
+    check_fallback,
+    modules_in,
+)
 from vmapsafe._block.models import device_of
+from vmapsafe._block.refusals import is_of_checkpoint
 from vmapsafe._draws import Draws
 from vmapsafe._errors import VmapSafeRuntimeError
 from vmapsafe._modes import Also, ModeName, NumGroups, Options, RowsName
@@ -65,6 +74,7 @@ class Asked:
     randomness: str
     has_aux: bool
     keep_batch_dim: bool
+    fallback: Fallback
     block: BlockOptions
 
     def samples(self) -> Samples:
@@ -79,6 +89,7 @@ class Asked:
         """
         options = Options(called=self.called, **self.block._asdict())
         check_chunk_size(self.called, self.chunk_size, options)
+        check_fallback(self.called, self.fallback, options.meaning.merges)
         return Samples.of(
             self.model,
             self.loss_fn,
@@ -163,10 +174,42 @@ class Asked:
         if torch.compiler.is_compiling():
             return self._found(samples, wanted)
         try:
-            return self._found(samples, wanted)
+            return self._by_vmap_or_loop(samples, wanted)
         except RuntimeError as error:
             advise(error, samples, self.chunk_size, wanted)
             raise
+
+    def _by_vmap_or_loop(
+        self, samples: Samples, wanted: Wanted
+    ) -> tuple[dict[str, Any], Any]:
+        """In a loop if vmap refuses the model: of a checkpoint, or if asked for."""
+        if samples.options.meaning.merges:
+            return self._found(samples, wanted)
+        loops = self.fallback == "loop"
+        held = modules_in([self.loss_fn]) if loops else []
+        return by_vmap_or_loop(
+            self.called,
+            lambda: self._found(samples, wanted),
+            lambda: self._looped(samples, wanted),
+            Before(
+                samples.randomness,
+                samples.tensors,
+                [module for module in held if module is not self.model],
+                of_host=loops,  # which takes 40 us
+            ),
+            [samples.net],
+            warns_of=type(samples.net) if loops else None,
+            quietly=is_of_checkpoint,
+        )
+
+    def _looped(self, samples: Samples, wanted: Wanted) -> tuple[dict[str, Any], Any]:
+        watched = {
+            key: RowsWithDerivatives()
+            for key, q in wanted.items()
+            if isinstance(q, Rows) and q.out is None and torch.is_grad_enabled()
+        }
+        found = {**wanted, **watched}
+        return computed(samples, found, self.chunk_size, by_loop, one_by_one=True)
 
     def _found(self, samples: Samples, wanted: Wanted) -> tuple[dict[str, Any], Any]:
         size = self.chunk_size
@@ -199,7 +242,7 @@ class Asked:
 _OF_ONE = {"gather": "the values", "reduce": "the sum"}
 
 
-# -- The two ways ----------------------------------------------------------------------
+# -- The ways --------------------------------------------------------------------------
 
 
 def recorded_if_possible(samples: Samples, batch: tuple[Any, ...], into: Feed) -> Any:
@@ -256,6 +299,16 @@ def traced_if_possible(samples: Samples, batch: tuple[Any, ...], into: Feed) -> 
         return by_vmap(samples, batch, into)
     found.backward(into)
     return found.aux
+
+
+def by_loop(samples: Samples, batch: tuple[Any, ...], into: Feed) -> Any:
+    """Hand on the rows that plain autograd makes, sample by sample."""
+    rows, losses, aux = samples.one_by_one(batch, into.derivatives)
+    into.losses(losses)
+    with without_autocast(samples.device):
+        for name, row in rows.items():
+            into.whole(name, row, own=not row.requires_grad)
+    return aux
 
 
 def by_vmap(samples: Samples, batch: tuple[Any, ...], into: Feed) -> Any:

@@ -45,6 +45,7 @@ def computed(
     wanted: Mapping[str, Quantity[Any]],
     chunk_size: ChunkSize,
     way: Way,
+    one_by_one: bool = False,
 ) -> tuple[dict[str, Any], Any]:
     """Some quantities of all samples, and aux.
 
@@ -53,6 +54,8 @@ def computed(
         wanted: the quantities.
         chunk_size: how many samples at a time.
         way: how some of the samples give their gradients.
+        one_by_one: whether it takes one after another, so that chunks of one sample
+            save memory, and take no longer.
 
     Returns:
         The quantities by their keys, and aux.
@@ -61,14 +64,18 @@ def computed(
         samples.called,
         samples.values,
         samples.count,
-        in_chunks=chunk_size is not None,
+        in_chunks=chunk_size is not None or one_by_one,
         mode=samples.options.meaning,
         rows=samples.options.rows,
         made_up=samples.size == 0,
     )
     begun = {key: quantity.begin(call) for key, quantity in wanted.items()}
     stages = [s for s in begun.values() if isinstance(s, (Collected, Paired))]
-    run = _Run(samples, call, chunk_size, way, looks_again=len(stages) < len(begun))
+    looks_again = len(stages) < len(begun)
+    paired = any([isinstance(stage, Paired) for stage in stages])
+    if one_by_one and not (looks_again or paired):
+        chunk_size = 1
+    run = _Run(samples, call, chunk_size, way, looks_again, one_by_one)
     if not run.looks_again:
         return dict(zip(begun, run.look(stages))), run.aux
     looks = _Several(call, begun)
@@ -201,6 +208,7 @@ class Feed(Collector):
         keep: whether the gradients will be wanted again.
 
     Attributes:
+        derivatives: whether those of the gradients may be wanted.
         kept: the gradients by the parameters' names, if they are kept.
     """
 
@@ -208,6 +216,7 @@ class Feed(Collector):
         self, parts: Sequence[Part], asked: Mapping[str, int], keep: bool
     ) -> None:
         self._parts, self._asked, self._keep = parts, asked, keep
+        self.derivatives = any([part.derivatives for part in parts])
         self.kept: dict[str, Grads] = {}
 
     def losses(self, losses: Tensor) -> None:
@@ -265,6 +274,7 @@ class _Run:
         chunk_size: how many samples at a time.
         way: how some of the samples give their gradients.
         looks_again: whether there may be more than one look.
+        one_by_one: whether the way takes one sample after another.
         aux: of all samples, from the first look.
     """
 
@@ -273,6 +283,7 @@ class _Run:
     chunk_size: ChunkSize
     way: Way
     looks_again: bool
+    one_by_one: bool = False
     aux: Any = None
     _chunks: list[_Chunk] = field(default_factory=list)
     _kept: Kept = field(default_factory=dict)
@@ -288,13 +299,15 @@ class _Run:
         if not self._chunks:
             found = self._first(stages, keep)
         elif at_once:
-            found = [self._fed(stages)]
+            found = [[part] for part in self._fed(stages)]
         else:
             after = self._draws()
-            found = [self._again(chunk, stages, keep) for chunk in self._chunks]
+            found = [[] for _ in stages]
+            for chunk in self._chunks:
+                self._add(stages, found, self._again(chunk, stages, keep))
             after.put_back()
         values: list[Any] = []
-        for stage, other, parts in zip(stages, others, zip(*found)):
+        for stage, other, parts in zip(stages, others, found):
             if not isinstance(stage, Paired):
                 with without_autocast(self.samples.device):
                     values.append(stage.joined(self.call, parts))
@@ -322,7 +335,7 @@ class _Run:
         return Draws(self.samples.randomness, of_host=True)
 
     def _first(self, stages: Sequence[Stage], keep: bool) -> list[list[Any]]:
-        found: list[list[Any]] = []
+        found: list[list[Any]] = [[] for _ in stages]
         auxs: list[Any] = []
         several = self.looks_again or any([isinstance(s, Paired) for s in stages])
 
@@ -331,18 +344,33 @@ class _Run:
             chunk = _Chunk(self.samples, start, stop, draws)
             parts = self._parts(stages, start, stop)
             values, aux, kept = self._feed(chunk, parts, keep, _asked(stages))
-            found.append(values)
+            self._add(stages, found, values)
             auxs.append(aux)
             self._chunks.append(chunk)
             self._kept = kept
 
         samples = self.samples
-        device, randomness = samples.device, samples.randomness
-        in_chunks(samples.count, self.chunk_size, device, randomness, run)
+        self._in_chunks(samples, run)
         self.aux = joined(self.call, auxs)
         for chunk in self._chunks:
             chunk.samples = samples.without_updates()
         return found
+
+    def _in_chunks(self, samples: Samples, run: Callable[[int, int], None]) -> None:
+        randomness = samples.randomness
+        if self.one_by_one and randomness == "error":
+            randomness = "same"  # of what vmap does not see: Python's and numpy's draws
+        in_chunks(samples.count, self.chunk_size, samples.device, randomness, run)
+
+    def _add(
+        self, stages: Sequence[Stage], found: list[list[Any]], values: list[Any]
+    ) -> None:
+        """Put what a chunk gives to what those before it gave to each stage."""
+        for stage, parts, value in zip(stages, found, values):
+            parts.append(value)
+            if isinstance(stage, Collected) and len(parts) > 1:
+                with without_autocast(self.samples.device):
+                    parts[:] = stage.folded(self.call, parts)
 
     def _again(self, chunk: _Chunk, stages: Sequence[Stage], keep: bool) -> list[Any]:
         chunk.draw_again()
@@ -427,8 +455,7 @@ class _Run:
             columns.append(torch.cat(blocks))
             after.put_back()
 
-        device, randomness = other.device, other.randomness
-        in_chunks(other.count, self.chunk_size, device, randomness, run)
+        self._in_chunks(other, run)
         return torch.cat(columns, 1)[: self.samples.size, : other.size]
 
     def _block(

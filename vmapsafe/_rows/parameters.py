@@ -33,6 +33,7 @@ class Parameters:
         values: the tensors to differentiate by, by name; tied ones once.
         known: all parameters of the model, by each of their names.
         places: where each of ``values`` goes, by the name it has there.
+        others: where the model's other parameters are.
         constants: where the rest of a state dict goes, and the tensors.
         of_state_dict: whether the caller gave a whole state dict.
         are_models_own: whether ``values`` are the model's own tensors.
@@ -42,6 +43,7 @@ class Parameters:
     values: dict[str, Tensor]
     known: dict[str, nn.Parameter]
     places: tuple[Place, ...]
+    others: tuple[Place, ...]
     constants: tuple[tuple[Place, Tensor], ...]
     of_state_dict: bool
     are_models_own: bool
@@ -86,6 +88,7 @@ class Parameters:
                     if (name := names.get(known[place.name])) is not None
                 ]
             ),
+            tuple([place for place in places if known[place.name] not in names]),
             tuple(
                 [
                     (place, constants[place.name])
@@ -110,6 +113,20 @@ class Parameters:
         return _while_there(
             [(place, values[place.name]) for place in self.places], function, args
         )
+
+    def alone(
+        self,
+        values: Mapping[str, Tensor],
+        function: Callable[..., T],
+        *args: Any,
+    ) -> T:
+        """The same, while all other parameters are constants.
+
+        Then ``.backward()`` changes ``.grad`` of none of the model's own.
+        """
+        given = [(place, values[place.name]) for place in self.places]
+        rest = [(p, p.tensors[p.own].detach()) for p in self.others]
+        return _while_there([*given, *rest], function, args)
 
     def with_constants(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function while the rest of a state dict is in the model."""

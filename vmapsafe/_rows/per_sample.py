@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 from torch import Tensor, nn
 
 from vmapsafe import quantities as q
+from vmapsafe._block.loop import Fallback
 from vmapsafe._draws import Randomness
 from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, a_kind, shown
 from vmapsafe._modes import Also, ModeName, NumGroups, RowsName, check_flag
@@ -32,6 +33,7 @@ class _Options(TypedDict, total=False):
     chunk_size: ChunkSize
     randomness: Randomness
     keep_batch_dim: bool
+    fallback: Fallback
     num_groups: NumGroups
     update_running_stats: bool
     sync_levels: int | None
@@ -96,6 +98,7 @@ def per_sample(
     randomness: Randomness = "error",
     has_aux: bool = False,
     keep_batch_dim: bool = True,
+    fallback: Fallback = "error",
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
@@ -143,6 +146,13 @@ def per_sample(
             sees x[i] as it is. x[i] may then be a batch, such as the 8 images of user i
             with x (users, 8, C, H, W), and there is one gradient for each user. aux is
             taken as it is.
+        fallback: what to do where vmap refuses the model or the loss, as it does if
+            they call ``.item()``, decide by the numbers of a tensor, take a boolean
+            mask, call an autograd.Function that has not a rule for vmap, or pack
+            sequences. "error" raises vmap's error. "loop" runs sample by sample with
+            plain autograd, with the same results, and warns once. Other errors are
+            raised: those of the code itself, about shapes, or for a draw with
+            ``randomness="error"``. In "sync" a loop is refused.
         num_groups: in "group_norm", the number of groups, or a function of the number
             of channels.
         update_running_stats: in "sync", whether the running statistics are updated.
@@ -186,6 +196,7 @@ def per_sample(
         randomness,
         has_aux,
         keep_batch_dim,
+        fallback,
         block,
     )
     _check_want(want)
@@ -250,6 +261,7 @@ def per_sample_grads(
     randomness: Randomness = "error",
     has_aux: bool = False,
     keep_batch_dim: bool = True,
+    fallback: Fallback = "error",
     out: Mapping[str, Tensor] | None = None,
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
@@ -299,6 +311,8 @@ def per_sample_grads(
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
         keep_batch_dim: False if a slice x[i] is a batch of its own, as in
             :func:`per_sample`.
+        fallback: "error", or "loop" for one sample after another where vmap refuses the
+            code, as in :func:`per_sample`.
         out: a dict such as an earlier call returned, to be filled and returned, as in
             ``rows = per_sample_grads(..., out=rows)``. In small networks fresh memory
             takes most of the time. The earlier rows are overwritten, also by a call
@@ -373,6 +387,7 @@ def per_sample_grads(
         randomness,
         has_aux,
         keep_batch_dim,
+        fallback,
         block,
     )
     return asked.one(lambda: q.Rows(out))
@@ -443,6 +458,7 @@ def per_sample_grad_norms(
     randomness: Randomness = "error",
     has_aux: bool = False,
     keep_batch_dim: bool = True,
+    fallback: Fallback = "error",
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
@@ -485,6 +501,8 @@ def per_sample_grad_norms(
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
         keep_batch_dim: False if a slice x[i] is a batch of its own, as in
             :func:`per_sample`.
+        fallback: "error", or "loop" for one sample after another where vmap refuses the
+            code, as in :func:`per_sample`.
         num_groups: in "group_norm", the number of groups, or a function of the number
             of channels.
         update_running_stats: in "sync", whether the running statistics are updated.
@@ -526,6 +544,7 @@ def per_sample_grad_norms(
         randomness,
         has_aux,
         keep_batch_dim,
+        fallback,
         block,
     )
 
@@ -577,6 +596,7 @@ def clipped_grad_sum(
     randomness: Randomness = "error",
     has_aux: bool = False,
     keep_batch_dim: bool = True,
+    fallback: Fallback = "error",
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
@@ -622,6 +642,8 @@ def clipped_grad_sum(
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
         keep_batch_dim: False if a slice x[i] is a batch of its own, as in
             :func:`per_sample`.
+        fallback: "error", or "loop" for one sample after another where vmap refuses the
+            code, as in :func:`per_sample`.
         num_groups: in "group_norm", the number of groups, or a function of the number
             of channels.
         update_running_stats: in "sync", whether the running statistics are updated.
@@ -667,6 +689,7 @@ def clipped_grad_sum(
         randomness,
         has_aux,
         keep_batch_dim,
+        fallback,
         block,
     )
 
@@ -724,6 +747,7 @@ def per_sample_sketch(
     randomness: Randomness = "error",
     has_aux: bool = False,
     keep_batch_dim: bool = True,
+    fallback: Fallback = "error",
     num_groups: NumGroups = 32,
     update_running_stats: bool = False,
     sync_levels: int | None = None,
@@ -771,6 +795,8 @@ def per_sample_sketch(
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
         keep_batch_dim: False if a slice x[i] is a batch of its own, as in
             :func:`per_sample`.
+        fallback: "error", or "loop" for one sample after another where vmap refuses the
+            code, as in :func:`per_sample`.
         num_groups: in "group_norm", the number of groups, or a function of the number
             of channels.
         update_running_stats: in "sync", whether the running statistics are updated.
@@ -850,6 +876,7 @@ def per_sample_sketch(
         randomness,
         has_aux,
         keep_batch_dim,
+        fallback,
         block,
     )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
+from vmapsafe._block.loop import in_turn, stacked
 from vmapsafe._block.models import process_group, unwrapped
 from vmapsafe._block.vmap_safe import Block
 from vmapsafe._draws import Draws, check_randomness
@@ -25,6 +26,7 @@ from vmapsafe._rows.copies import Copies, leaves_of
 from vmapsafe._rows.layers import in_a_row, layers_in, loss_in
 from vmapsafe._rows.merged import Trials, merged
 from vmapsafe._rows.parameters import Parameters, Params
+from vmapsafe._rows.plain import Found, by_autograd
 from vmapsafe._rows.record import LEVEL, Recorded, recorded
 from vmapsafe._rows.traced import LEVEL as LEVEL_OF_TRACED
 from vmapsafe._rows.traced import Traced
@@ -209,6 +211,48 @@ class Samples:
         derive = self._by_jacobian if self.options.rows == "jacobian" else self._by_grad
         with without_inference_mode():
             rows, (losses, aux) = self._in_block(self.options, derive, batch)
+        return rows, losses, aux
+
+    def one_by_one(
+        self, batch: tuple[Any, ...], derivatives: bool
+    ) -> tuple[dict[str, Tensor], Tensor, Any]:
+        """The same by a loop over the samples.
+
+        Args:
+            batch: some of them.
+            derivatives: whether those of the rows may be wanted.
+
+        Returns:
+            The rows, losses and aux.
+        """
+        watched = derivatives and (self.could_be_watched() or beyond_reverse_mode())
+        if not watched:
+            batch = tree_map(lambda t: t.detach(), batch)
+
+        def one(i: int) -> Found:
+            sample = tree_map(lambda t: t[i], batch)
+            if current_level():
+                derive = grad(self._loss_of_copies, has_aux=True)
+                rows, (loss, aux) = derive(self.values, *sample)
+                return rows, loss, aux
+            return by_autograd(
+                self.called,
+                self.parameters,
+                self._loss_with_aux,
+                self._given,
+                sample,
+                watched,
+                derivatives,
+            )
+
+        size = len(_tensors(batch)[0])
+        recorded = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(recorded):
+            batch = tree_map(lambda t: t.clone() if t.is_inference() else t, batch)
+            found = self._in_block(
+                self.options, in_turn, self.called, size, self.randomness, one
+            )
+        rows, losses, aux = stacked(self.called, found)
         return rows, losses, aux
 
     def _in_block(
@@ -408,6 +452,10 @@ class Samples:
         leaves = leaves_of(innermost(value))
         copies.check_graph([leaf for leaf in leaves if id(leaf) not in given])
         return _with_loss(result, self.has_aux)
+
+    def _loss_with_aux(self, values: Mapping[str, Tensor], *sample: Any) -> Any:
+        loss, (_, aux) = _with_loss(self._loss(values, *sample), self.has_aux)
+        return loss, aux
 
     def _given(self) -> list[Tensor]:
         """What plain autograd differentiates the caller's ``params`` by."""
