@@ -54,7 +54,7 @@ def rows_in(
     slices: bool = False,
 ) -> Rows:
     """Rows in a mode without "sync", by the names that parameters have in ``model``."""
-    plain = _plain_in(model, mode)
+    plain = plain_in(model, mode)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     found = rows(plain, loss_fn, *batch, slices=slices)
     return dict(zip(names, found.values(), strict=True))
@@ -68,13 +68,14 @@ def losses_in(
     slices: bool = False,
 ) -> Tensor:
     """(B,)"""
-    plain = _plain_in(model, mode)
+    plain = plain_in(model, mode)
     parts = parts_of(batch, slices)
     found = [loss_fn(plain(x), *rest).sum() for x, *rest in parts]
     return torch.stack(found).detach()
 
 
-def _plain_in(model: nn.Module, mode: ModeName) -> nn.Module:
+def plain_in(model: nn.Module, mode: ModeName) -> nn.Module:
+    """A copy that does by hand what a block promises, with right gradients."""
     plain = switched(model, mode)
     for module in plain.modules():  # torch's kernel is wrong for one sample else
         if isinstance(module, _BatchNorm):

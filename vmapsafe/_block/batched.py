@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import vmap
 
 from vmapsafe._block.loop import (
@@ -23,7 +25,13 @@ from vmapsafe._block.loop import (
 )
 from vmapsafe._draws import Draws, Randomness
 from vmapsafe._errors import VmapSafeTypeError, VmapSafeValueError, shown
-from vmapsafe._torch import broadcast_to_leaves, tree_flatten, tree_map, tree_unflatten
+from vmapsafe._torch import (
+    broadcast_to_leaves,
+    top_hooks,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -200,12 +208,26 @@ def batched(
             dims = [dim for _, dim in mapped]
             return _one_by_one(called, one, tensors, dims, randomness, out_dims)
 
+        def attempt() -> R:
+            with _no_hooks():
+                return by_vmap()
+
         held = modules_in([function, *leaves])
         before = Before(randomness, tensors, held)
         code = getattr(function, "__code__", type(function))
-        return by_vmap_or_loop(called, by_vmap, by_loop, before, held, code)
+        return by_vmap_or_loop(called, attempt, by_loop, before, held, code)
 
     return wrapper
+
+
+def _no_hooks() -> AbstractContextManager[None]:
+    """Refuse hooks for saved tensors, as a checkpoint sets them: in backward they would
+    run code on the slices after vmap has ended."""
+    if not torch.is_grad_enabled() or top_hooks(True) is not None:
+        return nullcontext()
+    return disable_saved_tensors_hooks(
+        "vmap doesn't support saved tensor hooks, as torch.utils.checkpoint uses them"
+    )
 
 
 def _one_by_one(
