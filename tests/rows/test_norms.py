@@ -12,7 +12,6 @@ from nets import CASES, NETS, SYNC, conv, image, images, mse, net, problem, smal
 from state import assert_same_state, everything
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from vmapsafe import (
     clipped_grad_sum,
@@ -739,21 +738,6 @@ def test_what_a_slice_says_of_itself():
     by_name = per_sample_grad_norms(model, mse, X, y, per_parameter=True)
     for name, row in rows.items():
         assert_same(by_name[name], row.flatten(1).norm(dim=1))
-
-
-class Checkpoints(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return checkpoint(lambda x: torch.tanh(self.a(x)), x, use_reentrant=False)
-
-
-def test_checkpoints_raise():
-    """As under vmap(grad): backward would run the forward again outside the vmap."""
-    with pytest.raises(RuntimeError, match="torch.utils.checkpoint and save_on_cpu"):
-        per_sample_grad_norms(Checkpoints().double(), F.cross_entropy, X, Y)
 
 
 def test_a_gradient_that_is_not_contiguous():
