@@ -43,6 +43,10 @@ def mse(output, target):
     return F.mse_loss(output, target)
 
 
+def total(output):
+    return output.sum()
+
+
 X, Y = numbers(5, 2, 5, 5, seed=1), numbers(5, 3, seed=2)
 OTHER = numbers(3, 2, 5, 5, seed=3), numbers(3, 3, seed=4)
 LOOP = {"fallback": "loop"}
@@ -305,6 +309,60 @@ def test_a_parameter_that_the_code_writes():
     assert_same_state(model, before)
 
 
+class InAdvance(nn.Module):
+    """Uses a view of its weight that was made before."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 1, 1, dtype=torch.float64))
+        self.views = [self.weight.view(4, 1, 1)]
+
+    def forward(self, x):
+        return x * self.views[0] * x.mean().item()
+
+
+def test_a_way_past_the_modules():
+    model = around(InAdvance())
+    with pytest.raises(VmapSafeRuntimeError, match="depends on '2.weight' by a way"):
+        per_sample_grads(model, mse, X, Y, **LOOP)
+
+
+class Words(nn.Module):
+    def __init__(self, reads, **options):
+        super().__init__()
+        self.words = nn.Embedding(7, 3, **options)
+        self.reads = reads
+
+    def forward(self, x):
+        y = self.words(x)
+        if self.reads:
+            y = y + self.words.weight.sum()
+        return y * y.sum().item()
+
+
+def test_embeddings():
+    """Sparse gradients give rows as others do; a weight that is renormalised is not
+    written, and may not be used otherwise."""
+    x = torch.tensor([[1, 2], [2, 2], [0, 6]])
+    net = Words(False, sparse=True).double()
+    rows = per_sample_grads(net, total, x, **LOOP)["words.weight"]
+    for row, one in zip(rows, x.split(1)):
+        net.zero_grad()
+        total(net(one)).backward()
+        assert_same(row, net.words.weight.grad.to_dense())
+    net = Words(True, max_norm=0.5).double()
+    with pytest.raises(VmapSafeRuntimeError, match="embedding with max_norm"):
+        per_sample_grads(net, total, x, **LOOP)
+    net.reads = False
+    before = net.words.weight.detach().clone()
+    rows = per_sample_grads(net, total, x, **LOOP)["words.weight"]
+    assert torch.equal(net.words.weight, before)
+    plain = Words(False).double()
+    plain.words.weight.data = before / before.norm(dim=1, keepdim=True).clamp(min=0.5)
+    plain.words.weight.data *= 0.5
+    assert_same(rows, slow.rows(plain, total, x)["words.weight"], rtol=1e-5)
+
+
 # -- Derivatives of rows, and other contexts -------------------------------------------
 
 
@@ -406,6 +464,65 @@ def test_autocast():
         torch.testing.assert_close(row, exact[name], rtol=0.1, atol=0.02)
 
 
+class Watching(torch.autograd.Function):
+    """Notes whether autocast is on in backward."""
+
+    seen = []
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        Watching.seen.append(torch.is_autocast_enabled("cpu"))
+        return grad
+
+
+def test_backward_is_not_under_autocast():
+    model = around(Refused(Watching.apply)).float()
+    Watching.seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        per_sample_grads(model, mse, X.float(), Y.float(), **LOOP)
+    assert Watching.seen == [False] * 5
+
+
+def test_a_batch_that_requires_a_gradient():
+    """Its gradient is left alone, also where backward has to reach all leaves."""
+    for name in ("item", *CHECKPOINTS):
+        model, x = refusing(name), X.clone().requires_grad_()
+        rows = slow.rows_in(unchecked(model), "eval", mse, X, Y)
+        norms = per_sample_grad_norms(model, mse, x, Y, **LOOP)
+        assert_same(norms, slow.norms(rows))
+        assert x.grad is None
+
+
+class Sizes(q.PerSample):
+    """Notes how many samples come at a time."""
+
+    def __init__(self):
+        object.__setattr__(self, "seen", [])
+        object.__setattr__(self, "gather", None)
+
+    def part(self, call, start, stop):
+        self.seen.append(stop - start)
+        return q.Norms().part(call, start, stop)
+
+
+def test_how_many_samples_run():
+    """One at a time takes little memory; each runs once, unless chunks are asked for."""
+    model, calls = refusing("item"), []
+    item = model[2].function
+    model[2].function = lambda x: calls.append(x.shape) or item(x)
+    sizes = Sizes()
+    per_sample(model, mse, X, Y, want=sizes, **LOOP)
+    assert sizes.seen[-5:] == [1] * 5
+    for quantity in (q.Norms(), q.Gram(), Cosine(), q.Rows(), q.ClippedSum(1.0)):
+        calls.clear()
+        per_sample(model, mse, X, Y, want=quantity, **LOOP)
+        assert len([shape for shape in calls if shape[0] == 1]) == 5 + 1  # under vmap
+
+
 def test_over(tmp_path):
     model = refusing("mask")
     loader = DataLoader(TensorDataset(X, Y), batch_size=2)
@@ -430,10 +547,6 @@ class Dropped(nn.Module):
     def forward(self, x):
         x = self.draw(x * self.w)
         return self.last(x * (1 + 0 * x.sum().item()))
-
-
-def total(output):
-    return output.sum()
 
 
 ONES = torch.ones(6, 60, dtype=torch.float64)
