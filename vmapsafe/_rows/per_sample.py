@@ -168,15 +168,32 @@ def per_sample(
     Raises:
         VmapSafeTypeError: as :func:`per_sample_grads`; ``want`` holds something else.
         VmapSafeValueError: as :func:`per_sample_grads`; a quantity does not fit the
-            parameters or the batch; ``keep_batch_dim=False`` with other ``rows``.
+            parameters or the batch; ``keep_batch_dim=False`` with other ``rows``;
+            ``fallback="loop"`` in "sync".
         VmapSafeRuntimeError: a quantity of all processes without a process group;
             another process failed; the loss cannot be followed, and a second forward
-            would update the running statistics twice.
+            would update the running statistics twice; before a loop, the code has
+            written on the batch; in a loop, it draws random numbers with
+            ``randomness="error"``.
+
+    Warns:
+        FallbackWarning: vmap refuses the code, and the samples run one after another.
 
     A parameter takes little or no memory if one linear layer, convolution, embedding,
     or batch, group, layer or RMS norm uses it, once. A parameter that is used otherwise
     (twice, tied, or by another operation) takes the memory of its rows. A loss that
     only ``vmap(grad)`` can follow takes the memory of all rows, of one chunk at a time.
+
+    A model that calls torch.utils.checkpoint, of either kind, runs sample by sample
+    with plain autograd, without a warning. That takes less memory than a training step
+    with checkpoints, and a few times as long; a small ``chunk_size`` without
+    checkpoints is faster. In "sync" it is an error.
+
+    A loop begins with the buffers of modules in ``loss_fn`` as they were before vmap
+    refused the code, and, with ``fallback="loop"``, with the random state of then. What
+    else the code had changed stays. For quantities of pairs, and those that look twice,
+    it takes the memory of all rows, of one chunk at a time. While torch.compile traces
+    there is not a loop.
 
     Only ``Rows`` carries derivatives for plain autograd. Under transforms of torch.func
     all do. Clipping is not differentially private by itself. The algorithm is the
