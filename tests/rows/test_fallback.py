@@ -773,3 +773,22 @@ def test_vmap_is_left_where_it_runs(monkeypatch):
     model = around(Refused(torch.tanh))
     rows = slow.rows_in(model, "eval", mse, X, Y)
     assert_same(per_sample_grads(model, mse, X, Y, **LOOP), rows)
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_draws_in_a_checkpoint(reentrant, randomness):
+    """Backward draws again what forward drew."""
+
+    def drawn(x):
+        return checkpoint(F.dropout, x.tanh(), use_reentrant=reentrant)
+
+    model = Dropped(drawn, lambda x: x)
+    torch.manual_seed(3)
+    plain = Dropped(lambda x: F.dropout(x.tanh()), lambda x: x)
+    rows = by_torch_loop(plain, randomness)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    found = per_sample_grads(model, total, ONES, randomness=randomness, **LOOP)
+    assert_same(found["w"], rows)
+    assert torch.equal(torch.rand(1), after)

@@ -222,13 +222,13 @@ def in_turn(
     Raises:
         VmapSafeRuntimeError: a slice draws random numbers with ``randomness="error"``.
     """
-    shared = Draws("same", of_host=True)
+    shared, of_torch = Draws("same", of_host=True), Draws("same")
     found = []
     for i in range(count):
         if i and randomness != "different":
             shared.put_back()
         found.append(run(i))
-        if randomness == "error" and shared.moved():
+        if randomness == "error" and of_torch.moved():
             shared.put_back()
             raise VmapSafeRuntimeError(
                 f'{called} with fallback="loop"',
