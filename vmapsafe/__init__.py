@@ -51,7 +51,7 @@ from vmapsafe._rows.per_sample import per_sample_grad_norms as per_sample_grad_n
 from vmapsafe._rows.per_sample import per_sample_grads as per_sample_grads
 from vmapsafe._rows.per_sample import per_sample_sketch as per_sample_sketch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BlockError",
     "FallbackWarning",
