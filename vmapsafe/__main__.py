@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from vmapsafe import __version__
 from vmapsafe._check import command as check
-from vmapsafe._check.report import reader_may_leave
 from vmapsafe.examples import wrong_labels
 
 
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         child.set_defaults(run=command.run)
 
     status = _READER_LEFT  # unless the command returns its own
-    with reader_may_leave():
+    with check.reader_may_leave():
         options = parser.parse_args(argv)
         status = int(options.run(options))
     return status

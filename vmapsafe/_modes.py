@@ -42,6 +42,7 @@ class Mode:
         others: the flags that other layers with running statistics show, those of
             instance norm among them; None for the flags of their owner.
         becomes: what batch norm normalises with, for reports.
+        fits: what the mode is for, for reports.
         reads_running_stats: whether layers normalise with their running statistics, so
             that a layer that the block does not reach can be put in eval mode by hand.
         merges: whether slices share their statistics, as one batch.
@@ -54,6 +55,7 @@ class Mode:
     batch_norm: Flags
     others: Flags | None
     becomes: str
+    fits: str
     reads_running_stats: bool = False
     merges: bool = False
     can_update: bool = False
@@ -69,6 +71,7 @@ MODES: Mapping[str, Mode] = {
             batch_norm=Flags(training=False),
             others=Flags(training=False),
             becomes="with the running statistics",
+            fits="per-sample gradients, Jacobians, inference",
             reads_running_stats=True,
         ),
         # In training, and without tracking, torch's batch norm uses the statistics of
@@ -78,6 +81,7 @@ MODES: Mapping[str, Mode] = {
             batch_norm=Flags(training=True, track_running_stats=False),
             others=Flags(training=True),
             becomes="with the statistics of the slice",
+            fits="MAML, and other slices that are batches",
             can_update=True,
         ),
         Mode(
@@ -85,13 +89,15 @@ MODES: Mapping[str, Mode] = {
             batch_norm=Flags(training=False),
             others=None,
             becomes="over groups of channels of each sample",
+            fits="training by clipped per-sample gradients",
             by_rule=True,
         ),
         Mode(
             "sync",
             batch_norm=Flags(training=False),
             others=Flags(training=True),
-            becomes="with the statistics of all slices together",
+            becomes="with the statistics of all slices",
+            fits="what a training step computes; ensembles",
             merges=True,
             can_update=True,
             by_rule=True,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from vmapsafe._block.models import unwrapped
-from vmapsafe._check.layers import findings_of_layers
+from vmapsafe._check.layers import findings_of_layers, note_on_statistics
 from vmapsafe._check.outcomes import findings_of_trial
 from vmapsafe._check.question import Question
 from vmapsafe._check.report import Report
@@ -50,12 +50,15 @@ def check(
     >>> report.safe("eval"), len(report)
     (True, 3)
 
-    ``print(report)`` shows a table. The kinds of findings:
+    ``print(report)`` shows a page: what to do first, what each mode is for, and what
+    was found, in one row for all layers of which the same is to be said. The kinds of
+    findings:
 
     ================  ===============================================================
     "mixes samples"   batch norm with batch statistics, under vmap those of the slice
     "writes buffers"  running statistics, counters, a hand-made layer's own updates
     "random"          dropout and the like: vmap needs its ``randomness`` option
+    "not registered"  a module that the model calls, out of the reach of a block
     "unsupported"     what vmap or vmap_safe raises, with the layer's path
     "slow fallback"   what torch's vmap runs slice by slice, which is right but slow
     ================  ===============================================================
@@ -76,8 +79,10 @@ def check(
 
     Returns:
         A report: a sequence of findings with ``path``, ``module``, ``kind``,
-        ``detail``, ``becomes`` and ``safe`` by mode, and ``advice``. Its
-        ``safe(mode)`` says whether nothing unsafe was found in a mode.
+        ``detail``, ``becomes`` and ``safe`` by mode, ``advice``, ``needs`` and
+        ``named``. Its ``safe(mode)`` says whether nothing unsafe was found in a mode;
+        ``to_do`` is the first sentence of the page; ``details()`` is the page with all
+        layers; and ``as_dict()`` is for JSON.
 
     Raises:
         VmapSafeValueError: an unknown mode or randomness; an example without tensors,
@@ -117,12 +122,13 @@ def check(
     findings = list(findings_of_layers(question))
     trial = tried(question, inputs, findings)
     findings += findings_of_trial(question, trial, list(findings))
+    notes = [*trial.notes, note_on_statistics(question)]
     order = {path: i for i, path in enumerate(question.modules)}
-    findings.sort(key=lambda finding: order[finding.path])
+    findings.sort(key=lambda finding: order.get(finding.path, len(order)))
     return Report(
         type(net).__name__,
         question.modes,
         findings,
         tried=bool(trial.in_mode),
-        notes=trial.notes,
+        notes=[note for note in notes if note],
     )

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import operator
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from vmapsafe._check.check import check
-from vmapsafe._check.report import one_line, reader_may_leave
+from vmapsafe._check.finding import one_line
 from vmapsafe._draws import RANDOMNESS
-from vmapsafe._errors import a_kind
+from vmapsafe._errors import VmapSafeError, a_kind
 from vmapsafe._modes import MODES
 
-HELP = "say what in a model is unsafe under vmap; exit status 1 if something is"
+HELP = (
+    "say what in a model is unsafe under vmap, and what to do. The exit status is 0 if "
+    'the mode, "eval" by default, is safe; 1 if it is not; and 2 if the model cannot '
+    "be looked at"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="the shape of an input, batch first, e.g. 2,3,64,64; once for each input. "
-        "Without it nothing is run",
+        "A batch of 2 or more shows more than one of 1. Without it nothing is run",
     )
     parser.add_argument(
         "--dtype",
@@ -56,34 +63,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="what you will pass to vmap (default: error)",
     )
+    printed = parser.add_mutually_exclusive_group()
+    printed.add_argument(
+        "--all",
+        action="store_true",
+        help="print all findings, and what each mode makes of them",
+    )
+    printed.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON, for programs: model, to_do, tried, safe (by mode), findings "
+        "(path, module, kind, detail, becomes and safe by mode, advice, needs, named) "
+        "and notes",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report.
+    """Print the report: a page, everything, or JSON.
 
     Args:
         arguments: what a parser with :func:`add_arguments` has read.
 
     Returns:
         The exit status: 0 if the mode is safe, 1 if it is not, 2 if the model cannot be
-        loaded, after one sentence on stderr.
+        looked at, after one sentence on stderr.
     """
     dtype: torch.dtype = arguments.dtype
     try:
         model = _loaded(arguments.model)
-    except _BadUsage as error:
+        if dtype.is_floating_point or dtype.is_complex:
+            model.to(dtype)
+        generator = torch.Generator().manual_seed(0)
+        example = [_made_up(shape, dtype, generator) for shape in arguments.input]
+        report = check(
+            model, *example, mode=arguments.mode, randomness=arguments.randomness
+        )
+    except (_BadUsage, VmapSafeError) as error:
         print(f"vmapsafe check: {error}", file=sys.stderr)
         return 2
-    if dtype.is_floating_point or dtype.is_complex:
-        model.to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    example = [_made_up(shape, dtype, generator) for shape in arguments.input]
-    report = check(
-        model, *example, mode=arguments.mode, randomness=arguments.randomness
-    )
     with reader_may_leave():
-        print(report)
+        if arguments.json:
+            print(json.dumps(report.as_dict(), indent=2))
+        else:
+            print(report.details() if arguments.all else report)
     return 0 if report.safe(arguments.mode or "eval") else 1
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Stop printing without an error when the reader of a pipe leaves (``| head``)."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # At exit, Python still writes what is in its buffer.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class _BadUsage(Exception):

@@ -10,13 +10,14 @@ from vmapsafe._block.models import (
     Refusal,
     has_running_stats,
     is_frozen,
+    is_lazy,
     never_updated,
     refusal,
     refusal_of_named,
 )
 from vmapsafe._block.switched import owners_flags
-from vmapsafe._check.question import USE_A_BLOCK, Question
-from vmapsafe._check.report import Finding
+from vmapsafe._check.finding import BLOCK, RANDOMNESS, Finding
+from vmapsafe._check.question import NO_LOOP, USE_A_BLOCK, Question
 from vmapsafe._modes import MODES, Flags, Mode, groups_for
 from vmapsafe._torch import (
     BatchNormBase,
@@ -47,14 +48,41 @@ def random_draw(question: Question, path: str, detail: str) -> Finding:
     """A module that draws random numbers."""
     becomes, advice = {
         "error": (
-            "raises, unless randomness= is given",
+            "raises unless vmap is given randomness=",
             'Pass randomness= to vmap, "different" or "same".',
         ),
         "different": ("draws for each slice", 'Keep passing randomness="different".'),
         "same": ("draws once for all slices", 'Keep passing randomness="same".'),
     }[question.randomness]
-    unsafe = question.modes if question.randomness == "error" else ()
-    return question.finding(path, "random", detail, becomes, advice, unsafe)
+    asked = question.randomness == "error"
+    return question.finding(
+        path,
+        "random",
+        detail,
+        becomes,
+        advice,
+        question.modes if asked else (),
+        needs=RANDOMNESS,
+        named="" if asked else f'"{question.randomness}"',
+    )
+
+
+def note_on_statistics(question: Question) -> str:
+    """A sentence about layers whose running statistics mean nothing yet; "" if none."""
+    found = [
+        module
+        for module in question.modules.values()
+        if isinstance(module, BatchNormBase)
+        and not is_lazy(module)
+        and never_updated(module)
+    ]
+    if not found or "eval" not in question.modes:
+        return ""
+    layers = "layer has" if len(found) == 1 else "layers have"
+    return (
+        f'For mode "eval", train the model or load its weights first: {len(found)} '
+        f"{layers} running statistics that no batch has updated (mean 0, variance 1)."
+    )
 
 
 def _of_refusal(
@@ -68,7 +96,7 @@ def _of_refusal(
     becomes = {m: "refused at entry" if r else "runs" for m, r in refusals.items()}
     unsafe = [mode for mode, refused in refusals.items() if refused]
     return question.finding(
-        path, "unsupported", first.found, becomes, f"{first.do}.", unsafe
+        path, "unsupported", first.found, becomes, f"{first.do}.{NO_LOOP}", unsafe
     )
 
 
@@ -108,7 +136,9 @@ def _of_batch_norm(
         if never_updated(layer):
             becomes["eval"] += ", which were never updated (mean 0, variance 1)"
         detail = "in training it normalises with the statistics of the slice"
-    yield question.finding(path, "mixes samples", detail, becomes, USE_A_BLOCK)
+    yield question.finding(
+        path, "mixes samples", detail, becomes, USE_A_BLOCK, needs=BLOCK
+    )
     if running and flags.track_running_stats:
         counter = layer.num_batches_tracked is not None
         written = "the running statistics" + (" and the counter" if counter else "")
@@ -118,6 +148,7 @@ def _of_batch_norm(
             f"updates {written} in place, which torch refuses under vmap and grad",
             "nothing is written",
             USE_A_BLOCK,
+            needs=BLOCK,
         )
 
 
@@ -148,6 +179,7 @@ def _of_instance_norm(
             "and grad",
             becomes,
             USE_A_BLOCK,
+            needs=BLOCK,
         )
 
 

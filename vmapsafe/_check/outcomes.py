@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from vmapsafe._block.advice import advice_for
 from vmapsafe._block.models import has_running_stats, is_hand_made_write
+from vmapsafe._block.refusals import advice_for
+from vmapsafe._check.finding import ALSO, BLOCK, LOOP, Finding, one_line
 from vmapsafe._check.layers import random_draw
-from vmapsafe._check.question import USE_A_BLOCK, Question
-from vmapsafe._check.report import Finding, one_line
+from vmapsafe._check.outside import finding_of
+from vmapsafe._check.question import NO_LOOP, USE_A_BLOCK, Question
 from vmapsafe._check.trial import ALONE, Trial
 from vmapsafe._check.watch import Failure, Outcome
 from vmapsafe._errors import VmapSafeError
-from vmapsafe._modes import ModeName
+from vmapsafe._modes import MODES, ModeName
 
 
 def findings_of_trial(
@@ -25,6 +26,7 @@ def findings_of_trial(
         yield random_draw(question, path, "draws random numbers")
     layers = {finding.path for finding in known if finding.kind == "writes buffers"}
     yield from _of_writes(question, trial, layers)
+    yield from [finding_of(question, other) for other in trial.outside]
     yield from _of_failures(question, trial)
     yield from _of_fallbacks(question, trial.in_mode)
 
@@ -82,13 +84,26 @@ def _of_write(
     else:
         detail += "which torch refuses under vmap and grad"
         advice = USE_A_BLOCK
+    kind = next(
+        (k for k in question.options.also if isinstance(module, k)), type(module)
+    ).__name__
     if proposed:
-        advice += f" To put it in eval mode, pass also=({type(module).__name__},)."
-    return question.finding(path, "writes buffers", detail, becomes, advice, past)
+        advice += f" To put it in eval mode, pass also=({kind},)."
+    needs = ALSO if proposed or named else BLOCK
+    return question.finding(
+        path,
+        "writes buffers",
+        detail,
+        becomes,
+        advice,
+        past,
+        needs="" if past else needs,
+        named=kind if needs == ALSO and not past else "",
+    )
 
 
 def _of_failures(question: Question, trial: Trial) -> Iterator[Finding]:
-    modes: dict[tuple[str, str, str], list[ModeName]] = {}
+    modes: dict[tuple[str, str, str, bool], list[ModeName]] = {}
     for mode, outcome in trial.in_mode.items():
         alone = {f.path for f in outcome.failures if f.transform == ALONE}
         met: set[str] = set()
@@ -97,22 +112,46 @@ def _of_failures(question: Question, trial: Trial) -> Iterator[Finding]:
                 met.add(failure.path)
                 key = (failure.path, *_said(failure, failure.path in alone))
                 modes.setdefault(key, []).append(mode)
-    for (path, detail, advice), raises in modes.items():
-        becomes = {m: "raises" if m in raises else "runs" for m in question.modes}
-        yield question.finding(path, "unsupported", detail, becomes, advice, raises)
+    for (path, detail, advice, looped), raises in modes.items():
+        becomes = dict.fromkeys(question.modes, "runs")
+        for mode in question.modes:
+            ran = trial.in_mode.get(mode)
+            if mode in raises:
+                becomes[mode] = "raises"
+                if looped and not MODES[mode].merges:
+                    becomes[mode] += f", and runs with {LOOP}"
+            elif ran is None or (ran.failures and path not in ran.finished):
+                becomes[mode] = "not known, as another error came first"
+        yield question.finding(
+            path,
+            "unsupported",
+            detail,
+            becomes,
+            advice,
+            raises,
+            needs=LOOP if looped else "",
+        )
 
 
-def _said(failure: Failure, alone: bool) -> tuple[str, str]:
-    """What an error says, and what to do."""
+def _said(failure: Failure, alone: bool) -> tuple[str, str, bool]:
+    """What an error says, what to do, and whether a loop over the slices runs it."""
     error = failure.error
+    looped = not alone and failure.looped
     if isinstance(error, VmapSafeError):
-        return f"in slices of one, {error.found}", f"{error.do}."
-    if alone:
+        said, advice = f"in slices of one, {error.found}", f"{error.do}."
+    elif alone:
+        said = f"without vmap too, it raises {one_line(error)}"
         advice = "Make sure that model(*example) runs, on a batch of one too."
-        return f"without vmap too, it raises {one_line(error)}", advice
-    otherwise = "Take it out of the function that is mapped, or loop over the slices."
-    said = f"under {failure.transform} it raises {one_line(error)}"
-    return said, advice_for(error) or otherwise
+    else:
+        said = f"under {failure.transform} it raises {one_line(error)}"
+        advice = advice_for(error) or (
+            "Take it out of the function that is mapped, or loop over the slices."
+        )
+    if looped and LOOP not in advice:
+        advice += f" Or pass {LOOP}, which runs it sample by sample."
+    elif not looped:
+        advice += NO_LOOP
+    return said, advice, looped
 
 
 def _of_fallbacks(

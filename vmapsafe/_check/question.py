@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from vmapsafe._block.models import is_frozen
-from vmapsafe._check.report import Finding, Kind
+from vmapsafe._check.finding import LOOP, Finding, Kind
 from vmapsafe._draws import Randomness
 from vmapsafe._modes import ModeName, Options
 
-USE_A_BLOCK = "Use vmap_safe(model, mode=...)."
+USE_A_BLOCK = "Use vmap_safe(model)."
+NO_LOOP = f" {LOOP} does not take it."
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Question:
         becomes: Mapping[ModeName, str] | str,
         advice: str,
         unsafe: Collection[str] = (),
+        needs: str = "",
+        named: str = "",
     ) -> Finding:
         """Make a finding.
 
@@ -56,6 +59,8 @@ class Question:
             becomes: mode -> what becomes of it there; a text holds in every mode.
             advice: what to do.
             unsafe: the modes in which it is unsafe.
+            needs: what to write, where that is enough.
+            named: a class or module to write there.
 
         Returns:
             The finding, with what holds in the modes that are looked at.
@@ -70,4 +75,6 @@ class Question:
             becomes={mode: becomes[mode] for mode in self.modes},
             safe={mode: mode not in unsafe for mode in self.modes},
             advice=advice,
+            needs=needs,
+            named=named,
         )

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from vmapsafe._block.advice import asks_for_randomness
 from vmapsafe._block.models import is_lazy
+from vmapsafe._block.refusals import asks_for_randomness
 from vmapsafe._block.scope import opened
+from vmapsafe._check.finding import Finding, one_line
+from vmapsafe._check.outside import Outside, outside
 from vmapsafe._check.question import Question
-from vmapsafe._check.report import Finding, one_line
 from vmapsafe._check.watch import Outcome, Watch, same_values, tensors_of
 from vmapsafe._draws import Draws, Randomness
 from vmapsafe._errors import VmapSafeValueError
@@ -37,11 +38,14 @@ class Trial:
     Attributes:
         plain: of a call without a block and without vmap.
         in_mode: of the runs in a block, by mode.
+        outside: modules that the model calls and does not register. In the runs in a
+            block they were handed over as well.
         notes: what was not looked at, in sentences.
     """
 
     plain: Outcome = field(default_factory=Outcome)
     in_mode: Mapping[ModeName, Outcome] = field(default_factory=dict)
+    outside: Sequence[Outside] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -56,6 +60,12 @@ class Example:
 
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
+
+    @property
+    def of_one(self) -> bool:
+        """Whether it is a batch of one sample."""
+        leaves = tree_flatten((self.args, dict(self.kwargs)))[0]
+        return all([len(leaf) == 1 for leaf in leaves if _has_batch(leaf)])
 
     def leaves(self) -> tuple[list[Any], list[int | None], Any]:
         """Copies of the leaves, which of them are sliced, and the tree they make."""
@@ -113,17 +123,19 @@ def tried(
             return Trial(notes=(_NO_COPY.format(one_line(error)),))
         if not set(net.modules()).isdisjoint(model.modules()):
             return Trial(notes=(_NO_COPY.format("the copy shares modules with it"),))
-        plain = _plain(copy.deepcopy(model), example)
+        called = copy.deepcopy(model)
+        plain = _plain(called, example)
+        others = outside(question, called, plain.outside)
         draws = bool(plain.random) or any(f.kind == "random" for f in known)
         in_mode = {
-            mode: _in_mode(question, model, example, mode, draws)
+            mode: _in_mode(question, model, others, example, mode, draws)
             for mode in question.modes
             if all(f.safe[mode] for f in known if f.kind == "unsupported")
         }
+    notes = [_OF_ONE] if example.of_one else []
     if plain.failures and not all(o.failures for o in in_mode.values()):
-        note = _NOT_WHOLE.format(one_line(plain.failures[0].error))
-        return Trial(plain, in_mode, (note,))
-    return Trial(plain, in_mode)
+        notes.append(_NOT_WHOLE.format(one_line(plain.failures[0].error)))
+    return Trial(plain, in_mode, others, tuple(notes))
 
 
 _NO_EXAMPLE = (
@@ -138,6 +150,10 @@ _NO_COPY = (
 _LAZY = "The model is lazy, so nothing was run and only the layers were looked at."
 _NOT_WHOLE = (
     "A plain call on the example raised ({}), so writes to buffers were not looked for."
+)
+_OF_ONE = (
+    "The example is a batch of one. Pass two samples, check(model, x[:2]): one does "
+    'not show code that treats samples differently, and what "sync" makes of a batch.'
 )
 
 
@@ -157,24 +173,37 @@ def _plain(model: nn.Module, example: Example) -> Outcome:
 
 
 def _in_mode(
-    question: Question, model: nn.Module, example: Example, mode: ModeName, draws: bool
+    question: Question,
+    model: nn.Module,
+    others: Sequence[Outside],
+    example: Example,
+    mode: ModeName,
+    draws: bool,
 ) -> Outcome:
     """The runs in one mode; once more if they failed only for want of randomness."""
     options = replace(question.options, mode=mode)
+
+    def run(randomness: Randomness) -> Outcome:
+        return _in_block(model, others, example, options, randomness)
+
     if question.randomness != "error":
-        return _in_block(model, example, options, question.randomness)
+        return run(question.randomness)
     if draws:
-        return _in_block(model, example, options, "different")
-    outcome = _in_block(model, example, options, "error")
+        return run("different")
+    outcome = run("error")
     drew = {f.path for f in outcome.failures if asks_for_randomness(f.error)}
     if drew or outcome.random:
-        outcome = _in_block(model, example, options, "different")
+        outcome = run("different")
         outcome.random |= drew
     return outcome
 
 
 def _in_block(
-    model: nn.Module, example: Example, options: Options, randomness: Randomness
+    model: nn.Module,
+    others: Sequence[Outside],
+    example: Example,
+    options: Options,
+    randomness: Randomness,
 ) -> Outcome:
     """Slices of one under vmap and vmap(grad) in a block, each on a fresh copy.
 
@@ -210,7 +239,8 @@ def _in_block(
     }
     for transform, run in runs.items():
         net = copy.deepcopy(model)
-        scope = opened((net,), options, outcome)
+        more = [other.in_copy(net) for other in others if not other.refused]
+        scope = opened((net, *more), options, outcome)
         scope.warns = False  # the report says it, and so will the user's own block
         try:
             with Watch(net, outcome) as watch:

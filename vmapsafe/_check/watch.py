@@ -8,6 +8,7 @@ tensors that enter and leave modules tell how far back the pass has come.
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from vmapsafe._block.refusals import avoided_by_a_loop
 from vmapsafe._draws import Draws
-from vmapsafe._torch import tree_flatten
+from vmapsafe._torch import current_level, tree_flatten
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,14 @@ class Failure:
     Attributes:
         path: of the module that raised it.
         transform: what was run.
-        error: what was raised.
+        error: what was raised, without the frames it has passed through.
+        looped: whether a loop over the slices avoids it.
     """
 
     path: str
     transform: str
     error: Exception
+    looped: bool
 
 
 @dataclass
@@ -47,6 +52,9 @@ class Outcome:
         written: the buffers and parameters that the run left changed.
         built: those of them that have another shape: tables that were built or grown.
         failures: what was raised.
+        finished: where a forward has returned.
+        outside: the modules that ran and are not part of the net, and whether a tensor
+            of theirs was written.
     """
 
     random: set[str] = field(default_factory=set)
@@ -54,6 +62,8 @@ class Outcome:
     written: dict[str, list[str]] = field(default_factory=dict)
     built: set[tuple[str, str]] = field(default_factory=set)
     failures: list[Failure] = field(default_factory=list)
+    finished: set[str] = field(default_factory=set)
+    outside: dict[nn.Module, bool] = field(default_factory=dict)
 
 
 class Watch:
@@ -67,8 +77,11 @@ class Watch:
         self._marked: dict[int, Tensor] = {}  # kept alive, so that no id is used twice
         self._handles: list[RemovableHandle] = []
         self._draws: Draws | None = None
+        self._thread = threading.get_ident()
+        self._before: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def __enter__(self) -> Watch:
+        self._handles.append(register_module_forward_pre_hook(self._called))
         for module in self._paths:
             if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                 self._handles += [
@@ -83,6 +96,9 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._marked.clear()
+        for module, before in self._before.items():
+            written = _put_back(module, before)
+            self._outcome.outside[module] = self._outcome.outside[module] or written
 
     def run(
         self, transform: str, function: Callable[[], object], *, draws: bool
@@ -104,8 +120,9 @@ class Watch:
             try:
                 function()
             except Exception as error:
+                looped = avoided_by_a_loop(error) is not None  # tells by the frames
                 _forget_frames(error)
-                failure = Failure(self._path, transform, error)
+                failure = Failure(self._path, transform, error, looped)
                 self._outcome.failures.append(failure)
         self._listen()
         known = set(self._paths.values())  # not the modules that the run has made
@@ -122,6 +139,22 @@ class Watch:
         """Where the run is, or was when it raised."""
         return self._paths[self._running[-1]] if self._running else self._backward_at
 
+    def _called(self, module: nn.Module, args: object) -> None:
+        """Note a module that is not part of the net; other threads are not watched."""
+        if module in self._paths or threading.get_ident() != self._thread:
+            return
+        if module not in self._outcome.outside:
+            self._outcome.outside[module] = False
+        # A copy of the net may call the original, whose tensors are to stay. Runs under
+        # a transform come after one without.
+        if module not in self._before and current_level() == 0:
+            named = (*module._parameters.items(), *module._buffers.items())
+            self._before[module] = {
+                name: (tensor, tensor.detach().clone())
+                for name, tensor in named
+                if tensor is not None and not is_lazy(tensor)
+            }
+
     def _begin(self, module: nn.Module, args: object) -> None:
         self._mark(args)
         self._listen()
@@ -130,6 +163,7 @@ class Watch:
     def _end(self, module: nn.Module, args: object, out: object) -> None:
         self._mark(out)
         self._listen()
+        self._outcome.finished.add(self._paths[module])
         while self._running and self._running.pop() is not module:
             pass
 
@@ -173,6 +207,21 @@ def tensors_of(net: nn.Module) -> dict[tuple[str, str], Tensor]:
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None and not is_lazy(tensor)
     }
+
+
+def _put_back(module: nn.Module, before: dict[str, tuple[Tensor, Tensor]]) -> bool:
+    """Give a module the tensors it had; return whether that changed anything."""
+    changed = False
+    for name, (tensor, value) in before.items():
+        home = module._parameters if name in module._parameters else module._buffers
+        if home.get(name) is not tensor:
+            home[name] = tensor  # type: ignore[assignment]
+            changed = True
+        if not same_values(tensor, value):
+            with torch.no_grad():
+                tensor.copy_(value)
+            changed = True
+    return changed
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
