@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -353,6 +354,8 @@ class Packs(nn.Module):
         (images(Calls(of_users)), False),
         (images(Calls(lambda x: x.no_such_method())), False),
         (images(Calls(lambda x: x.reshape(7))), False),
+        # Without vmap around it, too.
+        (images(Calls(vmap(lambda row: row * row.max().item()))), False),
         (seen(nn.Sequential(nn.Flatten(), nn.LazyLinear(2))), False),
         (seen(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(100))), False),
     ],
