@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=(
             "Without a command: a demo that finds wrong labels among handwritten "
             "digits by the size of each one's gradient through a BatchNorm net "
-            '(needs: pip install "vmapsafe[demo]").'
+            "(needs matplotlib, scikit-learn and tqdm)."
         ),
     )
     parser.add_argument(

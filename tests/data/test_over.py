@@ -783,14 +783,14 @@ def test_errors(mlp, tmp_path, monkeypatch, use, changed, kind, text):
         (
             "tqdm",
             lambda model: norms_over(loader(), model, progress=True),
-            'over(...) with progress=True: tqdm cannot be imported here. pip install "'
-            'vmapsafe[progress]".',
+            "over(...) with progress=True: tqdm cannot be imported here. Run pip "
+            "install tqdm.",
         ),
         (
             "numpy",
             lambda model: norms_over(loader(), model).save("never-made"),
-            'over(...).save(...): numpy cannot be imported here. pip install "'
-            'vmapsafe[disk]".',
+            "over(...).save(...): numpy cannot be imported here. Run pip install "
+            "numpy.",
         ),
     ],
 )

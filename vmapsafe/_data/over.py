@@ -451,7 +451,7 @@ def _tqdm() -> Callable[..., Any]:
         raise MissingExtraError(
             f"{_OVER} with progress=True",
             "tqdm cannot be imported here",
-            'pip install "vmapsafe[progress]"',
+            "Run pip install tqdm",
         ) from None
     return tqdm  # type: ignore[no-any-return]
 
@@ -463,5 +463,5 @@ def _check_numpy() -> None:
         raise MissingExtraError(
             _SAVE,
             "numpy cannot be imported here",
-            'pip install "vmapsafe[disk]"',
+            "Run pip install numpy",
         ) from None

@@ -20,7 +20,7 @@ def load() -> tuple[Tensor, Tensor]:
         raise MissingExtraError(
             "vmapsafe.examples",
             "the digits come with scikit-learn, which cannot be imported here",
-            'pip install "vmapsafe[demo]"',
+            "Run pip install scikit-learn",
         ) from None
 
     digits = load_digits()

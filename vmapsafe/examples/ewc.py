@@ -63,15 +63,26 @@ def main() -> dict[str, float]:
     fisher = fisher_diagonal(model, x, drawn)
     few = x[:COMPARED], drawn[:COMPARED]
     difference = against_the_loop(model, *few)
-    print(f"relative difference of F to a loop, on {COMPARED} images: {difference:.1e}")
+    print(
+        "How much each weight matters to the first task: the Fisher diagonal, from one "
+        "pass a batch.\n"
+        f"Next to a loop over {COMPARED} images its largest relative difference is "
+        f"{difference:.1e}."
+    )
 
     numbers = sum(f.numel() for f in fisher.values())
     mean = float(sum(f.sum() for f in fisher.values())) / numbers
     equal = {name: torch.full_like(f, mean) for name, f in fisher.items()}
     nothing = {name: torch.zeros_like(f) for name, f in fisher.items()}
     found = {"difference": difference, "first": accuracy(model, *unseen)}
-    print(f"first task: {found['first']:.1%} right of {len(unseen[1])} images not seen")
-    print("after the second task, with the pixels in another order: first task, second")
+    print(
+        f"The network has learnt digits: {found['first']:.1%} of {len(unseen[1])} "
+        "images not seen are right. It then learns the\n"
+        "same digits with the pixels in another order, with a penalty on leaving its "
+        "weights:\n"
+        "\n"
+        "penalty           first task after it  second task"
+    )
     for penalty, importance in (
         ("without a penalty", nothing),
         ("equal penalty", equal),
@@ -82,8 +93,9 @@ def main() -> dict[str, float]:
         found[f"{penalty}, first"] = accuracy(learnt, *unseen)
         found[f"{penalty}, second"] = accuracy(learnt, *unseen_second)
         print(
-            f"{penalty:18} {found[f'{penalty}, first']:.1%} "
-            f"{found[f'{penalty}, second']:.1%}"
+            f"{penalty:18}"
+            f"{found[f'{penalty}, first']:19.1%}"
+            f"{found[f'{penalty}, second']:13.1%}"
         )
     return found
 

@@ -46,19 +46,28 @@ def main() -> dict[str, float]:
     difference = against_the_loop(model, x[:COMPARED], kernel)
     eigenvalues = torch.linalg.eigvalsh(kernel)
     smallest = float(eigenvalues[0] / eigenvalues[-1])
-    print(f"relative difference to the loop, on {COMPARED} images: {difference:.1e}")
-    print(f"smallest eigenvalue, relative to the largest: {smallest:.1e}")
+    print(
+        f"The kernel of {len(kernel)} images, next to a loop over {COMPARED} of them: "
+        f"largest relative difference {difference:.1e}.\n"
+        f"It is positive: smallest eigenvalue {smallest:.1e}, relative to the largest."
+    )
 
     of_kernel = digits.accuracy(regression(kernel, y), y_test)
     pixels = torch.cat([x, x_test]).flatten(1)
     of_pixels = digits.accuracy(regression(pixels @ pixels.T, y), y_test)
-    print(f"regression with the kernel of the untrained network: {of_kernel:.1%} right")
-    print(f"ridge regression on pixels: {of_pixels:.1%} right")
+    print(
+        f"Regression on {TRAINING} images, and {TEST} to be read: {of_kernel:.1%} "
+        "right with the kernel of the untrained\n"
+        f"network, {of_pixels:.1%} with that of the pixels."
+    )
 
     before = alignment(kernel[:TRAINING, :TRAINING], y)
     digits.train(model, x, y, EPOCHS)
     after = alignment(kernel_of(model, x), y)
-    print(f"alignment with the labels: {before:.2f}, after training {after:.2f}")
+    print(
+        "Training turns the kernel towards the labels: alignment with them (at most 1) "
+        f"{before:.2f}, and {after:.2f} after it."
+    )
     return {
         "difference": difference,
         "smallest eigenvalue": smallest,

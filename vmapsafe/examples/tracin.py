@@ -64,19 +64,24 @@ def main() -> dict[str, float]:
     of_loss, of_pairs = tracin(model, checkpoints, (x, y), validation, test)
     few = (x[:COMPARED], y[:COMPARED])
     difference = against_the_loop(model, checkpoints, few, validation, test)
-    print(f"relative difference to a loop, on {COMPARED} images: {difference:.1e}")
+    print(
+        f"{WRONG} of {TRAINING} training labels are made wrong. Scores say how much "
+        "each image has helped or harmed. Next to\n"
+        f"a loop over {COMPARED} images their largest relative difference is "
+        f"{difference:.1e}."
+    )
 
     harmful = of_loss.argsort()[:WRONG]
     spoilt = torch.isin(harmful, wrong).double().mean().item()
     print(
-        f"{WRONG} of {TRAINING} labels are wrong; of the {WRONG} images that did most "
-        f"harm to the validation loss, {spoilt:.0%} have one (10% by chance)"
+        f"Of the {WRONG} images that did most harm to the validation loss, "
+        f"{spoilt:.0%} have a wrong label ({WRONG / TRAINING:.0%} by chance)."
     )
     helpful = of_pairs.topk(TOP, 0).indices  # (TOP, TEST)
     same = (y[helpful] == test[1]).double().mean().item()
     print(
-        f"of the {TOP} training images that helped most with a test image, {same:.0%} "
-        "have its class (10% by chance)"
+        f"Of the {TOP} that helped most with a test image, {same:.0%} have its class "
+        "(10% by chance)."
     )
 
     none = torch.tensor([], dtype=torch.long)
@@ -87,12 +92,13 @@ def main() -> dict[str, float]:
         "without others": accuracy_without(random, x, y, unseen),
     }
     print(
-        f"right of {len(unseen[1])} images not seen, mean of {RETRAININGS} trainings:"
+        f"Right of {len(unseen[1])} images not seen, the mean of {RETRAININGS} "
+        "trainings:"
     )
     print(
-        f"{found['with all images']:.1%} after training on all images, "
-        f"{found['without these']:.1%} without the {WRONG} most harmful, "
-        f"{found['without others']:.1%} without {WRONG} at random"
+        f"  {found['with all images']:.1%} after training on all images\n"
+        f"  {found['without these']:.1%} without the {WRONG} most harmful\n"
+        f"  {found['without others']:.1%} without {WRONG} at random"
     )
     return {"difference": difference, "spoilt": spoilt, "same class": same, **found}
 

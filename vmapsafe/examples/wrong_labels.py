@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from vmapsafe import per_sample_grad_norms
+from vmapsafe import per_sample, per_sample_grad_norms
+from vmapsafe import quantities as q
 
 WRONG_SHARE = 0.03
 CLASSES = 10
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         except ImportError:
             print(
                 f"python -m vmapsafe: the demo needs {package}, which cannot be "
-                'imported here: pip install "vmapsafe[demo]"',
+                "imported here. Run pip install matplotlib scikit-learn tqdm.",
                 file=sys.stderr,
             )
             return 2
@@ -80,7 +81,11 @@ def run(options: argparse.Namespace) -> int:
     torch.manual_seed(options.seed)
     images, true_labels = load(QUICK_SAMPLES if options.quick else None)
     labels, is_wrong = spoil(true_labels, WRONG_SHARE, options.seed)
-    print(f"{len(images)} handwritten digits, {int(is_wrong.sum())} labels made wrong")
+    print(
+        f"{len(images)} handwritten digits, {int(is_wrong.sum())} of their labels made "
+        "wrong on purpose.\n"
+        "A BatchNorm network is trained on them, and does not know which."
+    )
 
     x, y = images.to(options.device), labels.to(options.device)
     model = build().to(options.device)
@@ -88,11 +93,17 @@ def run(options: argparse.Namespace) -> int:
 
     sizes = norms(model, x, y).cpu()
     numbers = sum(p.numel() for p in model.parameters())
-    print(f"{sizes.numel()} norms, of gradients of {numbers} numbers each, in one call")
+    print(
+        "\n"
+        "The idea: a wrong label pulls hard at the weights. So look at the digits with "
+        "the largest\n"
+        f"gradients, of {numbers} numbers each, whose norms take one call of "
+        "per_sample_grad_norms:"
+    )
 
-    report(sizes, is_wrong)
+    report(sizes, losses(model, x, y).cpu(), is_wrong)
     draw(sizes, images, labels, true_labels, options.picture)
-    print(f"the first 24 of the ranking: {options.picture}")
+    print(f"A picture of the first 24: {options.picture}")
 
     if not check(model, x, y):
         return 1
@@ -186,6 +197,11 @@ def norms(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return found
 
 
+def losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Each sample's own loss, (N,): a simple way to rank them."""
+    return per_sample(model, F.cross_entropy, x, y, want=q.Losses())
+
+
 # -- Ranking ---------------------------------------------------------------------------
 
 
@@ -203,16 +219,25 @@ def area_under_roc(sizes: Tensor, is_wrong: Tensor) -> float:
     return float(roc_auc_score(is_wrong.numpy(), sizes.numpy()))
 
 
-def report(sizes: Tensor, is_wrong: Tensor) -> None:
-    """Print how well the norms, (N,), point at the wrong labels, (N,) bool."""
+def report(sizes: Tensor, losses: Tensor, is_wrong: Tensor) -> None:
+    """Print how well norms and losses, (N,), point at the wrong labels, (N,) bool."""
     total = int(is_wrong.sum())
     for share in (0.03, 0.10):
         found, length = found_among_first(sizes, is_wrong, share)
+        by_loss, _ = found_among_first(losses, is_wrong, share)
         print(
-            f"first {share:4.0%} of the ranking ({length:3} digits): "
-            f"{found} of the {total} wrong labels"
+            f"  the first {length:3} digits have {found:2} of the {total} wrong labels "
+            f"(by chance {share * total:.0f}, by the loss {by_loss})"
         )
-    print(f"area under the ROC curve: {area_under_roc(sizes, is_wrong):.4f}")
+    print(
+        "A wrong label is ahead of a right one in "
+        f"{area_under_roc(sizes, is_wrong):.2%} of all pairs (by chance 50%).\n"
+        "To find wrong labels the loss is enough, and cheaper. Gradients say more: "
+        "which images\n"
+        "a wrong prediction comes from (python -m vmapsafe.examples.attribution), and "
+        "which did harm\n"
+        "(tracin)."
+    )
 
 
 def draw(
@@ -304,9 +329,10 @@ def check(model: nn.Module, x: Tensor, y: Tensor) -> bool:
     relative = float(difference.norm() / loop.norm())
     equal = relative < TOLERANCE
     print(
-        f"against the Python loop, float64: largest difference "
-        f"{float(difference.abs().max()):.1e}, relative {relative:.1e}: "
-        f"{'equal' if equal else 'NOT EQUAL'}"
+        "\n"
+        "Are the norms right? Next to a Python loop over the digits, in float64, they "
+        f"are {'equal' if equal else 'NOT EQUAL'}\n"
+        f"(relative difference {relative:.1e})."
     )
     return equal
 
@@ -314,10 +340,10 @@ def check(model: nn.Module, x: Tensor, y: Tensor) -> bool:
 def compare_times(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None:
     """Print the medians of interleaved rounds as a table."""
     contenders: dict[str, Callable[[nn.Module, Tensor, Tensor], object]] = {
-        "plain gradient of the summed loss": summed_gradient,
-        "Python loop": norms_by_loop,
-        "torch, BatchNorm switched by hand": norms_by_torch,
-        "vmapsafe": norms,
+        "one gradient, of the summed loss": summed_gradient,
+        "norms, by a Python loop": norms_by_loop,
+        "norms, by torch.func's vmap(grad)": norms_by_torch,
+        "norms, by vmapsafe": norms,
     }
     medians = time_in_rounds(
         {name: partial(f, model, x, y) for name, f in contenders.items()},
@@ -325,10 +351,16 @@ def compare_times(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None:
         x.device,
     )
     plain = next(iter(medians.values()))
-    title = f"{len(x)} digits, {x.device}, median of {rounds}"
-    print(f"\n{title:36}{'ms':>8}{'x plain':>9}")
+    title = f"How long does it take? ({len(x)} digits, {x.device})"
+    print(f"\n{title:48}{'ms':>8}{'times':>8}")
     for name, milliseconds in medians.items():
-        print(f"{name:36}{milliseconds:8.1f}{milliseconds / plain:9.2f}")
+        print(f"{name:48}{milliseconds:8.1f}{milliseconds / plain:8.1f}")
+    print(
+        f"Medians of {rounds} rounds. The first line is one forward and backward pass, "
+        "as in training. torch.func\n"
+        "needs BatchNorm to be switched by hand, and makes all gradients to take their "
+        "norms."
+    )
 
 
 def time_in_rounds(
