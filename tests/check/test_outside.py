@@ -182,7 +182,7 @@ def test_without_statistics() -> None:
     assert {m for m in MODES if not finding.safe[m]} == {"group_norm", "sync"}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 def test_one_that_a_block_refuses() -> None:
     """It is reported, and not handed over in the runs."""
     traced = torch.jit.trace(body().eval(), X)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.func import vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
-from vmapsafe import check
+from vmapsafe import FallbackWarning, batched, check, per_sample_grad_norms, vmap_safe
 from vmapsafe.__main__ import main
 from vmapsafe._modes import MODES
 
@@ -166,8 +167,7 @@ class Slow(nn.Module):
 
 EVERY = "It then runs under vmap and vmap(grad) in every mode."
 NOT_SYNC = (
-    'It then runs under vmap and vmap(grad) in "eval", "no_running_stats" and '
-    '"group_norm", but not in "sync".'
+    'It then runs in "eval", "no_running_stats" and "group_norm", but not in "sync".'
 )
 
 
@@ -351,6 +351,7 @@ class Packs(nn.Module):
         (images(Calls(lambda x: x if x.sum() > 0 else -x)), True),
         (images(Calls(twice)), True),
         (images(Calls(lambda x: checkpoint(torch.sin, x, use_reentrant=True))), True),
+        (images(Calls(lambda x: checkpoint(torch.sin, x, use_reentrant=False))), True),
         (images(Calls(of_users)), False),
         (images(Calls(lambda x: x.no_such_method())), False),
         (images(Calls(lambda x: x.reshape(7))), False),
@@ -372,6 +373,26 @@ def test_whether_the_loop_takes_it(model: nn.Module, taken: bool) -> None:
         assert 'fallback="loop"' not in finding.becomes["sync"]
         if taken:
             assert finding.becomes["eval"] == 'raises, and runs with fallback="loop"'
+    mode = [mode for mode in MODES if not report.safe(mode)][0]
+    runs = batched(lambda x: model(x), fallback="loop")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        if taken:
+            with vmap_safe(model, mode=mode):
+                assert len(runs(X)) == 2
+        else:
+            with pytest.raises((RuntimeError, ValueError, AttributeError)):
+                with vmap_safe(model, mode=mode):
+                    runs(X)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_runs_in_per_sample(reentrant: bool) -> None:
+    """The advice says so, and it does."""
+    model = images(Calls(lambda x: checkpoint(torch.sin, x, use_reentrant=reentrant)))
+    (finding,) = check(model, X, mode="eval")
+    assert finding.advice.startswith("Call per_sample or its short forms")
+    per_sample_grad_norms(model, lambda out, y: out.square().sum(), X, X)
 
 
 def test_what_comes_after_an_error_is_not_known() -> None:

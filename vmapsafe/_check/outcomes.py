@@ -147,6 +147,11 @@ def _said(failure: Failure, alone: bool) -> tuple[str, str, bool]:
         advice = advice_for(error) or (
             "Take it out of the function that is mapped, or loop over the slices."
         )
+    if looped and failure.of_checkpoint:
+        advice = (
+            "Call per_sample or its short forms, which run a checkpoint as it is; in "
+            f"batched pass {LOOP}, which runs it sample by sample."
+        )
     if looped and LOOP not in advice:
         advice += f" Or pass {LOOP}, which runs it sample by sample."
     elif not looped:

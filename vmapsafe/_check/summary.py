@@ -121,7 +121,8 @@ def _where_it_runs(
     without = [mode for mode in modes if mode != "eval" and "" not in needed[mode]]
     if best == "eval" and without and any([f.needs == ALSO for f in findings]):
         but += f', where {ALSO} is for "eval" alone'
-    return f"{then} under vmap and vmap(grad) in {_joined(some, 4)}{but}."
+    under = "" if LOOP in needed[best] else " under vmap and vmap(grad)"
+    return f"{then}{under} in {_joined(some, 4)}{but}."
 
 
 def _needs(finding: Finding, mode: ModeName) -> str:

@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from vmapsafe._block.refusals import avoided_by_a_loop
+from vmapsafe._block.refusals import avoided_by_a_loop, is_of_checkpoint
 from vmapsafe._draws import Draws
 from vmapsafe._torch import current_level, tree_flatten
 
@@ -34,12 +34,14 @@ class Failure:
         transform: what was run.
         error: what was raised, without the frames it has passed through.
         looped: whether a loop over the slices avoids it.
+        of_checkpoint: whether it is about torch.utils.checkpoint.
     """
 
     path: str
     transform: str
     error: Exception
     looped: bool
+    of_checkpoint: bool
 
 
 @dataclass
@@ -120,9 +122,11 @@ class Watch:
             try:
                 function()
             except Exception as error:
-                looped = avoided_by_a_loop(error) is not None  # tells by the frames
-                _forget_frames(error)
-                failure = Failure(self._path, transform, error, looped)
+                looped = avoided_by_a_loop(error) is not None
+                failure = Failure(
+                    self._path, transform, error, looped, is_of_checkpoint(error)
+                )
+                _forget_frames(error)  # which these have looked at
                 self._outcome.failures.append(failure)
         self._listen()
         known = set(self._paths.values())  # not the modules that the run has made
