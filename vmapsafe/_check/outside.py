@@ -66,15 +66,17 @@ def outside(
         The modules, outermost ones only.
     """
     inside = set(net.modules())  # also what the run has made and registered
-    held = [(path, module) for path, module in _held(net) if module not in inside]
+    around: dict[nn.Module, tuple[str, nn.Module]] = {}
+    # A module is called before those in it.
+    for path, holder in [*_held(net), *[("", module) for module in called]]:
+        if holder not in inside:
+            for module in holder.modules():
+                around.setdefault(module, (path, holder))
     roots: dict[nn.Module, tuple[str, list[nn.Module]]] = {}
     for module in called:
-        if module in inside:
-            continue
-        around = [(path, m) for path, m in held if module in set(m.modules())]
-        around += [("", m) for m in called if module in set(m.modules())]
-        path, root = around[0]
-        roots.setdefault(root, (path, []))[1].append(module)
+        if module not in inside:
+            path, root = around[module]
+            roots.setdefault(root, (path, []))[1].append(module)
     found = []
     for root, (path, modules) in roots.items():
         about = replace(question, net=root, modules=dict(root.named_modules()))
