@@ -1,4 +1,4 @@
-"""The map of the package is in its docstrings, and the code follows it."""
+"""The map of the package is at the top of its folders, and the code follows it."""
 
 import ast
 import re
@@ -14,12 +14,10 @@ FOR_USERS = ("quantities.__init__", "examples.digits")
 
 
 def mapped(folder=()):
-    """The files of a folder, in the order in which its docstring names them."""
-    text = ast.get_docstring(
-        ast.parse(ROOT.joinpath(*folder, "__init__.py").read_text())
-    )
+    """The files of a folder, in the order in which its ``__init__`` names them."""
+    text = ROOT.joinpath(*folder, "__init__.py").read_text()
     found = []
-    for name in re.findall(r"^``([\w/]+)`` {2,}\S", text, re.MULTILINE):
+    for name in re.findall(r"^(?:# )?``([\w/]+)`` {2,}\S", text, re.MULTILINE):
         if name.endswith("/"):
             found += mapped((*folder, name[:-1]))
         else:

@@ -1,31 +1,54 @@
 """BatchNorm networks under torch.func, and the model comes back as it was.
 
-Users start with ``vmap_safe`` (a block in which vmap and the other transforms work),
-``batched`` (functions of a batch, run on batches of one), ``per_sample_grads`` with its
-norms, clipped sums and sketches, ``check`` (a report of what is unsafe in a model),
-``convert`` and ``norm_layer`` (permanent conversions) and ``over`` (a whole data set).
+Your own vmap, grad, jacrev or hessian of a network in training mode:
 
-The map of the package, bottom up. Each file imports only from those above it, and each
-folder's docstring has the map of its own files.
+    with vmap_safe(model):                      # BatchNorm uses its running statistics
+        rows = vmap(grad(loss), (None, 0, 0))(params, x, y)
 
-``_errors``      errors and warnings: what was called, what was found, what to do
-``_torch``       every private name of torch that the package uses
-``_modes``       the four modes, and the options of a block
-``_draws``       where torch's random generators stand
-``_call``        one torch call, its arguments bound by name
-``_rule``        what a torch call means when it sees a slice   <- start reading here
-``rules/``       all that is known of a layer, a file a family
-``_processes``   results of several processes, put together
-``quantities/``  public: what can be wanted of per-sample gradients
-``_block/``      ``vmap_safe``, ``batched``, ``covers``: rules in force for a model
-``_rows/``       per-sample gradients, and quantities of them, from one backward pass
-``_data/``       ``over``: a whole data set, into files
-``_convert``     ``convert`` and ``norm_layer``: permanent conversions
-``_check/``      ``check``: a report of what is unsafe in a model
-``testing``      public: what tests of rules and of vmapped code need
-``examples/``    whole programs to copy
-``__main__``     ``python -m vmapsafe``
+Gradients of single samples, x (B, C, H, W), y (B,):
+
+    per_sample_grads(model, F.cross_entropy, x, y)              # {name: (B, *shape)}
+    per_sample_grad_norms(model, F.cross_entropy, x, y)         # (B,)
+    clipped_grad_sum(model, F.cross_entropy, x, y, max_grad_norm=1.0)  # {name: shape}
+    per_sample_sketch(model, F.cross_entropy, x, y, k=512)      # (B, 512)
+    per_sample(model, F.cross_entropy, x, y, want={"gram": quantities.Gram()})
+    over(loader, per_sample_sketch, model, F.cross_entropy).save(folder)
+
+What is unsafe in a model, and what to do: print(check(model, x)).
+
+``mode=`` says what a BatchNorm layer does: "eval" (the running statistics),
+"no_running_stats" (the statistics of what one call under vmap sees), "group_norm"
+(groups of channels of each sample), "sync" (the statistics of all samples, as in
+training). help(vmap_safe) explains the modes and what a block covers; help(per_sample)
+the options of all functions for samples; help(quantities) what can be wanted.
+
+Other names: ``batched`` (a function of a batch, run on batches of one), ``covers``
+(whether an open block makes a module safe, for libraries), ``convert`` and
+``norm_layer`` (models without batch norm, for good), ``testing`` (for tests of rules and
+of vmapped code), ``examples`` (programs to copy: python -m vmapsafe.examples.maml).
 """
+
+# The map of the package, bottom up. Each file imports only from those above it. Each
+# folder's docstring has the map of its own files.
+#
+# ``_errors``      errors and warnings: what was called, what was found, what to do
+# ``_torch``       every private name of torch that the package uses
+# ``_modes``       the four modes, and the options of a block
+# ``_draws``       where torch's random generators stand
+# ``_call``        one torch call, its arguments bound by name
+# ``_rule``        what a torch call means when it sees a slice   <- start reading here
+# ``rules/``       all that is known of a layer, a file a family
+# ``_processes``   results of several processes, put together
+# ``quantities/``  public: what can be wanted of per-sample gradients
+# ``_block/``      ``vmap_safe``, ``batched``: rules in force, and the model put back
+# ``_rows/``       per-sample gradients, and quantities of them, from one backward pass
+# ``_data/``       ``over``: a whole data set, into files
+# ``_convert``     ``convert`` and ``norm_layer``: permanent conversions
+# ``_check/``      ``check``: a report of what is unsafe in a model
+# ``testing``      public: what tests of rules and of vmapped code need
+# ``examples/``    whole programs to copy
+# ``__main__``     ``python -m vmapsafe``
+
 
 from vmapsafe import quantities as quantities
 from vmapsafe import rules as _rules

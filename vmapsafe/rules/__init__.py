@@ -35,6 +35,37 @@ The map, bottom up:
 ``buffers``               writes to buffers, which a forward in a block leaves out
 ``layouts``               memory formats that vmap cannot make or query
 ``random_numbers``        memory for random numbers
+
+The rules:
+
+* in "no_running_stats": batch_norm, statistics of the slice; instance_norm,
+  statistics of the slice;
+* in "group_norm": batch_norm, groups of channels;
+* in "sync": batch_norm, statistics across the vmapped axis; instance_norm, running
+  statistics across the vmapped axis;
+* in every mode: batch_norm, layers that stay in eval mode; instance_norm, layers that
+  stay in eval mode; batch_norm, statistics not written; batch_norm, running
+  statistics; instance_norm, statistics not written; in-place write to a buffer, left
+  out; memory of its own for each slice; and, because torch's own numbers are wrong or
+  missing: batch_norm, a batch of one; instance_norm, all positions in one dimension;
+  group_norm, where torch's own fails; layer_norm, where torch's own fails; rms_norm,
+  where torch's own fails; gaussian_nll_loss, under transforms; lstm, under
+  transforms; gru, under transforms; rnn_tanh, under transforms; rnn_relu, under
+  transforms; lstm_cell, under transforms; gru_cell, under transforms; rnn_tanh_cell,
+  under transforms; rnn_relu_cell, under transforms; data_ptr, of a recurrent layer's
+  weights under transforms; packed sequences, refused under vmap; copy in another
+  order, under vmap; is_contiguous in another order, under vmap; on CUDA: mm, outer
+  products; bmm, outer products;
+* for speed alone, turned off by ``fast=False``: convolution_backward, weights by
+  matrix products; native_batch_norm, running statistics; native_batch_norm_backward,
+  running statistics; native_batch_norm, statistics of the slice;
+  native_batch_norm_backward, statistics of the slice; cudnn_batch_norm, running
+  statistics; cudnn_batch_norm, statistics of the slice; cudnn_batch_norm_backward,
+  statistics of the slice; native_layer_norm, batches merged;
+  native_layer_norm_backward, batches merged; native_layer_norm_backward,
+  differentiated again; attention on the CPU, batches merged; attention_backward on
+  the CPU, batches merged; addmm, batches merged; embedding_dense_backward, into
+  memory of zeros.
 """
 
 from vmapsafe.rules import alike_losses as alike_losses
