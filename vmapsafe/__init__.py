@@ -24,8 +24,8 @@ the options of all functions for samples; help(quantities) what can be wanted.
 
 Other names: ``batched`` (a function of a batch, run on batches of one), ``covers``
 (whether an open block makes a module safe, for libraries), ``convert`` and
-``norm_layer`` (models without batch norm, for good), ``testing`` (for tests of rules and
-of vmapped code), ``examples`` (programs to copy: python -m vmapsafe.examples.maml).
+``norm_layer`` (models without batch norm, for good), ``testing`` (for tests of rules
+and of vmapped code), ``examples`` (programs to copy: python -m vmapsafe.examples.maml).
 """
 
 # The map of the package, bottom up. Each file imports only from those above it. Each
