@@ -733,6 +733,21 @@ def test_sequences_without_steps_are_refused():
             vmap(net)(torch.randn(B, 0, N, C))
 
 
+@CASES
+def test_no_slices(case):
+    """Empty outputs, whose other sizes are those of a slice."""
+    layer = case.layer(C, H, **case.options).double()
+    shape = (T,) * isinstance(layer, nn.RNNBase) + (N,) * case.batch + (C,)
+    one = layer(torch.randn(shape).double())
+    expected = torch.utils._pytree.tree_map(lambda t: t.new_empty(0, *t.shape), one)
+    with vmap_safe(layer):
+        found = vmap(layer)(torch.randn(0, *shape).double())
+        nested = vmap(vmap(layer))(torch.randn(2, 0, *shape).double())
+    assert_same(found, expected)
+    two = torch.utils._pytree.tree_map(lambda t: torch.stack([t, t]), expected)
+    assert_same(nested, two)
+
+
 def test_addresses_of_weights(monkeypatch):
     """On a GPU a layer asks for them under functional_call, and torch would raise."""
     asked = []

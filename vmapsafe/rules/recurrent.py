@@ -187,7 +187,7 @@ def _merged(layer: _Layer, x: Tensor, state: State) -> tuple[Tensor, ...]:
         values, dims = whole_batches(named, level)
         if all([dim is None for dim in dims.values()]):
             return _merged(layer, values["0"], tuple([*values.values()][1:]))
-        merged = []
+        merged, each = [], 0
         for (name, value), n in zip(values.items(), at):
             dim = dims[name]
             if dim is None:
@@ -196,11 +196,11 @@ def _merged(layer: _Layer, x: Tensor, state: State) -> tuple[Tensor, ...]:
                 )
             else:
                 value = value.movedim(dim, n)
+            each = value.size(n + 1)
             merged.append(value.flatten(n, n + 1))
         outputs = _merged(layer, merged[0], tuple(merged[1:]))
         apart = [
-            out.unflatten(n, (size, out.size(n) // size)).movedim(n, 0)
-            for out, n in zip(outputs, at)
+            out.unflatten(n, (size, each)).movedim(n, 0) for out, n in zip(outputs, at)
         ]
     return tuple([slices_of(out, level) for out in apart])
 
