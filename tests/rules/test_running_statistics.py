@@ -371,6 +371,89 @@ def test_compiled(where):
         assert_same(buffers, expected)
 
 
+class OwnForward(nn.BatchNorm1d):
+    """A layer that passes its buffers only where torch should read or write them."""
+
+    def forward(self, x):
+        writes = self.training and self.track_running_stats
+        if writes:
+            self.num_batches_tracked.add_(1)
+        given = self.running_mean, self.running_var
+        given = given if writes or not self.training else (None, None)
+        rest = self.weight, self.bias, self.training, self.momentum, self.eps
+        return F.batch_norm(x, *given, *rest)
+
+
+def tied():
+    one, other = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    other.weight, other.bias = one.weight, one.bias
+    return one, other
+
+
+ALIKE = {
+    "without weights": lambda: [nn.BatchNorm1d(4, affine=False) for _ in range(2)],
+    "tied weights": tied,
+    "forwards of their own": lambda: [OwnForward(4) for _ in range(2)],
+}
+
+
+@pytest.mark.parametrize("layers", ALIKE.values(), ids=ALIKE)
+def test_layers_alike_where_the_block_is_compiled(layers):
+    """torch.compile does not see which layer calls, and weights do not tell either."""
+    one, other = layers()
+    model = nn.Sequential(one, nn.Tanh(), other).double()
+    x = 3 + 2 * torch.randn(TASKS, 6, 4).double()
+    buffers = stacked(model)
+    copies = [trained(model, buffers, i) for i in range(TASKS)]
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(buffers, x):
+        with block(model):
+            return vmap(call(model), (None, 0, 0))({}, buffers, x)
+
+    torch._dynamo.reset()
+    found = step(buffers, x)
+    assert_same(found, torch.stack([m(one) for m, one in zip(copies, x)]))
+    assert_same(buffers, joined(copies))
+
+
+def test_a_layer_that_a_compiled_block_cannot_know():
+    model = nn.Sequential(OwnForward(4, affine=False))
+    before, x = everything(model), torch.randn(6, 4)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(x):
+        with block(model):
+            return model(x)
+
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported) as caught:
+        step(x)
+    assert "'0' (OwnForward) has a forward of its own and no weight" in str(
+        caught.value
+    )
+    assert_same_state(model, before)
+
+
+class OwnMomentum(nn.BatchNorm1d):
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        given = self.running_mean, self.running_var, self.weight, self.bias
+        return F.batch_norm(x, *given, self.training, 0.5, self.eps)
+
+
+def test_a_momentum_of_its_own():
+    model, x = OwnMomentum(4).double(), torch.randn(TASKS, 6, 4).double()
+    buffers = stacked(model)
+    copies = [trained(model, buffers, i) for i in range(TASKS)]
+    with block(model):
+        vmap(call(model), (None, 0, 0))({}, buffers, x)
+    for plain, one in zip(copies, x):
+        plain(one)
+    assert_same(buffers, joined(copies))
+
+
 # -- What is refused -------------------------------------------------------------------
 
 

@@ -224,7 +224,9 @@ def _look_at(root: nn.Module, options: Options) -> Model:
             if mode.merges and isinstance(module, BatchNormBase):
                 # Without running statistics it uses the batch's in eval mode too.
                 frozen = frozen and has_running_stats(module)
-            shown = flags if frozen else _shown(module, flags, mode)
+            if compiling and not frozen:
+                _raise(_refusal_of_updates(module, options), module, model, mode)
+            shown = flags if frozen else _shown(module, flags, options)
             model.layers[module] = Layer(shown, frozen, flags)
     parts = model.parts
     if not compiling:
@@ -268,20 +270,24 @@ def _parts(
     return tuple(parts)
 
 
-def _shown(module: nn.Module, owners: Flags, mode: Mode) -> Flags:
-    """The flags with which a layer's own forward comes closest to what ``mode`` says.
+def _shown(module: nn.Module, owners: Flags, options: Options) -> Flags:
+    """The flags with which a layer's own forward comes closest to what a mode says.
 
     Rules do the rest. A layer that a rule recognises by its buffers shows eval mode, in
-    which it passes them on and does not count. A layer that uses its buffers in a
-    forward of its own shows training mode. SyncBatchNorm shows eval mode: in training
-    mode it would call its process group before a rule sees it (read in torch 2.13).
+    which it passes them on and does not count; so does one of torch's own that a rule
+    updates. A layer that uses its buffers in a forward of its own shows training mode.
+    SyncBatchNorm shows eval mode: in training mode it would call its process group
+    before a rule sees it (read in torch 2.13).
     """
+    mode = options.meaning
     if isinstance(module, nn.SyncBatchNorm):
         return Flags(training=False)
     if not isinstance(module, BatchNormBase):
         return owners if mode.others is None else mode.others
     if mode.by_rule and normalises_itself(module):
         return Flags(training=True)
+    if options.update_running_stats and has_torchs_forward(module):
+        return mode.batch_norm._replace(training=False)
     return mode.batch_norm
 
 
@@ -405,6 +411,29 @@ def refusal_of_named(mode: Mode) -> Refusal | None:
         VmapSafeValueError,
         'is named by also=, which has a meaning in mode "eval" only',
         'Use mode="eval", or leave the class out of also',
+    )
+
+
+def _refusal_of_updates(module: nn.Module, options: Options) -> Refusal | None:
+    """Why a block that torch.compile traces cannot update a layer, if it cannot.
+
+    There, a layer is known by the tensors that it passes. A forward of its own may pass
+    none.
+    """
+    if (
+        not options.update_running_stats
+        or options.meaning.by_rule
+        or not isinstance(module, BatchNormBase)
+        or module.weight is not None
+        or has_torchs_forward(module)
+        or not has_running_stats(module)
+    ):
+        return None
+    return Refusal(
+        VmapSafeValueError,
+        "has a forward of its own and no weight, so that torch.compile cannot see "
+        "whose running statistics to update",
+        "Put the block around the compiled function",
     )
 
 

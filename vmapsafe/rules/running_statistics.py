@@ -56,6 +56,8 @@ def update_running_statistics(
             return
         mean, var = layer.running_mean, layer.running_var
         count, momentum = layer.num_batches_tracked, layer.momentum
+        if momentum is not None and call["training"] and call["running_mean"] is mean:
+            momentum = call["momentum"]  # which a forward of its own may choose
     elif call["training" if call.function is F.batch_norm else "use_input_stats"]:
         # torch's instance norm does not count.
         mean, var, count = call["running_mean"], call["running_var"], None
