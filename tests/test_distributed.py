@@ -504,6 +504,25 @@ def clipped_sums_of_all_processes(rank, device):
 
 
 @check
+def statistics_of_one_process_are_not_those_of_another(rank, device):
+    """Training in DistributedDataParallel moves those of each process on its own."""
+    net, (x, t) = small(device), [v[:, 0] for v in batch(device)]
+    net = replaced(net, batch_norm)
+    mine = share(rank, x, t)
+    ids = None if device.type == "cpu" else [device]
+    wrapped = DistributedDataParallel(net, device_ids=ids)
+    wrapped(mine[0])
+    for model in (net, wrapped):
+        with pytest.raises(RuntimeError, match=r"running_mean' differs from process"):
+            clip(model, *mine, reduce="all")
+    clip(net, *mine)  # its own
+    clip(net, *mine, mode="group_norm", num_groups=1, reduce="all")
+    for buffer in net.buffers():
+        dist.broadcast(buffer, 0)
+    assert_same(clip(wrapped, *mine, reduce="all"), clip(net, x, t))
+
+
+@check
 def one_that_fails_leaves_none_waiting(rank, device):
     """It raises its own error, the others raise one that says so, and all continue."""
     net, (x, t) = small(device), [v[:, 0] for v in batch(device)]

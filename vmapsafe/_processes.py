@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -165,6 +165,33 @@ def check_same(called: str, device: torch.device, asked: str) -> None:
             f"the processes ask for different things; this one for {asked}",
             "Ask for the same quantities in the same order in all of them",
         )
+
+
+def differing(tensors: Mapping[str, Tensor], device: torch.device) -> str | None:
+    """Compare tensors with those of the other processes.
+
+    Args:
+        tensors: floating-point ones, with the same names and shapes in all processes.
+        device: one that the process group can send from.
+
+    Returns:
+        The name of the first that is not close to those of all others, the same in all
+        processes; None if there is none.
+    """
+    if not tensors:
+        return None
+    mine = torch.cat(
+        [t.detach().flatten().to(device).float() for t in tensors.values()]
+    )
+    both = torch.cat([mine, -mine])
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    most, least = both[: len(mine)], -both[len(mine) :]
+    apart = ~torch.isclose(most, least, rtol=1e-4, equal_nan=True)
+    sizes = [t.numel() for t in tensors.values()]
+    for name, piece in zip(tensors, torch.split(apart, sizes)):
+        if piece.any():
+            return name
+    return None
 
 
 def summed(total: dict[str, Tensor]) -> dict[str, Tensor]:

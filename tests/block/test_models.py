@@ -545,3 +545,18 @@ def test_checkpointed_backward(mode, reentrant):
     assert model.body[1].num_batches_tracked == 1
     del later
     loss(model).backward()  # the watch ends with the graph
+
+
+def test_a_forward_that_exec_made():
+    """In a namespace without a name, the function belongs to no Python module."""
+    found = {}
+    exec("def forward(self, x): return self.net(x)", {}, found)
+    assert found["forward"].__module__ is None
+    Wrapper = type("Wrapper", (nn.Module,), found)
+    model = Wrapper()
+    model.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    x = torch.randn(5, 3)
+    model(x)
+    with vmap_safe(model):
+        out = vmap(model)(x[:, None])
+    torch.testing.assert_close(out[:, 0], model.eval()(x))

@@ -98,6 +98,16 @@ def has_running_stats(module: nn.Module) -> bool:
     )
 
 
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The running statistics of a model's normalisation layers, by name."""
+    return {
+        f"{path}.{name}" if path else name: layer.get_buffer(name)
+        for path, layer in unwrapped(model).named_modules()
+        if has_running_stats(layer)
+        for name in ("running_mean", "running_var")
+    }
+
+
 def never_updated(layer: nn.Module) -> bool:
     """Whether the running statistics of a layer are as they were initialised."""
     count, mean, var = (

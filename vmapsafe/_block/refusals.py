@@ -180,7 +180,7 @@ def avoided_by_a_loop(error: BaseException) -> Refusal | None:
 def is_of_checkpoint(error: BaseException) -> bool:
     """Whether vmap has refused a call of torch.utils.checkpoint itself, and not what
     the checkpointed function does."""
-    names = [frame.f_globals.get("__name__", "") for frame in frames_of(error)]
+    names = [frame.f_globals.get("__name__") or "" for frame in frames_of(error)]
     while names and names[-1].startswith(_BELOW) and names[-1] != CHECKPOINT:
         names.pop()
     return bool(names) and names[-1] == CHECKPOINT

@@ -117,9 +117,12 @@ def of_torch(kind: type) -> bool:
     return is_torchs(kind.__module__)
 
 
-def is_torchs(name: str) -> bool:
-    """Whether a Python module of this name belongs to torch."""
-    return name.partition(".")[0] == "torch"
+def is_torchs(name: str | None) -> bool:
+    """Whether a Python module of this name belongs to torch.
+
+    Functions that ``exec`` makes may have no name of a module.
+    """
+    return name is not None and name.partition(".")[0] == "torch"
 
 
 class Switched(nn.Module):

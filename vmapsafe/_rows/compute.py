@@ -22,12 +22,12 @@ from vmapsafe._block.loop import (
     check_fallback,
     modules_in,
 )
-from vmapsafe._block.models import device_of
+from vmapsafe._block.models import device_of, running_statistics
 from vmapsafe._block.refusals import is_of_checkpoint
 from vmapsafe._draws import Draws
 from vmapsafe._errors import VmapSafeRuntimeError
-from vmapsafe._modes import Also, ModeName, NumGroups, Options, RowsName
-from vmapsafe._processes import agreed, check_all_or_none, check_same
+from vmapsafe._modes import MODES, Also, ModeName, NumGroups, Options, RowsName
+from vmapsafe._processes import agreed, check_all_or_none, check_same, differing
 from vmapsafe._rows.advice import advise
 from vmapsafe._rows.chunks import ChunkSize, check_chunk_size
 from vmapsafe._rows.looks import Feed, computed
@@ -143,7 +143,8 @@ class Asked:
 
         Raises:
             VmapSafeValueError: an option is neither None nor "all".
-            VmapSafeRuntimeError: there is no process group, or another process failed.
+            VmapSafeRuntimeError: there is no process group, another process failed, or
+                the running statistics differ.
         """
         for option, value in options:
             check_all_or_none(self.called, option, value, _OF_ONE.get(option, ""))
@@ -164,10 +165,32 @@ class Asked:
         if asked:
             check_same(called, device, asked)
         found, aux = agreed(called, device, compute)
+        self._check_same_statistics(called, device)
         for key, quantity in made.items():
             if quantity.across()[1] is not None:
                 found[key] = quantity.of_all_processes(found[key])
         return found, aux
+
+    def _check_same_statistics(self, called: str, device: torch.device) -> None:
+        """Raise unless all processes normalise by the same running statistics.
+
+        Each process of DistributedDataParallel updates its own while it trains. The
+        wrapper's forward makes them equal, which does not run here.
+        """
+        given = self.params if isinstance(self.params, Mapping) else {}
+        statistics = {
+            name: given.get(name, buffer)
+            for name, buffer in running_statistics(self.model).items()
+        }
+        name = differing(statistics, device)
+        if name is not None and MODES[self.block.mode].reads_running_stats:
+            raise VmapSafeRuntimeError(
+                called,
+                f"{name!r} differs from process to process, so that the gradients are "
+                "of different networks",
+                "Copy those of one process, for b in model.buffers(): "
+                "torch.distributed.broadcast(b, 0), or train with SyncBatchNorm",
+            )
 
     def _computed(self, wanted: Wanted) -> tuple[dict[str, Any], Any]:
         samples = self.samples()
