@@ -206,8 +206,8 @@ class Options:
             raise VmapSafeValueError(
                 called,
                 f'"{self.mode}" has no statistics to update the running ones with',
-                'Use mode="sync", or "no_running_stats" where each slice has running '
-                "statistics of its own, or leave update_running_stats out",
+                'Use mode="sync" (or, in a block, "no_running_stats" with stacked '
+                "buffers), or leave update_running_stats out",
             )
 
 

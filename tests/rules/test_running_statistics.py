@@ -501,7 +501,7 @@ def test_options():
     model, x, y = net(), torch.randn(4, 3).double(), torch.zeros(4, 2).double()
     options = {"mode": "no_running_stats", "update_running_stats": True}
     for keep in (True, False):
-        with pytest.raises(VmapSafeValueError, match="each sample would need running"):
+        with pytest.raises(VmapSafeValueError, match="each slice would need running"):
             per_sample_grads(model, F.mse_loss, x, y, keep_batch_dim=keep, **options)
     for mode in ("eval", "group_norm"):
         with pytest.raises(VmapSafeValueError, match=f'"{mode}" has no statistics to'):

@@ -198,7 +198,7 @@ def _warn(called: str, refusal: Refusal, where: str | None, of: object) -> None:
             called,
             f"vmap cannot run {where or 'code outside of modules'}: {refusal.why}. "
             "So the slices run one after another, which takes longer",
-            f"Ignore this warning, or do this: {refusal.do.rstrip('.')}",
+            f"Ignore this warning, or change the code. {refusal.do.rstrip('.')}",
         ),
         FallbackWarning,
     )

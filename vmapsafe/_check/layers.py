@@ -51,8 +51,8 @@ def random_draw(question: Question, path: str, detail: str) -> Finding:
             "raises unless vmap is given randomness=",
             'Pass randomness= to vmap, "different" or "same".',
         ),
-        "different": ("draws for each slice", 'Keep passing randomness="different".'),
-        "same": ("draws once for all slices", 'Keep passing randomness="same".'),
+        "different": ("draws for each slice", 'Pass randomness="different", as here.'),
+        "same": ("draws once for all slices", 'Pass randomness="same", as here.'),
     }[question.randomness]
     asked = question.randomness == "error"
     return question.finding(

@@ -125,7 +125,7 @@ class Samples:
         if options.update_running_stats and not options.meaning.merges:
             raise VmapSafeValueError(
                 f"{called} with update_running_stats=True",
-                f'in "{options.mode}" each sample would need running statistics of its '
+                f'in "{options.mode}" each slice would need running statistics of its '
                 "own",
                 'Use mode="sync", or leave update_running_stats out',
             )

@@ -166,8 +166,8 @@ class UpdateRunningStats(Function):
                 f"update_running_stats=True for {label}",
                 f"{info.batch_size} slices that are not merged share its buffers",
                 "Pass stacked buffers to functional_call, one for each slice, as "
-                "stack_module_state makes them, or leave update_running_stats or "
-                "sync_levels out",
+                "stack_module_state makes them, or leave update_running_stats (in "
+                '"sync" also sync_levels) out',
             )
         x = (
             x.expand(info.batch_size, *x.shape)
