@@ -10,7 +10,8 @@ import functools
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from types import CellType, CodeType
 from typing import Any
 
@@ -132,7 +133,7 @@ def digest(values: Iterable[object]) -> str:
     return found.hexdigest()[:16]
 
 
-def described(value: object) -> str:
+def described(value: Any) -> str:
     """In words that are the same in another process."""
     if isinstance(value, functools.partial):
         given = [*value.args, *sorted(value.keywords.items())]
@@ -151,10 +152,13 @@ def described(value: object) -> str:
         return f"{getattr(value, '__module__', '')}.{name}"
     if isinstance(value, Tensor):
         return digest([value])
+    if _is_array(value):  # whose own repr leaves numbers out
+        return f"{value.dtype} {value.shape} {_digest_of_text(repr(value.tolist()))}"
     if isinstance(value, Mapping):
         return repr({str(k): described(v) for k, v in sorted(value.items())})
-    if isinstance(value, Collection) and not isinstance(value, str):
-        return repr(sorted([described(v) for v in value]))
+    if isinstance(value, Collection) and not isinstance(value, (str, bytes)):
+        parts = [described(v) for v in value]
+        return repr(sorted(parts) if isinstance(value, Set) else parts)
     return repr(value)
 
 
@@ -225,14 +229,26 @@ def _code(code: CodeType) -> list[object]:
 
 
 def _plain(values: Mapping[str, object]) -> str:
-    """Those that are numbers, texts and the like, or functions and tensors."""
-    kinds = (bool, int, float, complex, str, bytes, type(None), torch.dtype, Tensor)
+    """Those that are numbers, texts and the like, tuples of such, tensors, arrays, or
+    functions."""
     found = {
         name: described(value) + _written(value)
         for name, value in sorted(values.items())
-        if isinstance(value, kinds) or inspect.isfunction(value)
+        if _is_plain(value) or inspect.isfunction(value)
     }
     return f" {found}" if found else ""
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, frozenset)):  # in a list a function may keep a log
+        return all(map(_is_plain, value))
+    kinds = (bool, int, float, complex, str, bytes, type(None), torch.dtype, Tensor)
+    return isinstance(value, kinds) or _is_array(value)
+
+
+def _is_array(value: object) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
 
 
 def _contents(cell: CellType) -> object:
@@ -246,10 +262,13 @@ def _settings(net: nn.Module) -> str:
     """What a network is, apart from its tensors, flags and code."""
     said = [
         f"{path} {type(module).__qualname__} {module.extra_repr()} "
-        + _plain({k: v for k, v in vars(module).items() if k != "training"})
+        + _plain({k: v for k, v in vars(module).items() if k not in _OF_ANY_MODULE})
         for path, module in net.named_modules(remove_duplicate=False)
     ]
     return re.sub(r" at 0x[0-9a-fA-F]+", "", "\n".join(said))
+
+
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))  # its flag, tensors, parts and hooks
 
 
 def _precision(device: torch.device) -> str:
