@@ -602,6 +602,23 @@ def test_names_within_a_quantity(mlp, tmp_path):
     assert numpy.array_equal(found["each.0.weight"], expected.numpy())
 
 
+@pytest.mark.parametrize(
+    "wanted,text",
+    [
+        (
+            {"each": q.Norms(per_parameter=True), "each.0.bias": q.Losses()},
+            "two results have the name 'each.0.bias'",
+        ),
+        ({"result": q.Norms()}, "a dict holds 'result' alone"),
+    ],
+)
+def test_names_that_mean_something_else(mlp, tmp_path, wanted, text):
+    results = over(loader(), per_sample, mlp, F.cross_entropy, want=wanted)
+    with pytest.raises(ValueError, match=text):
+        results.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_chunks_count_in_sync(mlp, tmp_path):
     """In "sync" the chunks are batches."""
     saved(tmp_path, mlp, "norms in sync")

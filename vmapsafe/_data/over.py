@@ -215,12 +215,13 @@ class Over(Generic[Result]):
             MissingExtraError: numpy is missing, which the extra ``[disk]`` brings.
 
         ``state.json`` in the folder holds what was asked: the function and the loss by
-        name and, if they are the user's own, by their code and the numbers and tensors
-        they hold; the options, the layers' settings, the number and size of batches,
-        and digests of the model's parameters, buffers and flags and of the first batch.
-        Finished batches are loaded again and compared if that costs little: if they
-        come from tensors or lists, or if the loader is not a DataLoader. ``save`` does
-        not compare other batches but the first, what a function calls, and
+        name and, if they are the user's own, by their code and the numbers, tensors,
+        arrays and tuples that they hold; the options, the layers' settings, the number
+        and size of batches, and digests of the model's parameters, buffers and flags
+        and of the first batch. Finished batches are loaded again and compared if that
+        costs little: if they come from tensors or lists, or if the loader is not a
+        DataLoader. ``save`` does not compare other batches but the first, what a
+        function calls, reads of its module or keeps in a list or dict, and
         ``chunk_size``, which changes nothing outside "sync". It reads finished rows
         again; their checksum must be what it was. Every second or so the files on the
         disk are valid ``.npy`` files of what is finished, and a run that is killed
@@ -237,7 +238,8 @@ class Over(Generic[Result]):
         number of processes continues. Until it is complete the ``.npy`` files show only
         what was finished without a gap before. A loader that has no indices of samples,
         as one of an IterableDataset, is read in full by each process. Processes whose
-        loaders give something else, or whose models differ, are refused.
+        loaders give another number, order or first one of batches, or whose models
+        differ, are refused.
         """
         _check_numpy()
         process = this_process()
@@ -395,13 +397,16 @@ def _rows_of(result: object, size: int) -> Mapping[str, Tensor]:
     """The result for a batch of that size by name, checked to be one row a sample."""
     rows: object = {_ALONE: result} if isinstance(result, Tensor) else result
     if isinstance(rows, Mapping):  # of several quantities, some with names of their own
-        rows = {
-            f"{key}.{name}" if name else key: row
+        named = [
+            (f"{key}.{name}" if name else key, row)
             for key, value in rows.items()
             for name, row in (
                 value.items() if isinstance(value, Mapping) else [("", value)]
             )
-        }
+        ]
+        if not isinstance(result, Tensor):
+            _check_names([name for name, _ in named])
+        rows = dict(named)
     if not isinstance(rows, Mapping) or not rows:
         found = a_kind(result)
     elif wrong := [
@@ -418,6 +423,18 @@ def _rows_of(result: object, size: int) -> Mapping[str, Tensor]:
         "Give a function that returns a tensor, or a dict of tensors, of one row a "
         "sample",
     )
+
+
+def _check_names(names: list[str]) -> None:
+    """Raise unless each result in a dict has a file of its own."""
+    if len({*names}) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        found = f"two results have the name {twice!r}"
+    elif names == [_ALONE]:
+        found = f"a dict holds {_ALONE!r} alone, the name of a result that is a tensor"
+    else:
+        return
+    raise VmapSafeValueError(_SAVE, found, "Give it another name")
 
 
 def _check_arguments(
