@@ -316,6 +316,16 @@ def test_a_batch_that_the_attempt_has_written():
         batched(function, fallback="loop")(ROWS.clone())
 
 
+def test_a_shared_argument_that_the_attempt_has_written():
+    def function(x, total):
+        total += 1
+        value(x)
+        return x + total
+
+    with pytest.raises(VmapSafeRuntimeError, match="already written on its input"):
+        batched(function, (0, None), fallback="loop")(ROWS, ROWS[:1].clone())
+
+
 # -- What does not start a loop --------------------------------------------------------
 
 

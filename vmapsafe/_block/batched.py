@@ -213,7 +213,8 @@ def batched(
                 return by_vmap()
 
         held = modules_in([function, *leaves])
-        before = Before(randomness, tensors, held)
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        before = Before(randomness, given, held)
         code = getattr(function, "__code__", type(function))
         return by_vmap_or_loop(called, attempt, by_loop, before, held, code)
 

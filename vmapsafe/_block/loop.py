@@ -119,7 +119,7 @@ class Before:
 
     Args:
         randomness: as in vmap.
-        tensors: those that are sliced.
+        tensors: the input, those that all slices share included.
         modules: whose buffers may be written, if no block covers them.
         of_host: whether to keep the state of Python's and numpy's generators too.
     """
