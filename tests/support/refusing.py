@@ -59,6 +59,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mask": lambda x: x * x[x > 0].sum(),
     "mask, assigned": assigned,
     "list": as_list,
+    "data": lambda x: x * x.data.mean(),
     "written": written,
     "old autograd.Function": OldForm.apply,
     "autograd.Function without a rule": WithoutRule.apply,

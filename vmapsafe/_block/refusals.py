@@ -90,6 +90,12 @@ _REFUSALS = (
         f"{_ITS_VALUE}, as .numpy() and .tolist() do",
     ),
     Refusal(
+        r"accessing `data` under vmap|Cannot access storage of BatchedTensorImpl",
+        "x.data and the storage of a tensor are not to be had under vmap. Write "
+        "x.detach().",
+        "it asks for x.data or the storage of a tensor",
+    ),
+    Refusal(
         r"different inplace randomness on an unbatched tensor",
         "The draw fills a tensor that vmap does not batch. Draw out of place "
         "(torch.bernoulli), or into torch.empty_like of the layer's input.",
