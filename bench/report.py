@@ -139,6 +139,8 @@ def summary(run, pictures, root):
     precision = precisions(run)[0]
     nets = usual(run, "rows", precision)
     page = picture.parent / f"{run['machine']['device']}-{run['date']}.rst"
+    tasks = dict.fromkeys(r["task"] for r in run["rows"] if r["task"] != "rows")
+    others = "".join(f"{task}, " for task in tasks)
     return "\n\n".join(
         [
             f".. image:: {picture.as_posix()}\n   :alt: per-sample gradients, as "
@@ -146,8 +148,8 @@ def summary(run, pictures, root):
             ROWS_ABOUT,
             ratios(nets, "floor", MAIN).strip("\n"),
             filled(
-                f"{machine_line(run)} `All tables <{page.as_posix()}>`_: norms, "
-                "clipped sums, forward, memory, growth, and why contenders are missing."
+                f"{machine_line(run)} `All tables <{page.as_posix()}>`_: {others}"
+                "memory, and why contenders are missing."
             ),
         ]
     )
