@@ -156,10 +156,9 @@ def check_same(called: str, device: torch.device, asked: str) -> None:
     Raises:
         VmapSafeRuntimeError: another process asks for something else.
     """
-    number = zlib.crc32(asked.encode())
-    both = torch.tensor([number, -number], device=device)
-    dist.all_reduce(both, dist.ReduceOp.MAX)
-    if int(both[0]) != -int(both[1]):
+    number = torch.tensor([zlib.crc32(asked.encode())], device=device)
+    most, least = _extremes(number)
+    if int(most) != int(least):
         raise VmapSafeRuntimeError(
             called,
             f"the processes ask for different things; this one for {asked}",
@@ -183,15 +182,20 @@ def differing(tensors: Mapping[str, Tensor], device: torch.device) -> str | None
     mine = torch.cat(
         [t.detach().flatten().to(device).float() for t in tensors.values()]
     )
-    both = torch.cat([mine, -mine])
-    dist.all_reduce(both, dist.ReduceOp.MAX)
-    most, least = both[: len(mine)], -both[len(mine) :]
+    most, least = _extremes(mine)
     apart = ~torch.isclose(most, least, rtol=1e-4, equal_nan=True)
     sizes = [t.numel() for t in tensors.values()]
     for name, piece in zip(tensors, torch.split(apart, sizes)):
         if piece.any():
             return name
     return None
+
+
+def _extremes(mine: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest and the least of all processes' numbers, in one message."""
+    both = torch.cat([mine, -mine])
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    return both[: len(mine)], -both[len(mine) :]
 
 
 def summed(total: dict[str, Tensor]) -> dict[str, Tensor]:

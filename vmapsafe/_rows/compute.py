@@ -182,6 +182,7 @@ class Asked:
             name: given.get(name, buffer)
             for name, buffer in running_statistics(self.model).items()
         }
+        # In every mode, so that no process waits for one that asks in another mode.
         name = differing(statistics, device)
         if name is not None and MODES[self.block.mode].reads_running_stats:
             raise VmapSafeRuntimeError(
