@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blocks import EACH_ALONE, block
-from refusing import CHECKPOINTS, FUNCTIONS, LAYERS, around, refusing
+from refusing import CHECKPOINTS, FUNCTIONS, LAYERS, around, numbers, refusing
 from slow import plain_in
 from state import assert_same_state, everything
 from torch import nn
@@ -23,11 +23,6 @@ from vmapsafe import (
 from vmapsafe.testing import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore::vmapsafe.FallbackWarning")
-
-
-def numbers(*shape, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 X = numbers(5, 2, 5, 5, seed=1)

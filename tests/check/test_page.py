@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from nets import Keeps
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -29,19 +30,6 @@ class Calls(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
-
-
-class Keeps(nn.Module):
-    """A hand-made normalisation that keeps a mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mu", torch.zeros(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.mu.lerp_(x.detach().mean((0, 2, 3)), 0.1)
-        return x - self.mu.view(-1, 1, 1)
 
 
 class Item(nn.Module):

@@ -9,7 +9,7 @@ import slow
 import torch
 import torch.nn.functional as F
 from blocks import EACH_ALONE
-from refusing import CHECKPOINTS, LAYERS, Refused, around, refusing, unchecked
+from refusing import CHECKPOINTS, LAYERS, Refused, around, numbers, refusing, unchecked
 from state import assert_same_state, everything
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -32,11 +32,6 @@ from vmapsafe._block import loop
 from vmapsafe.testing import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore::vmapsafe.FallbackWarning")
-
-
-def numbers(*shape, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def mse(output, target):

@@ -308,3 +308,18 @@ def images() -> tuple[nn.Module, Tensor, Tensor]:
     x, y = torch.randn(5, 2, 6, 6), torch.randn(5, 3)
     model(x)
     return model, x, y
+
+
+class Keeps(nn.Module):
+    """A hand-made normalisation that keeps a mean."""
+
+    mu: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mu", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mu.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+        return x - self.mu.view(-1, 1, 1)

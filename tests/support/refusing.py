@@ -147,3 +147,9 @@ def unchecked(model: nn.Module) -> nn.Module:
         if isinstance(module, Checkpointed):
             module.is_on = False
     return model
+
+
+def numbers(*shape: int, seed: int = 5) -> Tensor:
+    """Random ones, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
